@@ -1,0 +1,28 @@
+"""The examples run, on a net that was trained too little, and do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_three_ways(capsys):
+    results = load("three_ways").main(epochs=1)
+    assert list(results) == ["stock_at_a_ratio", "stock_with_own_counts", "cosep"]
+    by_dict, own = results["stock_with_own_counts"], results["cosep"]
+    assert by_dict[0] == own[0]
+    assert all(accuracy > 0.2 for _, accuracy in results.values())
+    assert capsys.readouterr().out.count("parameters, accuracy") == 3
+
+
+def test_layerwise(capsys):
+    plan = load("layerwise").main(epochs=1)
+    assert [entry.name for entry in plan if entry.selection] == ["conv1", "conv2", "conv3", "conv4"]
+    assert capsys.readouterr().out.count("after ") == 4

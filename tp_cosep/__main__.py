@@ -1,0 +1,8 @@
+"""``python -m tp_cosep``: the command ``tp-cosep``."""
+
+import sys
+
+from tp_cosep.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""What a pruner kept of every group and why, as a value that can be saved and applied again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_cosep.errors import InputError, PruningError
+from tp_cosep.groups import frozen_kept, trace
+from tp_cosep.selection import ChannelSelection
+from tp_cosep.snapshot import restored_on_error
+
+__all__ = ["GroupPlan", "PruningPlan"]
+
+_FORMAT, _VERSION = "tp_cosep.plan", 1
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One group of a plan.
+
+    Attributes:
+        name: The root layer, by whose channels the group is pruned.
+        side: ``"out"`` or ``"in"``: which channels of the root.
+        layers: The layers that create the channels.
+        selection: What is kept; ``None`` if the group was left alone.
+        reason: Why it was left alone, or how the count came about.
+    """
+
+    name: str
+    side: str
+    layers: tuple[str, ...]
+    selection: ChannelSelection | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The groups that a pruner visited, in the order in which it pruned them.
+
+    Attributes:
+        groups: One entry per visit; iterative pruning visits a group several times.
+        options: The options that led here, for the reader.
+    """
+
+    groups: tuple[GroupPlan, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[GroupPlan]:
+        return iter(self.groups)
+
+    def __str__(self) -> str:
+        lines = []
+        for group in self.groups:
+            chosen = group.selection
+            kept = f"{len(chosen.keep_idxs)}/{chosen.n_channels} kept" if chosen else "left alone"
+            lines.append(f"{group.name}: {kept} ({group.reason})")
+        return "\n".join(lines) or "empty plan"
+
+    def apply(self, model: nn.Module, example_inputs: Any, **trace_options: Any) -> nn.Module:
+        """Prune a fresh copy of the model that the plan was made for, in place.
+
+        Args:
+            model: Unpruned, with the layers of the plan.
+            example_inputs: For tracing.
+            **trace_options: As for ``DependencyGraph.build_dependency``.
+
+        Returns:
+            The model.
+
+        Raises:
+            InputError: If a layer of the plan is missing or has another number of channels.
+            PruningError: If Torch-Pruning cannot prune a group. In every case the model is as it was.
+        """
+        with restored_on_error(model):
+            graph = trace(model, example_inputs, **trace_options)
+            for group in self.groups:
+                if group.selection is not None and group.selection.prune_idxs:
+                    _prune(graph, model, group, group.selection)
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; an existing file is replaced only when the new one is complete.
+
+        Raises:
+            InputError: If the folder does not exist.
+        """
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "options": self.options,
+            "groups": [_group_to_json(group) for group in self.groups],
+        }
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise InputError(f"plan: expected an existing folder to write to, got {str(target.parent)!r}.")
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan that :meth:`save` wrote.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InputError: If the file is not a plan, or of a version that this release does not know.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"plan {str(path)!r}: expected JSON, got {error}.") from error
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise InputError(f"plan {str(path)!r}: expected a file written by PruningPlan.save.")
+        if document.get("version") != _VERSION:
+            raise InputError(
+                f"plan {str(path)!r}: expected version {_VERSION}, got {document.get('version')!r}; update tp_cosep."
+            )
+        try:
+            groups = tuple(_group_from_json(group) for group in document["groups"])
+            return cls(groups, dict(document["options"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"plan {str(path)!r}: damaged, {type(error).__name__}: {error}.") from error
+
+
+def _prune(graph: Any, model: nn.Module, group: GroupPlan, selection: ChannelSelection) -> None:
+    layer = dict(model.named_modules()).get(group.name)
+    if layer is None or layer not in graph.module2node:
+        raise InputError(
+            f"layer {group.name!r}: in the plan, but not in the model; apply it to the model it was made for."
+        )
+    pruner = graph.get_pruner_of_module(layer)
+    is_out = group.side == "out"
+    n = graph.get_out_channels(layer) if is_out else graph.get_in_channels(layer)
+    if n != selection.n_channels:
+        raise InputError(
+            f"layer {group.name!r}: the plan is for {selection.n_channels} channels, the layer has {n}; "
+            "apply it to an unpruned copy of the model it was made for."
+        )
+    prune = pruner.prune_out_channels if is_out else pruner.prune_in_channels
+    found = graph.get_pruning_group(layer, prune, list(selection.prune_idxs))
+    if not graph.check_pruning_group(found):
+        raise PruningError(
+            f"layer {group.name!r}: Torch-Pruning refuses to remove {len(selection.prune_idxs)} channels."
+        )
+    try:
+        with frozen_kept(model):
+            found.prune()
+    except Exception as error:
+        raise PruningError(
+            f"layer {group.name!r}: Torch-Pruning failed to prune its group ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _group_to_json(group: GroupPlan) -> dict[str, Any]:
+    selection = None
+    if group.selection is not None:
+        selection = {f.name: getattr(group.selection, f.name) for f in fields(ChannelSelection)}
+        selection["scores"] = group.selection.scores.tolist()
+    return {
+        "name": group.name,
+        "side": group.side,
+        "layers": group.layers,
+        "reason": group.reason,
+        "selection": selection,
+    }
+
+
+def _group_from_json(document: dict[str, Any]) -> GroupPlan:
+    selection = None
+    if document["side"] not in ("out", "in"):
+        raise ValueError(f"layer {document['name']!r}: side is {document['side']!r}")
+    if document["selection"] is not None:
+        if not isinstance(document["selection"], dict):
+            raise TypeError(f"layer {document['name']!r}: selection is no object")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document["selection"].items()}
+        values["scores"] = torch.tensor(values["scores"], dtype=torch.float64)
+        selection = ChannelSelection(**values)
+        if sorted(selection.keep_idxs + selection.prune_idxs) != list(range(selection.n_channels)):
+            raise ValueError(f"layer {document['name']!r}: kept and pruned channels do not add up")
+        if len(selection.scores) != selection.n_channels:
+            raise ValueError(f"layer {document['name']!r}: {len(selection.scores)} scores for its channels")
+    return GroupPlan(document["name"], document["side"], tuple(document["layers"]), selection, document["reason"])

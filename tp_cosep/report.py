@@ -1,0 +1,359 @@
+"""What a pruning run did, as numbers and as tables: per layer from a plan, per model from measurements.
+
+The numbers (:func:`layer_rows`, :func:`measure`, :func:`model_rows`) are apart from the strings
+(:func:`layer_table`, :func:`model_table`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from tp_cosep.collect import evaluating, run_model
+from tp_cosep.errors import InputError
+from tp_cosep.plan import GroupPlan, PruningPlan
+
+__all__ = [
+    "LayerRow",
+    "ModelRow",
+    "ModelStats",
+    "group_label",
+    "layer_rows",
+    "layer_table",
+    "measure",
+    "measure_models",
+    "model_rows",
+    "model_table",
+]
+
+_NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One visit to a group, in numbers; all but the reason are ``None`` for a group that was left alone.
+
+    Attributes:
+        group: The group's label, see :func:`group_label`.
+        layers: The layers that create its channels.
+        n_channels: Channels before.
+        n_kept: Channels after.
+        k: Number of clusters.
+        knee_k: Where the knee of the silhouette curve is; ``None`` if it has none.
+        knee_strength: Height of the knee over the straight line, 0 … 1.
+        reason: How the count came about, or why the group was left alone.
+    """
+
+    group: str
+    layers: tuple[str, ...]
+    n_channels: int | None
+    n_kept: int | None
+    k: int | None
+    knee_k: int | None
+    knee_strength: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """What was measured of a model.
+
+    Attributes:
+        accuracy: Share of correct answers, 0 … 1; ``None`` if it was not asked for.
+        n_parameters: Number of parameters.
+        n_macs: Multiply-accumulates for one sample, as Torch-Pruning counts them: it adds the element-wise
+            operations of normalisations, activations and poolings that are modules.
+        latency: Seconds for one forward pass of ``batch_size`` samples.
+        batch_size: Samples per forward pass that was timed.
+    """
+
+    accuracy: float | None
+    n_parameters: int
+    n_macs: int
+    latency: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A model beside the first one.
+
+    Attributes:
+        name: The model's name.
+        stats: Its measurements.
+        accuracy_change: Its accuracy minus the first one's, in percentage points; ``None`` if either is
+            unknown.
+        parameters_ratio: Its parameters as a multiple of the first one's; ``None`` if that has none.
+        macs_ratio: Likewise.
+        latency_ratio: Likewise.
+    """
+
+    name: str
+    stats: ModelStats
+    accuracy_change: float | None
+    parameters_ratio: float | None
+    macs_ratio: float | None
+    latency_ratio: float | None
+
+
+def group_label(group: GroupPlan) -> str:
+    """The name of a group for a reader: its root layer, and its side where that is not the usual one."""
+    return group.name if group.side == "out" else f"{group.name} (inputs)"
+
+
+def layer_rows(plan: PruningPlan) -> list[LayerRow]:
+    """The numbers of every visit in a plan.
+
+    Returns:
+        One row per visit, in the plan's order.
+
+    Example:
+        >>> from tp_cosep.plan import GroupPlan
+        >>> plan = PruningPlan((GroupPlan("head", "out", ("head",), None, "its channels are the model's output"),))
+        >>> layer_rows(plan)[0].reason
+        "its channels are the model's output"
+    """
+    return [_layer_row(group) for group in plan]
+
+
+def _layer_row(group: GroupPlan) -> LayerRow:
+    chosen = group.selection
+    if chosen is None:
+        return LayerRow(group_label(group), group.layers, None, None, None, None, None, group.reason)
+    return LayerRow(
+        group=group_label(group),
+        layers=group.layers,
+        n_channels=chosen.n_channels,
+        n_kept=len(chosen.keep_idxs),
+        k=chosen.k,
+        knee_k=chosen.knee_k,
+        knee_strength=chosen.knee_strength,
+        reason=group.reason,
+    )
+
+
+def measure(
+    model: nn.Module,
+    example_inputs: Any,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    *,
+    n_runs: int = 30,
+    n_warmup: int = 5,
+) -> ModelStats:
+    """Count and time a model, which comes back as it was: mode, weights, buffers, hooks.
+
+    See :func:`measure_models`, which compares several fairly.
+
+    Args:
+        model: Runs on its own device.
+        example_inputs: On that device, batch first: a tensor, a tuple of arguments or a dict of keyword
+            arguments. All of the batch is timed; the first sample alone is counted.
+        evaluate: ``evaluate(model) -> accuracy``, 0 … 1.
+        n_runs: Forward passes that are timed.
+        n_warmup: Forward passes before them.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        InputError: If there is no tensor with a batch dimension in ``example_inputs``, or ``n_runs`` < 1.
+    """
+    return measure_models({"": model}, example_inputs, evaluate, n_runs=n_runs, n_warmup=n_warmup)[""]
+
+
+def measure_models(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    *,
+    n_runs: int = 30,
+    n_warmup: int = 5,
+) -> dict[str, ModelStats]:
+    """Count and time several models on the same inputs; each comes back as it was.
+
+    Latency is the median of repeated forward passes in eval mode after a warm-up, at the number of threads
+    that torch has been given. The models take turns, so that a machine that is busier now than a second ago
+    favours none of them.
+
+    Args:
+        models: By name.
+        example_inputs: As for :func:`measure`, as are the rest.
+        evaluate: See there.
+        n_runs: Forward passes of each model that are timed.
+        n_warmup: Forward passes of each model before them.
+
+    Returns:
+        The measurements by name, in the same order.
+
+    Raises:
+        InputError: As for :func:`measure`.
+    """
+    if n_runs < 1 or n_warmup < 0:
+        raise InputError(f"measure: expected n_runs ≥ 1 and n_warmup ≥ 0, got {n_runs} and {n_warmup}.")
+    first = next(_tensors(example_inputs), None)
+    if first is None or not first.dim() or not len(first):
+        raise InputError("measure: expected example_inputs with a tensor of at least one sample, found none.")
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(n_warmup + n_runs):
+        for name, model in models.items():
+            times[name].append(_latency(model, example_inputs, first.device))
+    stats = {}
+    for name, model in models.items():
+        n_macs, n_parameters = tp.utils.count_ops_and_params(model, _first_sample(example_inputs))
+        with evaluating(model):
+            accuracy = None if evaluate is None else float(evaluate(model))
+        latency = statistics.median(times[name][n_warmup:])
+        stats[name] = ModelStats(accuracy, int(n_parameters), int(n_macs), latency, len(first))
+    return stats
+
+
+def _tensors(inputs: Any) -> Iterator[Tensor]:
+    """The tensors of some inputs, in order."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, (Mapping, tuple, list)):
+        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from _tensors(value)
+
+
+def _first_sample(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[:1] if inputs.dim() else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _first_sample(value) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_first_sample(value) for value in inputs)
+    return inputs
+
+
+def _latency(model: nn.Module, inputs: Any, device: torch.device) -> float:
+    # Accelerators answer before they have finished.
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
+    with evaluating(model):
+        synchronize()
+        start = time.perf_counter()
+        run_model(model, inputs)
+        synchronize()
+        return time.perf_counter() - start
+
+
+def model_rows(stats: Mapping[str, ModelStats]) -> list[ModelRow]:
+    """Measurements of several models, each beside the first.
+
+    Returns:
+        One row per model, in the order of ``stats``.
+
+    Example:
+        >>> a, b = ModelStats(0.9, 1000, 8000, 0.004, 1), ModelStats(0.85, 250, 2000, 0.003, 1)
+        >>> model_rows({"before": a, "after": b})[1].macs_ratio
+        0.25
+    """
+    rows: list[ModelRow] = []
+    for name, measured in stats.items():
+        base = rows[0].stats if rows else measured
+        known = measured.accuracy is not None and base.accuracy is not None
+        change = 100 * (measured.accuracy - base.accuracy) if known else None  # type: ignore[operator]
+        rows.append(
+            ModelRow(
+                name,
+                measured,
+                change,
+                _ratio(measured.n_parameters, base.n_parameters),
+                _ratio(measured.n_macs, base.n_macs),
+                _ratio(measured.latency, base.latency),
+            )
+        )
+    return rows
+
+
+def _ratio(value: float, base: float) -> float | None:
+    return value / base if base else None
+
+
+def layer_table(plan: PruningPlan) -> Table:
+    """What a plan keeps of every group and why, as a table to print with ``rich``."""
+    table = _table("Layers", caption="strength: height of the knee over a straight line, 0 to 1")
+    table.add_column("layer", overflow="fold")
+    for header in ("kept", "share", "k", "knee at", "strength"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("reason")
+    for row in layer_rows(plan):
+        table.add_row(Text(row.group), *_counts(row), Text(row.reason))
+    return table
+
+
+def _counts(row: LayerRow) -> list[str]:
+    if row.n_channels is None or row.n_kept is None:
+        return [_NOTHING] * 5
+    return [
+        f"{row.n_kept} / {row.n_channels}",
+        f"{row.n_kept / row.n_channels:.0%}",
+        str(row.k),
+        _NOTHING if row.knee_k is None else str(row.knee_k),
+        _NOTHING if row.knee_k is None else f"{row.knee_strength:.2f}",
+    ]
+
+
+def model_table(stats: Mapping[str, ModelStats]) -> Table:
+    """Measurements of several models as a table to print with ``rich``, each beside the first.
+
+    Under every number stands its ratio to the first model's; under an accuracy, the difference in points.
+
+    Args:
+        stats: Measurements by the name of the model.
+
+    Returns:
+        The table.
+    """
+    rows = model_rows(stats)
+    batch_sizes = sorted({row.stats.batch_size for row in rows})
+    table = _table(
+        "Models",
+        caption="second lines: beside the first model; "
+        f"latency: median for {' or '.join(map(str, batch_sizes)) or 'no'} samples",
+    )
+    table.add_column("model")
+    for header in ("accuracy", "parameters", "MACs", "latency"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        table.add_row(Text(row.name), *_measurements(row, is_base=i == 0))
+    return table
+
+
+def _measurements(row: ModelRow, *, is_base: bool) -> Iterable[Text]:
+    values = (
+        _NOTHING if row.stats.accuracy is None else f"{row.stats.accuracy:.2%}",
+        f"{row.stats.n_parameters:,}",
+        _quantity(row.stats.n_macs),
+        f"{1000 * row.stats.latency:.2f} ms",
+    )
+    if is_base:
+        return [Text(value) for value in values]
+    change = _NOTHING if row.accuracy_change is None else f"{row.accuracy_change:+.2f}".replace("-", "−")
+    ratios = [row.parameters_ratio, row.macs_ratio, row.latency_ratio]
+    beside = [change, *(_NOTHING if ratio is None else f"{ratio:.2f} ×" for ratio in ratios)]
+    return [Text(f"{value}\n").append(other, "dim") for value, other in zip(values, beside, strict=True)]
+
+
+def _quantity(n: int) -> str:
+    """A count in three digits and a unit: 950, 15.3 k, 1.53 M, 4.09 G."""
+    value, units = float(n), ["", " k", " M", " G", " T"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    digits = 0 if value == n else max(0, 2 - len(str(int(value))) + 1)
+    return f"{value:.{digits}f}{units[0]}"
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
