@@ -121,7 +121,7 @@ def test_moments_that_no_longer_fit():
     group = group_of(model, x[:1], "stem")
     for use in (lambda: selector.select(group), lambda: selector.distances(group), lambda: selector(group)):
         assert_refused(InputError, message, model, use)
-    assert_refused(InputError, "the layer has", model, lambda: selector.pruning_ratio_dict(model, x[:1]))
+    assert_refused(InputError, "call fit", model, lambda: selector.pruning_ratio_dict(model, x[:1]))
     selector.fit(model, [(x, y)])
     assert len(selector.select(group_of(model, x[:1], "stem"), n_keep=3).keep_idxs) == 3
 

@@ -1,6 +1,7 @@
 import copy
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,22 +298,23 @@ def test_a_file_of_another_kind(plan_file, content):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         PruningPlan.load(tmp_path / "plan.json")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="plan: expected an existing folder to write to, got '.*nowhere'"):
         PruningPlan().save(tmp_path / "nowhere" / "plan.json")
 
 
-@pytest.mark.parametrize("where", ["dump", "replace"])
+@pytest.mark.parametrize("where", ["write_text", "replace"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_interrupted_save_leaves_the_old_file(plan_file, monkeypatch, where, error):
     old = plan_file.read_bytes()
 
+    write_text = Path.write_text
+
     def fail(*args, **kwargs):
-        if where == "dump":
-            args[1].write('{"format": ')
+        if where == "write_text":
+            write_text(args[0], args[1][:20], **kwargs)
         raise error("no space")
 
-    module = plan_module.json if where == "dump" else plan_module.os
-    monkeypatch.setattr(module, where, fail)
+    monkeypatch.setattr(Path if where == "write_text" else plan_module.os, where, fail)
     with pytest.raises(error):
         planned("mlp", 10)[3].save(plan_file)
     monkeypatch.undo()

@@ -20,6 +20,8 @@ __all__ = ["TOLERANCE", "Assignment", "SwapTable", "few_threads", "sum_by_cluste
 
 #: Differences of total deviations below this share of the whole are rounding.
 TOLERANCE = 1e-11
+#: What updating the sums of a SwapTable again and again may add up to, as a share of the first total deviation.
+_DRIFT = 1e-14
 
 
 @contextmanager
@@ -129,6 +131,7 @@ class SwapTable:
     def __init__(self, assignment: Assignment, capacity: int) -> None:
         self.assignment = assignment
         self.shared = assignment.d1.new_zeros(len(assignment.d1))
+        self._drift = _DRIFT * assignment.d1.sum()
         self.rise = assignment.d1.new_zeros(capacity, len(assignment.d1))
         everything = torch.arange(len(assignment.d1), device=assignment.d1.device)
         self._seen = (assignment.own, assignment.d1, assignment.d2)
@@ -173,5 +176,5 @@ class SwapTable:
 
     def _first_smallest(self, values: Tensor) -> Tensor:
         """Index of the first value that is the smallest but for rounding, so that every machine agrees."""
-        tolerance = TOLERANCE * self.assignment.d1.sum()
+        tolerance = torch.maximum(TOLERANCE * self.assignment.d1.sum(), self._drift)
         return (values <= values.min() + tolerance).to(torch.uint8).argmax()

@@ -123,6 +123,8 @@ def frozen_kept(model: nn.Module) -> Iterator[None]:
 def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -> list[Any]:
     """Layers given as modules, names, module types or parameters, as modules and parameters of the model.
 
+    A container of the caller's own that holds layers of the model stands for them.
+
     Returns:
         Modules and parameters.
 
@@ -138,6 +140,8 @@ def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -
             found.append(names[layer])
         elif isinstance(layer, nn.Parameter) or (isinstance(layer, nn.Module) and layer in modules):
             found.append(layer)
+        elif isinstance(layer, nn.Module) and (inside := [m for m in layer.children() if m in modules]):
+            found.extend(inside)
         else:
             came = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
             raise InputError(

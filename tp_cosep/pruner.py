@@ -105,8 +105,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 "CoSePPruner: global_pruning compares layers for one overall ratio, so it needs a pruning_ratio, got "
                 "None; without it every layer has its own count."
             )
-        if not automatic and pruning_ratio is not None and not 0 <= pruning_ratio < 1:
-            raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1) or None, got {pruning_ratio!r}.")
+        if not automatic and pruning_ratio is not None and not 0 <= pruning_ratio <= 1:
+            raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         self.example_inputs = example_inputs
@@ -282,12 +282,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if selection is None:
             return None, "none of its layers could be measured"
         if not (told is not None and self.global_pruning):
-            self._dictate(view, n_keep, n)
+            self._dictate(key, view, n_keep, n)
         return selection, _knee_in_words(selection) if reason == "knee" else reason
 
-    def _dictate(self, view: GroupView, n_keep: int, n: int) -> None:
+    def _dictate(self, key: tuple[nn.Module, str], view: GroupView, n_keep: int, n: int) -> None:
         """Make the stock pruner keep exactly ``n_keep`` of n: a scope of the group's own, with the ratio for it."""
-        scope = (f"CoSeP {view.name} {n}", [m.layer for m in view.members])
+        scope = (f"CoSeP {view.name} {key[1]}", [m.layer for m in view.members])
         for member in view.members:
             self._layer_to_scope[member.layer] = scope
             self.pruning_ratio_dict[member.layer] = [ratio_for(n_keep, n)] * (self.iterative_steps + 1)
@@ -307,7 +307,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
         if not self._is_ranked:
             return n_pruned  # the count was rounded before the channels were chosen, see _rounded
-        return n_pruned
+        n: int = super()._round_to(n_pruned, current_channels, round_to)
+        return n
 
     def _fit(self) -> None:
         self.importance.fit(self.model, self.loader, **self.fit_options)
