@@ -98,7 +98,10 @@ BAD_LABELS = [
     (lambda y: y[:, None].repeat(1, 2), r"batch 1: expected one label per sample, .* got shape \(40, 2\)"),
     (lambda y: y[0], r"batch 1: expected one label per sample, .* got shape \(\)"),
     (lambda y: y[:-1], "batch 1: expected one label per sample, got 39 labels where the layers' outputs have 40"),
-    (lambda y: torch.cat([y, y]), "batch 1: expected one label per sample, got 80 labels where the layers' outputs have 40"),
+    (
+        lambda y: torch.cat([y, y]),
+        "batch 1: expected one label per sample, got 80 labels where the layers' outputs have 40",
+    ),
 ]
 
 
@@ -149,7 +152,9 @@ def test_target_fn_must_return_a_pair_also_when_labels_are_predicted():
 
 def test_fewer_than_two_classes():
     model, x, y = build("mlp", 10)
-    assert_refused(r"samples of at least two classes, got 1 \(class 3\), 0 of them", model, [(x, torch.full_like(y, 3))])
+    assert_refused(
+        r"samples of at least two classes, got 1 \(class 3\), 0 of them", model, [(x, torch.full_like(y, 3))]
+    )
     with_rare = torch.full_like(y, 3)
     with_rare[5] = 8
     message = r"samples of at least two classes, got 2 \(class 3, 8\), 1 of them with a single sample"

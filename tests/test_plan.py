@@ -298,7 +298,7 @@ def test_a_file_of_another_kind(plan_file, content):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         PruningPlan.load(tmp_path / "plan.json")
-    with pytest.raises(InputError, match="plan: expected an existing folder to write to, got '.*nowhere'"):
+    with pytest.raises(InputError, match=r"plan: expected an existing folder to write to, got '.*nowhere'"):
         PruningPlan().save(tmp_path / "nowhere" / "plan.json")
 
 

@@ -38,7 +38,7 @@ def test_frozen_layers_are_pruned_like_others_and_stay_frozen(names):
 
 
 def test_a_trace_that_fails_leaves_neither_hooks_nor_gradients_behind():
-    model, x, y = build("mlp", 10)
+    model, x, _ = build("mlp", 10)
     frozen(model, ["fc1"])
     before = fingerprint(model)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
