@@ -30,6 +30,7 @@ __all__ = [
     "prunable_groups",
     "read_group",
     "resolve_layers",
+    "resolve_ratios",
     "trace",
     "tracing",
 ]
@@ -148,6 +149,25 @@ def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -
                 f"{where}: expected modules of the model, their names or types, got {came} that is not part of it."
             )
     return found
+
+
+def resolve_ratios(model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[Any, float] | None:
+    """A ``pruning_ratio_dict`` whose keys are layers or tuples of them, given as for :func:`resolve_layers`.
+
+    Returns:
+        The same ratios by module, or ``None`` for ``None``.
+
+    Raises:
+        InputError: If a key is not part of the model.
+    """
+    if ratios is None:
+        return None
+    resolved: dict[Any, float] = {}
+    for layers, ratio in ratios.items():
+        together = isinstance(layers, tuple)
+        found = resolve_layers(model, layers if together else (layers,), "pruning_ratio_dict")
+        resolved.update({tuple(found): ratio} if together else dict.fromkeys(found, ratio))
+    return resolved
 
 
 def module_names(group: Any) -> Mapping[nn.Module, str]:

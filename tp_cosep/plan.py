@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ class GroupPlan:
     layers: tuple[str, ...]
     selection: ChannelSelection | None
     reason: str
+
+    def without(self, idxs: Iterable[int]) -> GroupPlan:
+        """The entry with the channels that really went: ranking across layers decides them late."""
+        if self.selection is None:
+            return self
+        gone = set(idxs)
+        kept = tuple(c for c in range(self.selection.n_channels) if c not in gone)
+        return replace(self, selection=replace(self.selection, keep_idxs=kept, prune_idxs=tuple(sorted(gone))))
 
 
 @dataclass(frozen=True)

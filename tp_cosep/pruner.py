@@ -14,7 +14,7 @@ from torch_pruning.ops import OPTYPE
 
 from tp_cosep.collect import MEASURED_TYPES, evaluating, run_model
 from tp_cosep.errors import InputError, PruningError
-from tp_cosep.groups import GroupView, frozen_kept, read_group, resolve_layers, trace, tracing
+from tp_cosep.groups import GroupView, frozen_kept, read_group, resolve_layers, resolve_ratios, trace, tracing
 from tp_cosep.importance import CoSePSelector, ratio_for
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.selection import ChannelSelection
@@ -123,7 +123,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
             options[name] = dict(options.get(name) or {})
         options["ignored_layers"] = resolve_layers(model, options.get("ignored_layers"), "ignored_layers")
-        options["pruning_ratio_dict"] = _resolve_ratios(model, options.get("pruning_ratio_dict"))
+        options["pruning_ratio_dict"] = resolve_ratios(model, options.get("pruning_ratio_dict"))
         with tracing(model):
             super().__init__(
                 model,
@@ -178,7 +178,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     if self.layerwise and self.fine_tune is not None:
                         self.fine_tune(self.model)
                 for entry in self._pending.values():
-                    self._record(_as_pruned(entry, ()))
+                    self._record(entry.without(()))
                 self._pending.clear()
                 self._record_unvisited()
                 if not self.layerwise and self.fine_tune is not None:
@@ -199,7 +199,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 native(idxs, record_history)
             # A caller who collects the groups first prunes those that are recorded as left out already.
             self.plan = replace(self.plan, groups=tuple(g for g in self.plan if g is not left))
-            self._record(_as_pruned(entry, group[0].idxs if idxs is None else idxs))
+            self._record(entry.without(group[0].idxs if idxs is None else idxs))
 
         group.prune = prune_and_record
         n_entries = len(self.plan)
@@ -378,31 +378,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return undo
 
 
-def _resolve_ratios(model: nn.Module, ratios: dict[Any, float] | None) -> dict[Any, float] | None:
-    if ratios is None:
-        return None
-    resolved: dict[Any, float] = {}
-    for layers, ratio in ratios.items():
-        found = resolve_layers(model, layers if isinstance(layers, tuple) else (layers,), "pruning_ratio_dict")
-        resolved[tuple(found) if isinstance(layers, tuple) else found[0]] = ratio
-    return resolved
-
-
 def _knee_in_words(selection: ChannelSelection) -> str:
     if selection.knee_k is None:
         return "all alike" if selection.k == 1 else "no knee"
     return f"knee at {selection.knee_k}" + (", guarded" if selection.k > selection.knee_k else "")
-
-
-def _as_pruned(entry: GroupPlan, idxs: Iterable[int]) -> GroupPlan:
-    """The entry with the channels that really went: ranking across layers decides them late."""
-    if entry.selection is None:
-        return entry
-    gone = set(idxs)
-    channels = range(entry.selection.n_channels)
-    selection = replace(
-        entry.selection,
-        keep_idxs=tuple(c for c in channels if c not in gone),
-        prune_idxs=tuple(sorted(gone)),
-    )
-    return replace(entry, selection=selection)
