@@ -7,7 +7,8 @@ import torch
 from models import Lambda, assert_untouched, build, fingerprint, initialise, seeded, vectors
 from torch import nn
 
-from tp_cosep.collect import collect_moments, run_model
+from tp_cosep.batches import run_model
+from tp_cosep.collect import collect_moments
 from tp_cosep.errors import InputError
 
 

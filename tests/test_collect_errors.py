@@ -207,10 +207,11 @@ def test_inputs_of_different_sizes_need_pooling():
     assert collect(model, [(small, y), (large, y)], spatial=4)["0"].count.tolist() == [20] * 4
 
 
-def test_a_layer_that_folds_something_into_the_batch():
-    model = nn.Sequential(nn.Linear(6, 5), Lambda(lambda x: x.flatten(0, 1)), nn.Linear(5, 4)).eval()
+def test_a_layer_whose_outputs_cannot_be_told_apart_by_sample():
+    shuffled = Lambda(lambda x: x.flatten(0, 1)[(torch.arange(3 * len(x)) * 2 + 1) % (3 * len(x))])
+    model = nn.Sequential(nn.Linear(6, 5), shuffled, nn.Linear(5, 4)).eval()
     x, y = torch.randn(10, 3, 6), torch.arange(10) % 2
-    with pytest.warns(UserWarning, match="cannot measure 2: these layers fold other dimensions into the batch"):
+    with pytest.warns(UserWarning, match="cannot measure 2: what in the outputs of these layers belongs to which"):
         moments = collect_moments(model, [(x, y), (x + 1, y)], progress=False)
     assert moments["2"].is_empty
     assert torch.equal(moments["0"].count, torch.tensor([10, 10]))

@@ -5,7 +5,8 @@ from models import PRODUCERS, assert_untouched, build, fingerprint, initialise
 from torch import nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.groups import full_group, l1_norms, module_names, prunable_groups, read_group, trace
+from tp_cosep.groups import full_group, l1_norms, module_names, prunable_groups, read_group
+from tp_cosep.tracing import trace
 
 ROOTS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 

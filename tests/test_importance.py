@@ -13,15 +13,15 @@ from models import (
     images,
     initialise,
     pruned_state,
-    seeded,
+    vectors,
 )
 from torch import nn
 
 from tp_cosep import CoSePSelector, InputError
-from tp_cosep.groups import trace
 from tp_cosep.importance import ratio_for
 from tp_cosep.medoids import k_medoids
 from tp_cosep.separability import profiles
+from tp_cosep.tracing import trace
 
 
 def removed(n, ratio):
@@ -312,23 +312,23 @@ def test_a_group_with_one_channel():
 
 
 def test_a_group_of_other_layers_is_left_alone():
-    class Table(nn.Module):
+    class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table = nn.Embedding(6, 8)
+            self.lstm = nn.LSTM(6, 8, batch_first=True)
             self.fc = nn.Linear(8, 4)
 
-        def forward(self, ids):
-            return self.fc(self.table(ids).mean(1))
+        def forward(self, x):
+            return self.fc(self.lstm(x)[0].mean(1))
 
-    model, ids = Table().eval(), torch.randint(6, (20, 5), generator=seeded())
-    selector = fitted(model, ids, torch.arange(20) % 2)
-    graph = trace(model, ids[:1])
-    group = next(iter(graph.get_all_groups(root_module_types=[nn.Embedding])))
+    model, (x, y) = Recurrent().eval(), vectors(shape=(5, 6))
+    selector = fitted(model, x, y)
+    graph = trace(model, x[:1])
+    group = next(iter(graph.get_all_groups(root_module_types=[nn.LSTM])))
     assert selector.select(group) is None
     assert selector.distances(group) is None
     assert selector(group) is None
-    assert list(selector.pruning_ratio_dict(model, ids[:1], root_module_types=[nn.Embedding, nn.Linear])) == [model.fc]
+    assert list(selector.pruning_ratio_dict(model, x[:1])) == [model.fc]
 
 
 def test_fitting_again_replaces_what_was_measured_unless_it_fails():

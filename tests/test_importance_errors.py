@@ -7,7 +7,7 @@ from models import assert_untouched, build, fingerprint, vectors
 from torch import nn
 
 from tp_cosep import CoSePSelector, InputError, KneeMethod, NotFittedError
-from tp_cosep.groups import trace
+from tp_cosep.tracing import trace
 
 
 def fitted(model, x, y, **options):

@@ -86,7 +86,7 @@ class TestMss:
 
     def test_channel_groups_count_once(self, planted):
         _, _, selection = planted
-        _, ax = plot_mss(selection.tiled(3))
+        _, ax = plot_mss(selection.expanded(torch.arange(24).repeat(3)))
         assert line(ax, "kept").get_label() == f"kept: {selection.k} of 24"
 
     def test_no_knee_no_mark(self, planted):
@@ -194,7 +194,7 @@ class TestSeparabilitySpace:
 
     def test_channel_groups_are_drawn_as_slots(self, planted):
         _, distances, selection = planted
-        _, ax = plot_separability_space(distances, selection.tiled(2))
+        _, ax = plot_separability_space(distances, selection.expanded(torch.arange(24).repeat(2)))
         _, _, rings = self.drawn(ax, selection)
         assert len(rings) == selection.k
 

@@ -19,7 +19,7 @@ from models import (
 from torch import nn
 
 from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError
-from tp_cosep.groups import trace
+from tp_cosep.tracing import trace
 
 
 def own_counts(model, x, selector):

@@ -46,7 +46,7 @@ def plan():
         (
             GroupPlan("stage1.conv", "out", ("stage1.conv", "skip.conv"), selection, "pruning_ratio"),
             GroupPlan("norm", "in", ("norm",), replace(selection, knee_k=None, knee_strength=0.0), "knee"),
-            GroupPlan("grouped", "out", ("grouped",), selection.tiled(2), "knee"),
+            GroupPlan("grouped", "out", ("grouped",), selection.expanded(torch.arange(64).repeat(2)), "knee"),
             GroupPlan("head", "out", ("head",), None, "its channels are the model's output"),
         )
     )

@@ -251,8 +251,8 @@ def test_bad_distances_and_options():
 def test_a_selection_is_repeated_in_every_channel_group():
     d = planted(3, 4)
     selection = select_channels(d, n_keep=3)
-    assert selection.tiled(1) is selection
-    tiled = selection.tiled(5)
+    assert selection.expanded(torch.arange(12)) is selection
+    tiled = selection.expanded(torch.arange(12).repeat(5))
     assert tiled.n_channels == 60
     kept = [c + 12 * g for g in range(5) for c in selection.keep_idxs]
     assert list(tiled.keep_idxs) == sorted(kept)

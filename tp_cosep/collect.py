@@ -1,7 +1,7 @@
 """From a model and a loader to class-conditional moments of its layers.
 
-The only module that runs the model on data. Whatever happens on the way, the model comes back as it
-was: hooks removed, every submodule in its own mode, no gradient and no buffer touched.
+Whatever happens on the way, the model comes back as it was: hooks removed, every submodule in its own mode,
+no gradient and no buffer touched.
 """
 
 from __future__ import annotations
@@ -17,50 +17,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from tqdm.auto import tqdm
 
+from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model, take_samples
 from tp_cosep.errors import InputError
+from tp_cosep.layouts import Layout, find_layout, to_samples
 from tp_cosep.moments import ClassMoments, to_cells
 
-__all__ = ["MEASURED_TYPES", "channel_dim_of", "collect_moments", "evaluating", "measured_layers", "run_model"]
+__all__ = ["CHANNEL_DIMS", "TAPS", "channel_dim_of", "collect_moments", "measured_layers"]
 
-#: Layers whose outputs are measured: those that create channels. Normalisation and activations
-#: follow them, and JM distances do not change under a normalisation's affine map.
-MEASURED_TYPES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
+#: Layers that are measured, and the dimension of their tensors that holds the channels. They are those that
+#: create channels. Normalisation and activations follow them, and JM distances do not change under a
+#: normalisation's affine map.
+CHANNEL_DIMS: dict[type[nn.Module], int] = {
+    _ConvNd: 1,
+    nn.Linear: -1,
+    nn.Embedding: -1,
+    nn.MultiheadAttention: -1,
+}
+
+#: What is measured of a layer: what it makes, or what it reads.
+TAPS = ("producers", "consumers")
 
 _BYTES_PER_MOMENT = 2 * 8  # mean and squared deviation, float64
+_Record = Callable[[str, Tensor], None]
 
 
-def channel_dim_of(layer: nn.Module) -> int:
-    """The dimension of a layer's output that holds its channels: last for linear layers, else 1."""
-    return -1 if isinstance(layer, nn.Linear) else 1
+def channel_dim_of(layer: nn.Module, channel_dims: Mapping[type[nn.Module], int] | None = None) -> int | None:
+    """The dimension of a layer's tensors that holds its channels; ``None`` for a layer that is not measured."""
+    known = {**CHANNEL_DIMS, **(channel_dims or {})}
+    return next((known[t] for t in type(layer).__mro__ if t in known), None)
 
 
-def measured_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that :func:`collect_moments` measures, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MEASURED_TYPES)}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without gradients, and every submodule back in its own mode after."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-
-
-def run_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a tensor, on a tuple or list of arguments, or on a dict of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+def measured_layers(
+    model: nn.Module, channel_dims: Mapping[type[nn.Module], int] | None = None
+) -> dict[str, nn.Module]:
+    """The layers of a model that :func:`collect_moments` can measure, by name."""
+    # An attention layer of torch computes its output projection itself: the projection never runs as a layer.
+    inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    return {
+        name: m for name, m in model.named_modules() if m not in inside and channel_dim_of(m, channel_dims) is not None
+    }
 
 
 def collect_moments(
@@ -68,6 +64,9 @@ def collect_moments(
     loader: Iterable[Any],
     *,
     spatial: int | str | None = 4,
+    tap: str = "producers",
+    layers: Iterable[str] | Callable[[Any], Iterable[str]] | None = None,
+    channel_dims: Mapping[type[nn.Module], int] | None = None,
     target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
     labels: str = "given",
     rare_classes: str = "error",
@@ -75,7 +74,7 @@ def collect_moments(
     memory_budget: int = 2**30,
     progress: bool = True,
 ) -> dict[str, ClassMoments]:
-    """Measure every convolutional and linear layer of a model, class by class, in one pass.
+    """Measure the convolutional, linear, embedding and attention layers of a model, class by class, in one pass.
 
     Args:
         model: Any module; runs in eval mode on its own device. Inputs are moved there, and floating
@@ -85,6 +84,10 @@ def collect_moments(
         spatial: Maps are average-pooled to ``spatial`` cells along each dimension; ``None`` keeps every
             pixel (the papers' form); ``"auto"`` takes the largest value whose moments fit
             ``memory_budget``.
+        tap: ``"producers"`` measures what layers make, ``"consumers"`` what they read.
+        layers: Names of the layers to measure, or a function of the first batch's inputs that returns them; all of
+            the known types if not given.
+        channel_dims: Further types of layers, and the dimension of their tensors that holds the channels.
         target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
         labels: ``"given"``, or ``"predicted"`` for the arg max of the model's own output; a batch may then
             be the inputs alone.
@@ -98,122 +101,188 @@ def collect_moments(
 
     Returns:
         Moments by layer name, in the order in which the layers first ran. A layer that never ran is
-        not in it; one that folds other dimensions into the batch, as window attention does, has empty ones.
+        not in it; one whose tensors cannot be told apart by sample has empty ones.
 
     Raises:
         InputError: If the loader is empty, a batch or a label is not as described, an activation is NaN
             or infinite, there are fewer than two classes, or a class has too few samples.
     """
-    _check_options(spatial, labels, rare_classes)
-    layers = measured_layers(model)
-    if not layers:
+    _check_options(spatial, labels, rare_classes, tap)
+    known = measured_layers(model, channel_dims)
+    if not known:
         raise InputError("fit: expected a model with convolutional or linear layers, found none.")
-    reader = _BatchReader(model, target_fn, predicted=labels == "predicted")
+    reader = BatchReader(model, target_fn, predicted=labels == "predicted")
+    first, batches = _peek(loader)
+    if callable(layers):
+        layers = layers(reader.split(first, 0)[0])
+    chosen = known if layers is None else {name: known[name] for name in layers if name in known}
+    if not chosen:
+        raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
+    taps = _Taps(chosen, tap, channel_dims)
     moments: dict[str, ClassMoments] = {}
     samples: Counter[int] = Counter()
-    batches = iter(loader)
     with evaluating(model):
         n_cells = None if isinstance(spatial, str) else spatial
         if spatial == "auto":
-            batches, n_cells = _fit_spatial(model, layers, reader, batches, n_classes, memory_budget)
-        bar = tqdm(
-            batches,
-            desc="class moments",
-            unit="batch",
-            total=_length(loader),
-            disable=None if progress else True,
-            leave=False,
-        )
-        for i, batch in enumerate(bar):
+            n_cells = _fit_spatial(model, taps, reader, first, n_classes, memory_budget)
+        for i, batch in enumerate(progress_bar(batches, loader, "class moments", shown=progress)):
             inputs, given = reader.split(batch, i)
-            with _recording(layers, n_cells) as records:
+            if n_samples(inputs) == 0:
+                continue
+            taps.look(model, inputs)
+            with taps.recording(n_samples(inputs) or 1, n_cells) as records:
                 outputs = run_model(model, inputs)
             targets = reader.labels(outputs, given, i)
-            if len(targets) == 0:
-                continue
             samples.update(targets.tolist())
-            _leave_out_folded(records, moments, len(targets), i)
             for name, activations in records.items():
                 layer_moments = moments.setdefault(name, ClassMoments())
                 for x in activations:
+                    _check_rows(x, targets, i)
                     _update(layer_moments, x, targets, name)
-    folded = [name for name, m in moments.items() if m.is_empty]
-    if folded and samples:
+    unclear = sorted(taps.unclear & set(moments))
+    if unclear and samples:
         warnings.warn(
-            f"fit: cannot measure {', '.join(folded)}: these layers fold other dimensions into the batch, so their "
-            "outputs do not belong to single samples; groups of such layers alone are left alone.",
+            f"fit: cannot measure {', '.join(unclear)}: what in the outputs of these layers belongs to which sample "
+            "cannot be told; groups of such layers alone are left alone.",
             stacklevel=3,
         )
     return _drop_rare_classes(moments, samples, rare_classes)
 
 
-def _leave_out_folded(
-    records: dict[str, list[Tensor]], moments: dict[str, ClassMoments], n_samples: int, i: int
-) -> None:
-    """Empty the moments of layers whose outputs have not one row per sample, and drop what they recorded."""
-    odd = {name for name, outputs in records.items() if any(len(x) != n_samples for x in outputs)}
-    if odd and len(odd) == len(records):
-        n_rows = len(next(iter(records.values()))[0])
-        raise InputError(
-            f"batch {i}: expected one label per sample, got {n_samples} labels where the layers' outputs have {n_rows} "
-            "rows; the first dimension of every input has to be the sample."
-        )
-    for name in [*records]:
-        if name in odd or (name in moments and moments[name].is_empty):
-            moments[name] = ClassMoments()
-            del records[name]
-
-
-def _check_options(spatial: int | str | None, labels: str, rare_classes: str) -> None:
+def _check_options(spatial: int | str | None, labels: str, rare_classes: str, tap: str) -> None:
     is_count = isinstance(spatial, int) and not isinstance(spatial, bool) and spatial >= 1
     if not (is_count or spatial is None or spatial == "auto"):
         raise InputError(f"fit: expected spatial to be an integer ≥ 1, None or 'auto', got {spatial!r}.")
-    if labels not in ("given", "predicted"):
-        raise InputError(f"fit: expected labels='given' or 'predicted', got {labels!r}.")
-    if rare_classes not in ("error", "drop"):
-        raise InputError(f"fit: expected rare_classes='error' or 'drop', got {rare_classes!r}.")
+    for name, value, known in (
+        ("labels", labels, ("given", "predicted")),
+        ("rare_classes", rare_classes, ("error", "drop")),
+        ("tap", tap, TAPS),
+    ):
+        if value not in known:
+            raise InputError(f"fit: expected {name}={known[0]!r} or {known[1]!r}, got {value!r}.")
 
 
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:  # an iterable without a length
-        return None
+class _Taps:
+    """Hooks on layers, and what has been found out of where their tensors hold the samples.
+
+    Attributes:
+        unclear: Layers whose tensors cannot be told apart by sample.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], tap: str, channel_dims: Mapping[type[nn.Module], int] | None
+    ) -> None:
+        self.layers = layers
+        self.unclear: set[str] = set()
+        self._tap = tap
+        self._dims = {name: channel_dim_of(m, channel_dims) for name, m in layers.items()}
+        self._layouts: dict[str, Layout] = {}
+        self._has_looked = False
+
+    @contextmanager
+    def on_tensor(self, record: _Record) -> Iterator[None]:
+        """Call ``record(name, tensor)`` for every layer that runs; channels in the last dimension."""
+        handles = []
+        try:
+            for name, layer in self.layers.items():
+                handles.append(self._hook(name, layer, record))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, layer: nn.Module, record: _Record) -> Any:
+        dim = self._dims[name]
+        assert dim is not None
+
+        def take(value: Any) -> None:
+            x = value[0] if isinstance(value, (tuple, list)) and value else value
+            if isinstance(x, Tensor) and x.dim() > max(dim, 0):
+                record(name, x.movedim(dim, -1))
+
+        if self._tap == "producers":
+            return layer.register_forward_hook(lambda _module, _args, output: take(output))
+        return layer.register_forward_pre_hook(
+            lambda _module, args, kwargs: take(args or list(kwargs.values())), with_kwargs=True
+        )
+
+    def look(self, model: nn.Module, inputs: Any) -> None:
+        """Find the layers' layouts, from two short runs on a few of the samples of the first batch that has some."""
+        n_more = min(n_samples(inputs) or 1, 3)
+        if n_more < 2 or self._has_looked:
+            return
+        self._has_looked = True
+        try:
+            more, fewer = self._raw(model, inputs, n_more), self._raw(model, inputs, n_more - 1)
+        except Exception as error:
+            warnings.warn(
+                f"fit: the model does not run on a part of a batch ({type(error).__name__}: {error}); the first "
+                "dimension of every layer's output is taken to be the sample.",
+                stacklevel=4,
+            )
+            return
+        for name in more:
+            found = {
+                find_layout(a, b, n_more, n_more - 1) for a, b in zip(more[name], fewer.get(name, []), strict=False)
+            }
+            layout = found.pop() if len(found) == 1 else None
+            if layout is None or len(more[name]) != len(fewer.get(name, [])):
+                self.unclear.add(name)
+            else:
+                self._layouts[name] = layout
+
+    def _raw(self, model: nn.Module, inputs: Any, n: int) -> dict[str, list[Tensor]]:
+        tensors: dict[str, list[Tensor]] = {}
+        with self.on_tensor(lambda name, x: tensors.setdefault(name, []).append(x.clone())):
+            run_model(model, take_samples(inputs, n, n_samples(inputs) or 1))
+        return tensors
+
+    @contextmanager
+    def recording(self, n: int, spatial: int | None) -> Iterator[dict[str, list[Tensor]]]:
+        """Collect the pooled tensors of n samples, ``[samples, components, cells]``, in the order of the calls."""
+        records: dict[str, list[Tensor]] = {}
+
+        def record(name: str, x: Tensor) -> None:
+            activations = records.setdefault(name, [])
+            if name in self.unclear:
+                return
+            # Before two samples were seen at once, all of a tensor is of the one sample.
+            samples = to_samples(x, self._layouts.get(name, Layout()), n)
+            if samples is None:
+                raise InputError(
+                    f"layer {name!r}: expected a multiple of {n} rows for {n} samples, got {x.shape[0]}; the first "
+                    "dimension of every input has to be the sample."
+                )
+            cells = to_cells(samples, spatial=spatial)
+            if cells.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                cells = cells.clone()  # the next layer may work in place, as ReLU(inplace=True) does
+            activations.append(cells)
+
+        with self.on_tensor(record):
+            yield records
+
+    def shapes(self, model: nn.Module, inputs: Any) -> tuple[dict[str, tuple[int, ...]], Any]:
+        """Components and positions of every layer's tensors, and the model's output."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        n = n_samples(inputs) or 1
+
+        def record(name: str, x: Tensor) -> None:
+            samples = None if name in self.unclear else to_samples(x, self._layouts.get(name, Layout()), n)
+            if samples is not None:
+                shapes[name] = tuple(samples.shape[1:])
+
+        self.look(model, inputs)
+        with self.on_tensor(record):
+            outputs = run_model(model, inputs)
+        return shapes, outputs
 
 
-@contextmanager
-def _on_output(layers: Mapping[str, nn.Module], record: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Call ``record(name, layer, output)`` whenever one of the layers runs."""
-
-    def make_hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
-            record(name, layer, output)
-
-        return hook
-
-    handles = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(make_hook(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _recording(layers: Mapping[str, nn.Module], spatial: int | None) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the pooled outputs of layers, ``[samples, components, cells]``, in the order of the calls."""
-    records: dict[str, list[Tensor]] = {}
-
-    def record(name: str, layer: nn.Module, output: Tensor) -> None:
-        cells = to_cells(output, channel_dim=channel_dim_of(layer), spatial=spatial)
-        if cells.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
-            cells = cells.clone()  # the next layer may work in place, as ReLU(inplace=True) does
-        records.setdefault(name, []).append(cells)
-
-    with _on_output(layers, record):
-        yield records
+def _check_rows(x: Tensor, labels: Tensor, i: int) -> None:
+    if len(x) != len(labels):
+        raise InputError(
+            f"batch {i}: expected one label per sample, got {len(labels)} labels where the layers' outputs have "
+            f"{len(x)} rows; the first dimension of every input has to be the sample."
+        )
 
 
 def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None:
@@ -229,108 +298,21 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
         raise InputError(f"layer {name!r}: {error}") from error
 
 
-class _BatchReader:
-    """Turns whatever the loader yields into model inputs and checked labels."""
-
-    def __init__(self, model: nn.Module, target_fn: Callable[[Any], tuple[Any, Any]] | None, *, predicted: bool):
-        tensors = list(itertools.chain(model.parameters(), model.buffers()))
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
-        self.target_fn = target_fn
-        self.predicted = predicted
-
-    def split(self, batch: Any, i: int) -> tuple[Any, Any]:
-        """Inputs on the model's device, and the labels as they came."""
-        if self.target_fn is not None:
-            batch = self.target_fn(batch)
-        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-        if not is_pair and not (self.predicted and self.target_fn is None):
-            raise InputError(
-                f"batch {i}: expected a pair (inputs, labels), got {_describe(batch)}; pass target_fn=, a function "
-                "that turns a batch into such a pair."
-            )
-        inputs, labels = batch if is_pair else (batch, None)
-        return self._to_model(inputs), labels
-
-    def labels(self, outputs: Any, given: Any, i: int) -> Tensor:
-        """Labels ``[samples]`` on the model's device: those given, or the model's own predictions."""
-        if self.predicted:
-            return _logits(outputs, i).argmax(1)
-        try:
-            labels = torch.as_tensor(given)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"batch {i}: expected integer labels, got {type(given).__name__} ({error}); pass target_fn= to turn "
-                "other targets into class numbers, or labels='predicted'."
-            ) from error
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise InputError(
-                f"batch {i}: expected integer labels, got {labels.dtype}; if they are class numbers convert them with "
-                ".long(), else pass target_fn=."
-            )
-        if labels.dim() == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        if labels.dim() != 1:
-            raise InputError(
-                f"batch {i}: expected one label per sample, shape [samples], got shape {tuple(labels.shape)}; "
-                "pass target_fn= to turn other targets into class labels."
-            )
-        labels = labels.to(self.device, torch.int64)
-        if len(labels) and int(labels.min()) < 0:
-            raise InputError(f"batch {i}: expected labels ≥ 0, got {int(labels.min())}; drop such samples first.")
-        return labels
-
-    def _to_model(self, inputs: Any) -> Any:
-        if isinstance(inputs, Tensor):
-            cast = self.dtype if inputs.is_floating_point() else None
-            return inputs.to(self.device, cast)
-        if isinstance(inputs, Mapping):
-            return {key: self._to_model(value) for key, value in inputs.items()}
-        if isinstance(inputs, (tuple, list)):
-            return [self._to_model(value) for value in inputs]
-        return inputs
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {len(batch)}"
-    return f"a {type(batch).__name__}"
-
-
-def _logits(outputs: Any, i: int) -> Tensor:
-    if isinstance(outputs, Mapping):
-        outputs = outputs.get("logits")
-    elif hasattr(outputs, "logits"):
-        outputs = outputs.logits
-    if isinstance(outputs, (tuple, list)):
-        outputs = outputs[0]
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        came = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise InputError(f"batch {i}: labels='predicted' needs a model output of shape [samples, classes], got {came}.")
-    return outputs
-
-
-def _fit_spatial(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    reader: _BatchReader,
-    batches: Iterator[Any],
-    n_classes: int | None,
-    memory_budget: int,
-) -> tuple[Iterator[Any], int]:
-    """The largest number of cells per dimension whose moments fit; gives the first batch back."""
+def _peek(loader: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and all of them."""
+    batches = iter(loader)
     first = next(batches, None)
     if first is None:
         raise InputError(_EMPTY)
-    shapes: dict[str, tuple[int, ...]] = {}
+    return first, itertools.chain([first], batches)
 
-    def record(name: str, layer: nn.Module, output: Tensor) -> None:
-        shapes[name] = tuple(output.movedim(channel_dim_of(layer), 1).shape[1:])
 
+def _fit_spatial(
+    model: nn.Module, taps: _Taps, reader: BatchReader, first: Any, n_classes: int | None, memory_budget: int
+) -> int:
+    """The largest number of cells per dimension whose moments fit."""
     inputs, given = reader.split(first, 0)
-    with _on_output(layers, record):
-        outputs = run_model(model, inputs)
+    shapes, outputs = taps.shapes(model, inputs)
     if n_classes is None:
         labels = reader.labels(outputs, given, 0)
         seen = int(labels.max()) + 1 if len(labels) else 1
@@ -347,7 +329,7 @@ def _fit_spatial(
             f"fit: the moments of {n_classes} classes need {n_bytes(1):,} bytes even with spatial=1, the "
             f"memory_budget is {memory_budget:,}; raise memory_budget."
         )
-    return itertools.chain([first], batches), fitting[-1]
+    return fitting[-1]
 
 
 _EMPTY = (

@@ -19,14 +19,15 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from tp_cosep._demo_data import LOADERS, ImageData
-from tp_cosep.collect import MEASURED_TYPES, evaluating
+from tp_cosep.batches import evaluating
 from tp_cosep.errors import CoSePError, InputError, MissingDependencyError
-from tp_cosep.groups import prunable_groups, read_group, trace
+from tp_cosep.groups import prunable_groups, read_group
 from tp_cosep.importance import CoSePSelector
 from tp_cosep.plan import PruningPlan
 from tp_cosep.plots import plot_kept_channels, plot_mss, plot_separability_space
 from tp_cosep.pruner import CoSePPruner
 from tp_cosep.report import ModelStats, layer_table, measure_models, model_table
+from tp_cosep.tracing import ROOT_TYPES, trace
 
 __all__ = ["DATA", "DemoNet", "DemoResult", "accuracy", "run_demo", "train", "train_net"]
 
@@ -264,7 +265,7 @@ def _prune(
         selector = CoSePSelector().fit(pruned, calibration)
         pruner = CoSePPruner(pruned, example, importance=selector)
         pruner.step()
-        groups = prunable_groups(trace(trained, example), (), MEASURED_TYPES)
+        groups = prunable_groups(trace(trained, example), (), ROOT_TYPES)
         distances = {read_group(group).name: selector.distances(group) for group in groups}
     return pruned, pruner.plan, {name: d for name, d in distances.items() if d is not None}
 

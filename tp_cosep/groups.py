@@ -1,50 +1,51 @@
-"""Reading a Torch-Pruning group: which layers create its channels, and how their channels correspond.
+"""Reading a Torch-Pruning group: which layers make and read its channels, and what can be chosen among them.
 
-A group is pruned along one dimension, its root's. The pruner averages scores over *channel groups*
-(grouped convolution, GroupNorm), so that each of them keeps as many channels; what can be chosen
-there is a *slot*, the channels at one position of every channel group. Components are slots; without
-channel groups every channel is a slot of its own.
+A group is pruned along one dimension, its root's. What is chosen are *components*. Mostly that is a channel. The
+pruner averages scores over *channel groups* (grouped convolution, GroupNorm, attention heads), so that each of
+them keeps as many channels; what can be chosen there is a *slot*, the channels at one position of every channel
+group. Channels that Torch-Pruning removes together because a ``chunk`` or ``split`` joined them (gated
+units) are one component too. And where heads are dropped whole, a component is a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency.index_mapping import _ConcatIndexMapping, _SliceIndexMapping, _SplitIndexMapping
 
-from tp_cosep.collect import evaluating
+from tp_cosep.batches import n_samples, run_model, take_samples
+from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError
+from tp_cosep.tracing import ROOT_TYPES, trace
 
 __all__ = [
     "GroupView",
     "Member",
-    "frozen_kept",
     "full_group",
     "l1_norms",
     "module_names",
     "prunable_groups",
+    "prunable_layers",
     "read_group",
-    "resolve_layers",
-    "resolve_ratios",
-    "trace",
-    "tracing",
+    "side_of",
 ]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A layer that loses output channels with the group: one that creates them, or a normalisation behind it.
+    """A layer that loses channels with the group.
 
     Attributes:
         name: The module's name in the model.
         layer: The module.
-        n_channels: Its output channels.
-        rows: ``[m]`` int64, output channels of this layer that belong to the group.
+        n_channels: Its channels, on the side that the group is on.
+        rows: ``[m]`` int64, ascending: channels of this layer that belong to the group.
+        channels: ``[m]`` int64, the channel of the root that each of them goes with.
         components: ``[m]`` int64, the component of each of them; one component may have several rows.
     """
 
@@ -52,6 +53,7 @@ class Member:
     layer: nn.Module
     n_channels: int
     rows: Tensor
+    channels: Tensor
     components: Tensor
 
 
@@ -62,112 +64,44 @@ class GroupView:
     Attributes:
         name: Name of the root module.
         root: The root module; the pruner takes ratios by it.
-        n_channels: Prunable indices of the root.
+        side: ``"out"`` or ``"in"``: which channels of the root.
+        component_of: ``[n_channels]`` int64, the component of every channel of the root.
         n_channel_groups: Number of channel groups; 1 if there are none.
-        members: The layers that lose output channels, in the group's order.
+        members: The layers that lose output channels, in the group's order: those that create them, and
+            normalisations behind.
+        readers: The layers that read the channels: those that lose input channels, and depthwise ones.
+        unit: ``"channel"``, or ``"head"`` if components are whole attention heads. A component's profile joins
+            those of its channels, or, for a head, is their mean.
     """
 
     name: str
     root: nn.Module
-    n_channels: int
+    side: str
+    component_of: Tensor
     n_channel_groups: int
     members: tuple[Member, ...]
+    readers: tuple[Member, ...]
+    unit: str = "channel"
+
+    @property
+    def n_channels(self) -> int:
+        """Prunable indices of the root."""
+        return len(self.component_of)
 
     @property
     def n_components(self) -> int:
-        """Number of slots to choose from."""
-        return self.n_channels // self.n_channel_groups
+        """Number of components to choose from."""
+        return int(self.component_of.max()) + 1
+
+    def tapped(self, tap: str) -> tuple[Member, ...]:
+        """The layers whose moments describe the channels, see :data:`tp_cosep.collect.TAPS`."""
+        return self.members if tap == "producers" else self.readers
 
     def channels_of(self, components: Iterable[int]) -> list[int]:
         """Root channels of some components, ascending."""
-        return sorted(c + g * self.n_components for c in components for g in range(self.n_channel_groups))
-
-
-@contextmanager
-def tracing(model: nn.Module) -> Iterator[None]:
-    """Let Torch-Pruning trace a model and get the model back as it was, also after an exception.
-
-    It follows the graph that autograd records, in which frozen layers are missing; so everything requires a
-    gradient meanwhile. The hooks that an interrupted trace leaves behind are removed.
-    """
-    hooks = {m: set(m._forward_hooks) for m in model.modules()}
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        with evaluating(model), torch.enable_grad():
-            yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-        for m, before in hooks.items():
-            for key in set(m._forward_hooks) - before:
-                del m._forward_hooks[key]
-
-
-def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
-    """Torch-Pruning's dependency graph of a model, see :func:`tracing`."""
-    with tracing(model):
-        return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, **options)
-
-
-@contextmanager
-def frozen_kept(model: nn.Module) -> Iterator[None]:
-    """Keep frozen parameters frozen while pruning replaces them by new ones."""
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    yield
-    parameters = dict(model.named_parameters())
-    for name in frozen:
-        parameters[name].requires_grad_(False)
-
-
-def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -> list[Any]:
-    """Layers given as modules, names, module types or parameters, as modules and parameters of the model.
-
-    A container of the caller's own that holds layers of the model stands for them.
-
-    Returns:
-        Modules and parameters.
-
-    Raises:
-        InputError: If one of them is not part of the model.
-    """
-    names = dict(model.named_modules())
-    modules, found = set(names.values()), list[Any]()
-    for layer in layers or ():
-        if isinstance(layer, type):
-            found.extend(m for m in modules if isinstance(m, layer))
-        elif isinstance(layer, str) and layer in names:
-            found.append(names[layer])
-        elif isinstance(layer, nn.Parameter) or (isinstance(layer, nn.Module) and layer in modules):
-            found.append(layer)
-        elif isinstance(layer, nn.Module) and (inside := [m for m in layer.children() if m in modules]):
-            found.extend(inside)
-        else:
-            came = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
-            raise InputError(
-                f"{where}: expected modules of the model, their names or types, got {came} that is not part of it."
-            )
-    return found
-
-
-def resolve_ratios(model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[Any, float] | None:
-    """A ``pruning_ratio_dict`` whose keys are layers or tuples of them, given as for :func:`resolve_layers`.
-
-    Returns:
-        The same ratios by module, or ``None`` for ``None``.
-
-    Raises:
-        InputError: If a key is not part of the model.
-    """
-    if ratios is None:
-        return None
-    resolved: dict[Any, float] = {}
-    for layers, ratio in ratios.items():
-        together = isinstance(layers, tuple)
-        found = resolve_layers(model, layers if together else (layers,), "pruning_ratio_dict")
-        resolved.update({tuple(found): ratio} if together else dict.fromkeys(found, ratio))
-    return resolved
+        wanted = torch.tensor([*components], dtype=torch.int64)
+        found: list[int] = torch.isin(self.component_of, wanted).nonzero()[:, 0].tolist()
+        return found
 
 
 def module_names(group: Any) -> Mapping[nn.Module, str]:
@@ -207,64 +141,185 @@ def prunable_groups(
     return groups
 
 
+def prunable_layers(
+    model: nn.Module, inputs: Any, ignored: Iterable[nn.Module], channel_dims: Mapping[type[nn.Module], int]
+) -> list[str]:
+    """Names of the layers that can be measured and belong to a group that can be pruned.
+
+    Args:
+        model: A model.
+        inputs: A batch of inputs; it is traced with one or two of their samples.
+        ignored: As for the pruner: groups that contain one of these are left alone.
+        channel_dims: Further types of layers that can be measured. They are taken to belong to a group.
+
+    Returns:
+        The names; those of all layers, with a warning, if Torch-Pruning cannot trace the model on the inputs.
+    """
+    known, ignored = measured_layers(model, channel_dims), list(ignored)
+    few = take_samples(inputs, 2, n_samples(inputs) or 1)
+    try:
+        graph = trace(model, few, forward_fn=run_model, verbose=False)
+        groups = prunable_groups(graph, ignored, ROOT_TYPES) if ignored else ()
+        reached = {dep.target.module for group in groups for dep, _ in group} if ignored else set(graph.module2node)
+    except Exception as error:
+        warnings.warn(
+            f"fit: Torch-Pruning cannot trace the model on the first batch ({type(error).__name__}: {error}); every "
+            "layer is measured, also those that cannot be pruned. Name them with layers= to save time.",
+            stacklevel=5,
+        )
+        return list(known)
+    return [name for name, m in known.items() if m in reached or isinstance(m, tuple(channel_dims))]
+
+
+def side_of(group: Any) -> str:
+    """Which channels of its root a group removes: ``"out"`` or ``"in"``."""
+    return "out" if group._DG.is_out_channel_pruning_fn(group[0].dep.handler) else "in"
+
+
 def read_group(
     group: Any,
     in_channel_groups: Mapping[nn.Module, int] | None = None,
     out_channel_groups: Mapping[nn.Module, int] | None = None,
+    n_heads: int | None = None,
 ) -> GroupView:
-    """Find the layers that create a group's channels.
+    """Find the layers that create and read a group's channels.
 
     Args:
-        group: A ``tp.Group`` with all channels of its root, see :func:`full_group`.
+        group: A ``tp.Group``; one with a part of the channels stands for the whole one.
         in_channel_groups: Channel groups that a pruner was told of, by layer, beside those that
-            convolutions and GroupNorms have by themselves.
+            convolutions, GroupNorms and attention layers have by themselves.
         out_channel_groups: Likewise for outputs.
+        n_heads: Choose among that many attention heads, each a block of consecutive channels of the root.
 
     Returns:
         The group's layers and how their channels correspond.
 
     Raises:
-        InputError: If the number of channels is not a multiple of the number of channel groups.
+        InputError: If the number of channels is not a multiple of the number of channel groups or heads, or
+            a layer has fewer channels than the group wants to remove there.
     """
     names = module_names(group)
-    graph = group._DG
-    n_channels = len(group[0].idxs)
-    n_groups = _n_channel_groups(group, in_channel_groups or {}, out_channel_groups or {})
-    name = names.get(group[0].dep.target.module, "?")
-    if n_channels % n_groups:
-        raise InputError(
-            f"layer {name!r}: expected a number of channels divisible by its {n_groups} channel groups, "
-            f"got {n_channels}."
-        )
-    n_slots = n_channels // n_groups
-    members = []
+    group = full_group(group)
+    root, n_channels = group[0].dep.target.module, len(group[0].idxs)
+    channels = torch.arange(n_channels)
+    if n_heads is None:
+        n_groups, whose = _n_channel_groups(group, in_channel_groups or {}, out_channel_groups or {})
+        _check_divides(n_channels, n_groups, names.get(whose, "?"), "channel groups")
+        component_of = _joined(group, channels % (n_channels // n_groups))
+    else:
+        n_groups = 1
+        _check_divides(n_channels, n_heads, names.get(root, "?"), "heads")
+        component_of = channels // (n_channels // n_heads)
+    members, readers = [], []
     for i, (dep, idxs) in enumerate(group):
         layer = dep.target.module
-        if layer not in names or not graph.is_out_channel_pruning_fn(dep.handler):
+        if layer not in names:
             continue
-        # A root index of None marks a position that no root channel maps to.
-        pairs = [(row, root) for row, root in zip(idxs, group[i].root_idxs, strict=True) if root is not None]
-        rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64)
-        components = torch.tensor([root % n_slots for _, root in pairs], dtype=torch.int64)
-        members.append(Member(names[layer], layer, graph.get_out_channels(layer) or len(idxs), rows, components))
-    return GroupView(name, group[0].dep.target.module, n_channels, n_groups, tuple(members))
+        is_out, is_in = (
+            f(dep.handler) for f in (group._DG.is_out_channel_pruning_fn, group._DG.is_in_channel_pruning_fn)
+        )
+        member = _member(group, layer, names[layer], idxs, group[i].root_idxs, component_of, is_out=is_out)
+        if is_out:
+            members.append(member)
+        if is_in and not isinstance(layer, nn.Embedding):  # what an embedding reads are numbers of words
+            readers.append(member)
+    unit = "channel" if n_heads is None else "head"
+    name = names.get(root, "?")
+    return GroupView(name, root, side_of(group), component_of, n_groups, tuple(members), tuple(readers), unit)
+
+
+def _check_divides(n: int, n_parts: int, name: str, what: str) -> None:
+    if n_parts < 1 or n % n_parts:
+        raise InputError(f"layer {name!r}: expected a number of channels divisible by its {n_parts} {what}, got {n}.")
+
+
+def _member(
+    group: Any, layer: nn.Module, name: str, idxs: Any, root_idxs: Any, component_of: Tensor, *, is_out: bool
+) -> Member:
+    graph = group._DG
+    n = (graph.get_out_channels if is_out else graph.get_in_channels)(layer)
+    if n is not None and len(idxs) and max(idxs) >= n:
+        raise InputError(
+            f"layer {name!r}: expected {max(idxs) + 1} channels or more, as the layers joined with it have, got "
+            f"{n}: something is broadcast between them, which Torch-Pruning takes for channels that belong together; "
+            "put one of them into ignored_layers."
+        )
+    # A root index of None marks a position that no root channel maps to.
+    pairs = sorted((row, root) for row, root in zip(idxs, root_idxs, strict=True) if root is not None)
+    rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64)
+    channels = torch.tensor([root for _, root in pairs], dtype=torch.int64)
+    return Member(name, layer, n or len(idxs), rows, channels, component_of[channels])
 
 
 def _n_channel_groups(
     group: Any, in_channel_groups: Mapping[nn.Module, int], out_channel_groups: Mapping[nn.Module, int]
-) -> int:
-    graph, n_groups = group._DG, 1
+) -> tuple[int, nn.Module]:
+    """The largest number of channel groups that a layer of the group has, and that layer."""
+    graph, n_groups, whose = group._DG, 1, group[0].dep.target.module
     for dep, _ in group:
         layer = dep.target.module
-        pruner = graph.get_pruner_of_module(layer)
         is_out = graph.is_out_channel_pruning_fn(dep.handler)
-        told = (out_channel_groups if is_out else in_channel_groups).get(layer)
-        is_depthwise = getattr(layer, "groups", 1) == getattr(layer, "out_channels", None)
-        if told is None and (pruner is None or is_depthwise):
-            continue
-        own = pruner.get_out_channel_groups(layer) if is_out else pruner.get_in_channel_groups(layer)
-        n_groups = max(n_groups, told if told is not None else own)
-    return n_groups
+        n = (out_channel_groups if is_out else in_channel_groups).get(layer)
+        if n is None:
+            n = _own_channel_groups(graph, layer, is_out=is_out)
+        if n > n_groups:
+            n_groups, whose = n, layer
+    return n_groups, whose
+
+
+def _own_channel_groups(graph: Any, layer: nn.Module, *, is_out: bool) -> int:
+    if isinstance(layer, nn.MultiheadAttention):
+        return int(layer.num_heads)  # its heads are blocks of the embedding: each has to lose as much
+    pruner = graph.get_pruner_of_module(layer)
+    is_depthwise = getattr(layer, "groups", 1) == getattr(layer, "out_channels", None)
+    if pruner is None or is_depthwise:
+        return 1
+    n: int = pruner.get_out_channel_groups(layer) if is_out else pruner.get_in_channel_groups(layer)
+    return n
+
+
+def _joined(group: Any, component_of: Tensor) -> Tensor:
+    """Merge the components of channels that Torch-Pruning cannot remove apart, numbered in order of appearance.
+
+    A group of all channels does not show which of them belong together; groups of some of them do: they
+    contain more of the root than was asked for.
+
+    Returns:
+        ``[channels]``, the component of every channel of the root.
+    """
+    if not _may_join(group):
+        return component_of
+    n = len(component_of)
+    generator = torch.Generator().manual_seed(0)
+    # Any joint channels are on different sides of a random half with probability ½; what a chunk joins are dozens.
+    halves = (range(n // 2), torch.randperm(n, generator=generator)[: n // 2].sort().values.tolist())
+    if all(_removed_with(group, half) == set(half) for half in halves):
+        return component_of
+    label = component_of.tolist()
+    for channel in range(n):
+        with_it = _removed_with(group, [channel]) if label[channel] == component_of[channel] else {channel}
+        merged = {label[other] for other in with_it}
+        if len(merged) > 1:
+            lowest = min(merged)
+            label = [lowest if x in merged else x for x in label]
+    joined: Tensor = torch.unique(torch.tensor(label), return_inverse=True)[1]
+    return joined
+
+
+def _may_join(group: Any) -> bool:
+    """Whether something in a group cuts channels apart or takes a concatenation back, so that paths may rejoin."""
+    for dep, _ in group:
+        for mapping in dep.index_mapping:
+            is_cut = isinstance(mapping, (_SplitIndexMapping, _SliceIndexMapping))
+            if is_cut or (isinstance(mapping, _ConcatIndexMapping) and mapping.reverse):
+                return True
+    return False
+
+
+def _removed_with(group: Any, channels: Iterable[int]) -> set[int]:
+    """Channels of the root that go when some of them go."""
+    dep = group[0].dep
+    return set(group._DG.get_pruning_group(dep.target.module, dep.handler, list(channels))[0].idxs)
 
 
 def l1_norms(view: GroupView) -> Tensor:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_cosep.collect import MEASURED_TYPES, collect_moments, measured_layers
+from tp_cosep.attention import ATTENTION_JS, collect_attention
+from tp_cosep.collect import TAPS, collect_moments, measured_layers
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.groups import GroupView, Member, full_group, l1_norms, prunable_groups, read_group, resolve_layers, trace
+from tp_cosep.groups import GroupView, full_group, l1_norms, prunable_groups, prunable_layers, read_group
+from tp_cosep.head_importance import with_head_scores
+from tp_cosep.heads import attention_heads, rerooted
 from tp_cosep.knee import KneeMethod
 from tp_cosep.medoids import BACKENDS
 from tp_cosep.moments import ClassMoments
 from tp_cosep.selection import ChannelSelection, select_channels
-from tp_cosep.separability import PairMetric, distances_from_gram, profile_gram, resolve_metric
+from tp_cosep.separability import PairMetric, resolve_metric
 from tp_cosep.silhouette import MSS_FORMS
+from tp_cosep.spaces import Space, weight_shape
+from tp_cosep.tracing import ROOT_TYPES, resolve_layers, trace
 
-__all__ = ["CoSePSelector"]
+__all__ = ["CoSePSelector", "ratio_for"]
 
 
 class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
@@ -37,7 +42,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
 
     Args:
         metric: How classes are told apart: ``"jm"``, ``"hellinger"``, ``"wasserstein"`` or a function, see
-            :data:`tp_cosep.separability.PairMetric`.
+            :data:`tp_cosep.separability.PairMetric`. Or ``"attention-js"``: attention heads are compared by the
+            Jensen-Shannon distance of their attention maps, without labels, and nothing but heads is selected.
         spatial: Cells per dimension that maps are pooled to; ``None`` for every pixel, ``"auto"`` for the
             largest number that fits ``memory_budget``.
         knee: ``"guarded"``, ``"strongest"``, ``"first"``, ``"paper"`` or a :class:`tp_cosep.knee.KneeMethod`.
@@ -48,9 +54,18 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
         backend: Of the k-medoids solver, see :func:`tp_cosep.medoids.k_medoids`.
         memory_budget: Bytes for ``spatial="auto"``.
+        tap: Whose view of a channel counts: ``"producers"``, the layers that create it, or ``"consumers"``, the
+            layers that read it, behind additions, normalisation and activations.
+        num_heads: Number of heads by attention layer, as for the pruner. Give a stock pruner the same dictionary. By
+            default :func:`tp_cosep.attention_heads` finds them when :meth:`fit` is called.
+        scope: Where whole heads are selected: ``"layer"``, or ``"model"`` for one space of all heads of the
+            model, with at least one kept in every layer (as CAHP does, arXiv 2606.19150).
+        channel_dims: Further types of layers to measure, such as your own, and the dimension of their output
+            (or, for consumers, input) that holds the channels.
 
     Attributes:
         moments: Class moments by layer name; empty before :meth:`fit`.
+        attention: Attention maps by layer name, with ``metric="attention-js"``.
 
     Raises:
         InputError: If an option is unknown or out of range.
@@ -79,8 +94,17 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         keep_ratio: float | None = None,
         backend: str = "native",
         memory_budget: int = 2**30,
+        tap: str = "producers",
+        num_heads: dict[nn.Module, int] | None = None,
+        scope: str = "layer",
+        channel_dims: Mapping[type[nn.Module], int] | None = None,
     ) -> None:
-        resolve_metric(metric)
+        if metric != ATTENTION_JS:
+            resolve_metric(metric)
+        if tap not in TAPS:
+            raise InputError(f"CoSePSelector: expected tap of {list(TAPS)}, got {tap!r}.")
+        if scope not in ("layer", "model"):
+            raise InputError(f"CoSePSelector: expected scope 'layer' or 'model', got {scope!r}.")
         if mss_form not in MSS_FORMS:
             raise InputError(f"CoSePSelector: expected mss_form of {sorted(MSS_FORMS)}, got {mss_form!r}.")
         if backend not in BACKENDS:
@@ -104,25 +128,47 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         self.keep_ratio = keep_ratio
         self.backend = backend
         self.memory_budget = memory_budget
+        self.tap = tap
+        self._given_heads = num_heads
+        self.num_heads = num_heads if num_heads is not None else {}
+        self.scope = scope
+        self.channel_dims = dict(channel_dims or {})
         self.moments: dict[str, ClassMoments] = {}
-        self._weight_shapes: dict[str, torch.Size] = {}
+        self.attention: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
     def fit(
         self,
         model: nn.Module,
         loader: Iterable[Any],
         *,
+        layers: Iterable[str] | None = None,
+        ignored_layers: Iterable[Any] = (),
         target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
         labels: str = "given",
         rare_classes: str = "error",
         n_classes: int | None = None,
+        num_heads: Mapping[nn.Module, int] | None = None,
         progress: bool = True,
     ) -> CoSePSelector:
         """Measure a model's layers on calibration data, in one pass and in eval mode.
 
         Mode, weights, buffers and gradients stay as they are, also after an exception. What an earlier
-        call measured is replaced; it is kept if this one fails. The arguments are those of
+        call measured is replaced; it is kept if this one fails. The other arguments are those of
         :func:`tp_cosep.collect.collect_moments`.
+
+        Args:
+            model: The model.
+            loader: Batches of inputs and labels.
+            layers: Names of the layers to measure. By default those that belong to a group that can be pruned,
+                which a trace on the first samples shows.
+            ignored_layers: As for the pruner: groups that contain one of these are not measured.
+            target_fn: As in ``collect_moments``.
+            labels: As in ``collect_moments``.
+            rare_classes: As in ``collect_moments``.
+            n_classes: As in ``collect_moments``.
+            num_heads: Number of heads by attention layer, in place of the selector's own.
+            progress: Show a progress bar on a terminal.
 
         Returns:
             The selector itself.
@@ -130,10 +176,26 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             InputError: If the loader, the labels or the activations cannot be used.
         """
+        if self._given_heads is None:
+            self.num_heads = dict(num_heads) if num_heads is not None else attention_heads(model)
+        if self.metric == ATTENTION_JS:
+            if not self.num_heads:
+                raise InputError(
+                    "fit: metric='attention-js' compares attention heads, found none by name; pass num_heads= to the "
+                    "selector."
+                )
+            self.attention = collect_attention(model, loader, self.num_heads, target_fn=target_fn, progress=progress)
+            return self
+        ignored = resolve_layers(model, ignored_layers, "ignored_layers")
         moments = collect_moments(
             model,
             loader,
             spatial=self.spatial,
+            tap=self.tap,
+            layers=layers
+            if layers is not None
+            else lambda inputs: prunable_layers(model, inputs, ignored, self.channel_dims),
+            channel_dims=self.channel_dims,
             target_fn=target_fn,
             labels=labels,
             rare_classes=rare_classes,
@@ -142,27 +204,37 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             progress=progress,
         )
         self.moments = moments
-        self._weight_shapes = {
-            name: m.get_parameter("weight").shape for name, m in measured_layers(model).items() if name in moments
-        }
+        shapes = {name: weight_shape(m) for name, m in measured_layers(model, self.channel_dims).items()}
+        self._shapes = {name: shape for name, shape in shapes.items() if shape is not None and name in moments}
         return self
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self.measured)
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the layers that were measured, in the order in which they ran."""
+        return list(self.attention if self.metric == ATTENTION_JS else self.moments)
+
     def select(
-        self, group: Any, *, n_keep: int | None = None, view: GroupView | None = None
+        self, group: Any, *, n_keep: int | None = None, view: GroupView | None = None, round_to: int | None = None
     ) -> ChannelSelection | None:
         """Choose the channels of a group.
 
-        The profile of a channel joins those of all layers that create it: squared distances are summed
-        over the members, each divided by the length of its profiles.
+        The profile of a channel joins those of all layers that create (or read) it: squared distances are summed
+        over the layers, each divided by the length of its profiles.
 
         Args:
             group: A ``tp.Group``; a group with a part of the channels stands for the whole one.
             n_keep: Number of components to keep, in place of the selector's own rule.
             view: What :func:`tp_cosep.groups.read_group` says of the group, for a pruner that was told of
-                channel groups; read here if not given.
+                channel groups, or for a choice among heads; read here if not given.
+            round_to: Keep a multiple of this many components.
 
         Returns:
-            The selection among all channels of the group's root, or ``None`` if no member of the group is of
+            The selection among all channels of the group's root, or ``None`` if no layer of the group is of
             a type that is measured.
 
         Raises:
@@ -170,62 +242,68 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             InputError: If the moments do not fit the layers.
         """
         group = full_group(group)
-        view = view or read_group(group)
+        view = view or read_group(group, None, self.num_heads)
         distances = self.distances(group, view=view)
         if distances is None:
             return None
         selection = select_channels(
             distances,
             n_keep=n_keep if n_keep is not None else self._fixed_count(view.n_components),
-            knee=self.knee,
-            mss_form=self.mss_form,
-            backend=self.backend,
-            preference=self._preference(group, view),
+            round_to=round_to,
+            preference=self.preference(group, view),
+            **self.rules,
         )
-        return selection.tiled(view.n_channel_groups)
+        return selection.expanded(view.component_of)
 
     def distances(self, group: Any, *, view: GroupView | None = None) -> Tensor | None:
         """Distances between the components of a group in separability space; arguments as in :meth:`select`.
 
         Returns:
-            ``[components, components]`` float64, or ``None`` if no member of the group is measured.
+            ``[components, components]`` float64, or ``None`` if no layer of the group is measured.
 
         Raises:
             NotFittedError: Before :meth:`fit`.
             InputError: If the moments do not fit the layers.
         """
-        if not self.moments:
-            raise NotFittedError("CoSePSelector: no data seen yet; call fit(model, loader) first.")
-        view = view or read_group(full_group(group))
-        members = [
-            m
-            for m in view.members
-            if isinstance(m.layer, MEASURED_TYPES) and not (m.name in self.moments and self.moments[m.name].is_empty)
-        ]
-        return distances_from_gram(self._gram(view, members)) if members else None
+        self.check_fitted()
+        view = view or read_group(full_group(group), None, self.num_heads)
+        return None if self.metric == ATTENTION_JS else self.space.distances(view)
+
+    def layers_of(self, view: GroupView) -> tuple[str, ...]:
+        """Names of the layers whose measurements describe a group; of all that create it if none is measured."""
+        if self.metric == ATTENTION_JS:
+            measured = [m.name for m in view.members if m.name in self.attention]
+        else:
+            measured = [m.name for m in self.space.layers_of(view)]
+        return tuple(measured or (m.name for m in view.members))
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
         """Scores of a group's channels, as Torch-Pruning's pruners ask for them.
 
+        For an attention group a score is that of the dimension plus that of the head, one of them centred: the
+        pruner averages over heads to rank dimensions, and over dimensions to rank heads, and finds both.
+
         Returns:
             ``[len(group[0].idxs)]`` float64, higher = keep, on the device of the root's weights; ``None``
             if nothing in the group is measured, which leaves the group alone.
         """
-        selection = self.select(group)
-        if selection is None:
+        whole = full_group(group)
+        selection = self.select(whole)
+        scores = with_head_scores(self, whole, None if selection is None else selection.scores, self.num_heads)
+        if scores is None:
             return None
         root = group[0].dep.target.module
         device = next((p.device for p in root.parameters()), None)
-        return selection.scores[list(group[0].idxs)].to(device)
+        return scores[list(group[0].idxs)].to(device)
 
     def pruning_ratio_dict(
         self,
         model: nn.Module,
         example_inputs: Any,
-        ignored_layers: Iterable[nn.Module] = (),
+        ignored_layers: Iterable[Any] = (),
         *,
-        root_module_types: Iterable[type] = (nn.modules.conv._ConvNd, nn.Linear),
+        root_module_types: Iterable[type] = ROOT_TYPES,
         **trace_options: Any,
     ) -> dict[nn.Module, float]:
         """CoSeP's own count for every layer, as ratios for a stock pruner.
@@ -253,10 +331,12 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         graph = trace(model, example_inputs, **trace_options)
         ratios = {}
         for group in prunable_groups(graph, ignored, root_module_types):
-            selection = self.select(group)
+            seen = rerooted(group, self.num_heads, root_module_types)
+            selection = None if seen is None else self.select(seen)
             if selection is not None:
-                n_components = len(selection.labels)
-                ratios[group[0].dep.target.module] = ratio_for(selection.k, n_components)
+                n_groups = read_group(seen, None, self.num_heads).n_channel_groups
+                kept, n = len(selection.keep_idxs) // n_groups, selection.n_channels // n_groups
+                ratios[group[0].dep.target.module] = ratio_for(kept, n)
         return ratios
 
     @property
@@ -264,12 +344,28 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         """Whether the knee decides the counts, rather than ``n_keep`` or ``keep_ratio``."""
         return self.n_keep is None and self.keep_ratio is None
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The options of :func:`tp_cosep.selection.select_channels`."""
+        return {"knee": self.knee, "mss_form": self.mss_form, "backend": self.backend}
+
+    @property
+    def space(self) -> Space:
+        """What was measured."""
+        return Space(self.moments, self._shapes, metric=self.metric, tap=self.tap, channel_dims=self.channel_dims)
+
+    def check_fitted(self) -> None:
+        """Refuse to choose before :meth:`fit`."""
+        if not self.is_fitted:
+            raise NotFittedError("CoSePSelector: no data seen yet; call fit(model, loader) first.")
+
     def _fixed_count(self, n: int) -> int | None:
         if self.n_keep is not None:
             return min(self.n_keep, n)
         return None if self.keep_ratio is None else max(1, round(self.keep_ratio * n))
 
-    def _preference(self, group: Any, view: GroupView) -> Tensor | None:
+    def preference(self, group: Any, view: GroupView) -> Tensor | None:
+        """What decides which member of a cluster is kept, ``[components]``; ``None`` for the medoid."""
         if self.representative == "medoid":
             return None
         if self.representative == "max_norm":
@@ -278,59 +374,14 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         scores = self.representative(group)
         if scores is None:
             return None
-        return scores.view(view.n_channel_groups, -1).mean(0)
-
-    def _gram(self, view: GroupView, members: list[Member]) -> Tensor:
-        """Inner products of the joined profiles; a component that a member does not create is 0 there."""
-        total: Tensor | None = None
-        for member in members:
-            gram = profile_gram(self._moments_of(member), self.metric)
-            if total is None:
-                total = gram.new_zeros(view.n_components, view.n_components)
-            for rows, components in _one_row_per_component(member):
-                rows, components = rows.to(gram.device), components.to(gram.device)
-                total[components[:, None], components] += gram[rows[:, None], rows]
-        assert total is not None
-        return total
-
-    def _moments_of(self, member: Member) -> ClassMoments:
-        moments = self.moments.get(member.name)
-        if moments is None:
+        scores = scores.detach().to("cpu", torch.float64)
+        if scores.shape != (view.n_channels,):
             raise InputError(
-                f"layer {member.name!r}: expected class moments, got none: the calibration data never reached this "
-                "layer, or it is not part of the fitted model; put it into ignored_layers or fit again."
+                f"layer {view.name!r}: expected one preference per component, shape ({view.n_channels},), from the "
+                f"importance that chooses the representatives, got {tuple(scores.shape)}."
             )
-        if moments.n_classes < 2:
-            raise InputError(
-                f"layer {member.name!r}: expected class moments of at least two classes, got {moments.n_classes}: only "
-                "samples of these classes reached this layer; put it into ignored_layers."
-            )
-        if moments.n_components != member.n_channels:
-            raise InputError(
-                f"layer {member.name!r}: class moments cover {moments.n_components} channels, the layer has "
-                f"{member.n_channels}; call fit() again after pruning (iterative_steps: pass loader= to CoSePPruner)."
-            )
-        shape = self._weight_shapes.get(member.name)
-        now = member.layer.get_parameter("weight").shape
-        if shape is not None and now != shape:
-            raise InputError(
-                f"layer {member.name!r}: measured with weights of shape {tuple(shape)}, they are "
-                f"{tuple(now)} now; call fit() again after pruning what is in front of it."
-            )
-        return moments
-
-
-def _one_row_per_component(member: Member) -> Iterable[tuple[Tensor, Tensor]]:
-    """Split a member's rows so that each part has every component at most once."""
-    seen: dict[int, int] = {}
-    parts: list[list[tuple[int, int]]] = []
-    for row, component in zip(member.rows.tolist(), member.components.tolist(), strict=True):
-        turn = seen.get(component, 0)
-        seen[component] = turn + 1
-        if turn == len(parts):
-            parts.append([])
-        parts[turn].append((row, component))
-    return [(torch.tensor([r for r, _ in part]), torch.tensor([c for _, c in part])) for part in parts]
+        sums = torch.zeros(view.n_components, dtype=torch.float64).index_add_(0, view.component_of, scores)
+        return sums / torch.bincount(view.component_of)
 
 
 def ratio_for(k: int, n: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from tp_cosep.errors import InputError, PruningError
-from tp_cosep.groups import frozen_kept, trace
 from tp_cosep.selection import ChannelSelection
 from tp_cosep.snapshot import restored_on_error
+from tp_cosep.surgery import group_of, pruned
+from tp_cosep.tracing import trace
 
 __all__ = ["GroupPlan", "PruningPlan"]
 
@@ -32,6 +33,8 @@ class GroupPlan:
         layers: The layers that create the channels.
         selection: What is kept; ``None`` if the group was left alone.
         reason: Why it was left alone, or how the count came about.
+        unit: What was chosen among: ``"channel"``, or ``"head"`` for whole attention heads.
+        heads: For attention layers their numbers of heads before and after, by name.
     """
 
     name: str
@@ -39,6 +42,8 @@ class GroupPlan:
     layers: tuple[str, ...]
     selection: ChannelSelection | None
     reason: str
+    unit: str = "channel"
+    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def without(self, idxs: Iterable[int]) -> GroupPlan:
         """The entry with the channels that really went: ranking across layers decides them late."""
@@ -153,23 +158,19 @@ def _prune(graph: Any, model: nn.Module, group: GroupPlan, selection: ChannelSel
         raise InputError(
             f"layer {group.name!r}: in the plan, but not in the model; apply it to the model it was made for."
         )
-    pruner = graph.get_pruner_of_module(layer)
-    is_out = group.side == "out"
-    n = graph.get_out_channels(layer) if is_out else graph.get_in_channels(layer)
+    n = graph.get_out_channels(layer) if group.side == "out" else graph.get_in_channels(layer)
     if n != selection.n_channels:
         raise InputError(
             f"layer {group.name!r}: the plan is for {selection.n_channels} channels, the layer has {n}; "
             "apply it to an unpruned copy of the model it was made for."
         )
-    prune = pruner.prune_out_channels if is_out else pruner.prune_in_channels
-    found = graph.get_pruning_group(layer, prune, list(selection.prune_idxs))
+    found = group_of(graph, layer, group.side, selection.prune_idxs, group.heads)
     if not graph.check_pruning_group(found):
         raise PruningError(
             f"layer {group.name!r}: Torch-Pruning refuses to remove {len(selection.prune_idxs)} channels."
         )
     try:
-        with frozen_kept(model):
-            found.prune()
+        pruned(model, found.prune, n, len(selection.prune_idxs), group.heads)
     except Exception as error:
         raise PruningError(
             f"layer {group.name!r}: Torch-Pruning failed to prune its group ({type(error).__name__}: {error})."
@@ -186,6 +187,8 @@ def _group_to_json(group: GroupPlan) -> dict[str, Any]:
         "side": group.side,
         "layers": group.layers,
         "reason": group.reason,
+        "unit": group.unit,
+        "heads": {name: list(numbers) for name, numbers in group.heads.items()},
         "selection": selection,
     }
 
@@ -204,4 +207,13 @@ def _group_from_json(document: dict[str, Any]) -> GroupPlan:
             raise ValueError(f"layer {document['name']!r}: kept and pruned channels do not add up")
         if len(selection.scores) != selection.n_channels:
             raise ValueError(f"layer {document['name']!r}: {len(selection.scores)} scores for its channels")
-    return GroupPlan(document["name"], document["side"], tuple(document["layers"]), selection, document["reason"])
+    heads = {name: (int(before), int(after)) for name, (before, after) in document.get("heads", {}).items()}
+    return GroupPlan(
+        document["name"],
+        document["side"],
+        tuple(document["layers"]),
+        selection,
+        document["reason"],
+        document.get("unit", "channel"),
+        heads,
+    )

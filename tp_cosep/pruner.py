@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning.ops import OPTYPE
 
-from tp_cosep.collect import MEASURED_TYPES, evaluating, run_model
+from tp_cosep.batches import evaluating, run_model
+from tp_cosep.choices import Choices
+from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError, PruningError
-from tp_cosep.groups import GroupView, frozen_kept, read_group, resolve_layers, resolve_ratios, trace, tracing
-from tp_cosep.importance import CoSePSelector, ratio_for
+from tp_cosep.groups import side_of
+from tp_cosep.head_importance import with_head_scores
+from tp_cosep.heads import attention_heads
+from tp_cosep.importance import CoSePSelector
 from tp_cosep.plan import GroupPlan, PruningPlan
-from tp_cosep.selection import ChannelSelection
 from tp_cosep.snapshot import restored_on_error
+from tp_cosep.surgery import group_of, pruned
+from tp_cosep.tracing import resolve_layers, resolve_ratios, trace, tracing
 
 __all__ = ["CoSePPruner"]
 
@@ -27,13 +32,8 @@ _STATE_DICTS = (
     "in_channel_groups",
     "out_channel_groups",
     "num_heads",
-    "pruning_ratio_dict",
-    "_layer_to_scope",
     "_scope_initial_channels",
-    "_schedules",
-    "_n_initial",
     "_pending",
-    "_done",
 )
 _TRACE_OPTIONS = ("forward_fn", "output_transform", "unwrapped_parameters", "customized_pruners")
 
@@ -120,8 +120,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         )
         self._trace_options = {k: v for k, v in options.items() if k in _TRACE_OPTIONS}
         # The stock pruner writes into these, and its default dicts are shared by all pruners.
+        if options.get("num_heads") is None:
+            options["num_heads"] = attention_heads(model)
         for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
             options[name] = dict(options.get(name) or {})
+        _check_heads(model, options["num_heads"])
         options["ignored_layers"] = resolve_layers(model, options.get("ignored_layers"), "ignored_layers")
         options["pruning_ratio_dict"] = resolve_ratios(model, options.get("pruning_ratio_dict"))
         with tracing(model):
@@ -133,13 +136,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 pruning_ratio=0.0 if automatic else pruning_ratio,
                 **options,
             )
-        self._told = dict(self.pruning_ratio_dict)
-        self._schedules: dict[tuple[nn.Module, str], list[float]] = {}
-        self._n_initial: dict[tuple[nn.Module, str], int] = {}
+        self.choices = Choices(self)
+        self._names: list[str] | None = None
+        # Entries of groups that are due, and of groups that nothing is done to.
         self._pending: dict[tuple[nn.Module, str], GroupPlan] = {}
-        # Layerwise: the layer whose group is due, and the groups that had their turn.
-        self._due: nn.Module | None = None
-        self._done: set[tuple[nn.Module, str]] = set()
+        self._left: list[GroupPlan] = []
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Prune once: everything, or the next part of ``iterative_steps``.
@@ -170,14 +171,15 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             with restored_on_error(self.model):
                 self.current_step += 1
                 self._pending.clear()
+                self._left.clear()
                 shapes = self._output_shapes()
-                if self.loader is not None and (self.current_step > 1 or not self.importance.moments):
+                if self.loader is not None and (self.current_step > 1 or not self.importance.is_fitted):
                     self._fit()
                 for group in self._prune():
                     yield from self._visit(group, shapes, prune=prune)
                     if self.layerwise and self.fine_tune is not None:
                         self.fine_tune(self.model)
-                for entry in self._pending.values():
+                for entry in (*self._pending.values(), *self._left):
                     self._record(entry.without(()))
                 self._pending.clear()
                 self._record_unvisited()
@@ -190,16 +192,23 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise
 
     def _visit(self, group: Any, shapes: list[tuple[int, ...]], *, prune: bool) -> Iterator[Any]:
-        entry = self._pending.pop(self._key(group))
+        entry = self._with_heads_left(self._pending.pop(self._key(group)))
         left = replace(entry, selection=None, reason="the caller did not prune it")
         native = group.prune
 
         def prune_and_record(idxs: list[int] | None = None, record_history: bool = True) -> None:
-            with frozen_kept(self.model):
-                native(idxs, record_history)
+            n_now, n_then = self._n_channels(group), entry.selection.n_channels if entry.selection else 0
+            if n_now != n_then:
+                raise PruningError(
+                    f"layer {entry.name!r}: the choice was made among {n_then} channels, the layer has {n_now} now; "
+                    "prune the groups of one step in the order in which they come."
+                )
+            gone = list(group[0].idxs if idxs is None else idxs)
+            pruned(self.model, lambda: native(idxs, record_history), n_now, len(gone), entry.heads)
+            self._follow_heads(entry)
             # A caller who collects the groups first prunes those that are recorded as left out already.
             self.plan = replace(self.plan, groups=tuple(g for g in self.plan if g is not left))
-            self._record(entry.without(group[0].idxs if idxs is None else idxs))
+            self._record(entry.without(gone))
 
         group.prune = prune_and_record
         n_entries = len(self.plan)
@@ -219,111 +228,88 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._check_output(entry.name, shapes)
 
     def _prune(self) -> Iterator[Any]:
-        if not self.layerwise:
+        if self._is_ranked and not self.layerwise:
             yield from super()._prune()
             return
-        self._done.clear()
+        if self.current_step > self.iterative_steps:
+            warnings.warn(
+                f"step: this would exceed the maximum iterative steps, {self.iterative_steps}; nothing is pruned.",
+                stacklevel=4,
+            )
+            return
+        if not self.layerwise:
+            yield from self._prune_chosen(None)
+            return
+        self.choices.begin()
         self._fit()
         # Moments come in the order in which the layers ran.
-        for i, layer in enumerate([self.model.get_submodule(name) for name in self.importance.moments]):
-            self._due = layer
-            if i and self._done:
+        for i, name in enumerate(self.importance.measured):
+            if i and self.choices.has_begun:
                 self._fit()
-            yield from super()._prune()
-        self._due = None
+            yield from self._prune_chosen(name)
+
+    def _prune_chosen(self, due: str | None) -> Iterator[Any]:
+        # Moments belong to the unpruned layers, so every choice is made before the first group is pruned.
+        for entry in list(self.choices.entries(due)):
+            if entry.selection is None or not entry.selection.prune_idxs:
+                self._left.append(entry)
+                continue
+            layer = self.model.get_submodule(entry.name)
+            group = group_of(self.DG, layer, entry.side, entry.selection.prune_idxs, entry.heads)
+            if self.DG.check_pruning_group(group):
+                self._pending[self._key(group)] = entry
+                yield group
+            else:
+                reason = "Torch-Pruning refuses: a layer of it would lose all its channels"
+                self._left.append(replace(entry, selection=None, reason=reason))
 
     @torch.no_grad()
     def estimate_importance(self, group: Any) -> Tensor | None:
-        """Scores of a group; its count goes to the stock pruner as a ratio of a scope of its own.
+        """Scores of a group for the stock pruner, which ranks them against those of other groups.
 
         Returns:
             ``[channels]``, or ``None`` to leave the group alone.
         """
-        view = read_group(group, self.in_channel_groups, self.out_channel_groups)
-        key = self._key(group)
-        if self._due is not None:
-            if key in self._done or all(m.layer is not self._due for m in view.members):
-                return None
-            self._done.add(key)
-        measured = [m.name for m in view.members if isinstance(m.layer, MEASURED_TYPES)]
-        layers = tuple(measured or (m.name for m in view.members))
-        entry = GroupPlan(view.name, key[1], layers, None, "")
-        selection: ChannelSelection | None = None
-        if self._is_output(group):
-            reason = "its channels are the model's output"
-        else:
-            selection, reason = self._select(group, view)
-        self._pending[key] = replace(entry, selection=selection, reason=reason)
-        return None if selection is None else selection.scores
-
-    def _select(self, group: Any, view: GroupView) -> tuple[ChannelSelection | None, str]:
-        """Selection of a group with the count that this step is to keep, and how that count came about."""
         selector: CoSePSelector = self.importance
-        selection: ChannelSelection | None = None
-        key = self._key(group)
-        n = self._n_initial.setdefault(key, view.n_components)
-        told = next((self._told[m.layer] for m in view.members if m.layer in self._told), None)
-        if told is not None:
-            reason, schedule = "pruning_ratio_dict", told
-        elif self.automatic:
-            reason, schedule = "knee" if selector.is_automatic else "count set in the selector", []
-            if key not in self._schedules:
-                selection = selector.select(group, view=view)
-                k = selection.k if selection is not None else n
-                self._schedules[key] = self.iterative_pruning_ratio_scheduler(ratio_for(k, n), self.iterative_steps)
-            schedule = self._schedules[key]
-        elif self._is_ranked:
-            return selector.select(group, view=view), "ranked against other layers"
-        else:
-            reason, schedule = "pruning_ratio", self.per_step_pruning_ratio
-        n_keep = self._rounded(int(n * (1 - min(schedule[self.current_step], self.max_pruning_ratio))), view)
-        if selection is None or selection.k != n_keep:
-            selection = selector.select(group, view=view, n_keep=n_keep)
-        if selection is None:
-            return None, "none of its layers could be measured"
-        if not (told is not None and self.global_pruning):
-            self._dictate(key, view, n_keep, n)
-        return selection, _knee_in_words(selection) if reason == "knee" else reason
-
-    def _dictate(self, key: tuple[nn.Module, str], view: GroupView, n_keep: int, n: int) -> None:
-        """Make the stock pruner keep exactly ``n_keep`` of n: a scope of the group's own, with the ratio for it."""
-        scope = (f"CoSeP {view.name} {key[1]}", [m.layer for m in view.members])
-        for member in view.members:
-            self._layer_to_scope[member.layer] = scope
-            self.pruning_ratio_dict[member.layer] = [ratio_for(n_keep, n)] * (self.iterative_steps + 1)
-
-    def _rounded(self, n_keep: int, view: GroupView) -> int:
-        """At least one, at most all, and the nearest multiple of ``round_to`` within that."""
-        n = view.n_components
-        if self.round_to:
-            n_keep = max(1, round(n_keep / self.round_to)) * self.round_to
-        return min(max(n_keep, 1), n)
+        view = self.choices.view(group)
+        entry = self.choices.entry(group, view)
+        scores: Tensor | None = None
+        if not entry.reason:
+            selection = selector.select(group, view=view)
+            scores = None if selection is None else selection.scores
+            scores = with_head_scores(selector, group, scores, self.num_heads)
+            reason = "ranked against other layers" if scores is not None else "none of its layers could be measured"
+            entry = replace(entry, selection=selection, reason=reason)
+        self._pending[self._key(group)] = entry
+        return scores
 
     @property
     def _is_ranked(self) -> bool:
         """Whether the stock pruner ranks channels of several layers for one ratio."""
         return not self.automatic and bool(self.global_pruning or self.isomorphic)
 
-    def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
-        if not self._is_ranked:
-            return n_pruned  # the count was rounded before the channels were chosen, see _rounded
-        n: int = super()._round_to(n_pruned, current_channels, round_to)
-        return n
-
     def _fit(self) -> None:
-        self.importance.fit(self.model, self.loader, **self.fit_options)
+        selector: CoSePSelector = self.importance
+        assert self.loader is not None
+        if self._names is None:
+            self._names = self.choices.measured_layers()
+        options = {"layers": self._names, "num_heads": self.num_heads, **self.fit_options}
+        selector.fit(self.model, self.loader, **options)
 
-    def _is_output(self, group: Any) -> bool:
-        """Whether something that loses channels has nothing behind it but the caller of the model."""
-        return any(
-            dep.target.type == OPTYPE.OUTPUT or not dep.target.outputs
-            for dep, _ in group
-            if self.DG.is_out_channel_pruning_fn(dep.handler)
-        )
+    def _with_heads_left(self, entry: GroupPlan) -> GroupPlan:
+        """The entry with the numbers of heads that the stock pruner decided on, where it ranked them."""
+        if not (self._is_ranked and entry.heads):
+            return entry
+        left = {name: self.num_heads[self.model.get_submodule(name)] for name in entry.heads}
+        return replace(entry, heads={name: (before, left[name]) for name, (before, _) in entry.heads.items()})
+
+    def _follow_heads(self, entry: GroupPlan) -> None:
+        for name, (_, after) in entry.heads.items():
+            layer = self.model.get_submodule(name)
+            self.num_heads[layer] = self.out_channel_groups[layer] = after
 
     def _key(self, group: Any) -> tuple[nn.Module, str]:
-        dep = group[0].dep
-        return dep.target.module, "out" if self.DG.is_out_channel_pruning_fn(dep.handler) else "in"
+        return group[0].dep.target.module, side_of(group)
 
     def _n_channels(self, group: Any) -> int:
         root, side = self._key(group)
@@ -334,15 +320,17 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.plan = replace(self.plan, groups=(*self.plan.groups, entry))
 
     def _record_unvisited(self) -> None:
-        """List the measured layers that no group showed to this pruner, so that the plan hides nothing."""
-        planned = {name for entry in self.plan for name in entry.layers}
-        modules = dict(self.model.named_modules())
-        for name in self.importance.moments:
-            if name in planned or name not in modules:
+        """List the layers that no group showed to this pruner, so that the plan hides nothing."""
+        planned = self.choices.seen | {name for entry in self.plan for name in entry.layers}
+        for name, layer in measured_layers(self.model, self.importance.channel_dims).items():
+            if name in planned:
                 continue
             reason = "in ignored_layers, or pruned only together with a layer that is"
-            if modules[name] not in self.DG.module2node:
-                reason = "Torch-Pruning's trace did not reach it: it runs without gradients, or on other inputs only"
+            if layer not in self.DG.module2node:
+                reason = (
+                    "Torch-Pruning's trace did not reach it: it runs without gradients, in training mode or on other "
+                    "inputs only"
+                )
             self._record(GroupPlan(name, "out", (name,), None, reason))
 
     def _output_shapes(self) -> list[tuple[int, ...]]:
@@ -369,16 +357,20 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Remember the pruner's own state; the function puts it back and traces the restored model anew."""
         names = ("current_step", "plan", *_STATE_DICTS)
         state = {n: copy(getattr(self, n)) for n in names}
+        state["choices"] = self.choices.saved()
 
         def undo() -> None:
             self.__dict__.update(state)
-            self._due = None
             self.DG = trace(self.model, self.example_inputs, ignored_params=self.ignored_params, **self._trace_options)
 
         return undo
 
 
-def _knee_in_words(selection: ChannelSelection) -> str:
-    if selection.knee_k is None:
-        return "all alike" if selection.k == 1 else "no knee"
-    return f"knee at {selection.knee_k}" + (", guarded" if selection.k > selection.knee_k else "")
+def _check_heads(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> None:
+    names = {m: name for name, m in model.named_modules()}
+    for layer, n in num_heads.items():
+        if layer not in names:
+            raise InputError(f"num_heads: expected modules of the model, got a {type(layer).__name__} that is not.")
+        width = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+        if n < 1 or (width is not None and width % n):
+            raise InputError(f"layer {names[layer]!r}: expected num_heads to divide its {width} channels, got {n}.")

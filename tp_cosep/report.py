@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from tp_cosep.collect import evaluating, run_model
+from tp_cosep.batches import evaluating, run_model
 from tp_cosep.errors import InputError
 from tp_cosep.plan import GroupPlan, PruningPlan
 

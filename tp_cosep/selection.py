@@ -62,18 +62,38 @@ class ChannelSelection:
     def __hash__(self) -> int:
         return hash((self.n_channels, self.keep_idxs, self.labels))
 
-    def tiled(self, n_channel_groups: int) -> ChannelSelection:
-        """The same selection in every one of several channel groups of equal size."""
-        if n_channel_groups == 1:
+    def expanded(self, component_of: Tensor) -> ChannelSelection:
+        """The selection among the channels behind the components.
+
+        Args:
+            component_of: ``[channels]``, the component of every channel.
+
+        Returns:
+            The same selection, a channel being kept if its component is; the selection itself if every channel is
+            a component of its own.
+        """
+        components: list[int] = component_of.tolist()
+        if components == list(range(self.n_channels)):
             return self
         kept = set(self.keep_idxs)
-        channels = range(self.n_channels * n_channel_groups)
         return replace(
             self,
-            n_channels=len(channels),
-            keep_idxs=tuple(c for c in channels if c % self.n_channels in kept),
-            prune_idxs=tuple(c for c in channels if c % self.n_channels not in kept),
-            scores=self.scores.repeat(n_channel_groups),
+            n_channels=len(components),
+            keep_idxs=tuple(i for i, c in enumerate(components) if c in kept),
+            prune_idxs=tuple(i for i, c in enumerate(components) if c not in kept),
+            scores=self.scores[component_of],
+        )
+
+    def first_channels(self, n: int) -> ChannelSelection:
+        """The selection among the first n channels, after others behind them went that it is repeated in."""
+        if n == self.n_channels:
+            return self
+        return replace(
+            self,
+            n_channels=n,
+            keep_idxs=tuple(i for i in self.keep_idxs if i < n),
+            prune_idxs=tuple(i for i in self.prune_idxs if i < n),
+            scores=self.scores[:n],
         )
 
 
@@ -85,6 +105,7 @@ def select_channels(
     mss_form: str = "paper",
     backend: str = "native",
     preference: Tensor | None = None,
+    round_to: int | None = None,
 ) -> ChannelSelection:
     """Cluster components by k-medoids and keep one of every cluster.
 

@@ -10,7 +10,7 @@ the two classes of a pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "distances_from_gram",
     "hellinger_distance",
     "jm_distance",
+    "pooled_gram",
     "profile_gram",
     "profiles",
     "resolve_metric",
@@ -221,13 +222,44 @@ def profile_gram(moments: ClassMoments, metric: str | PairMetric = "jm") -> Tens
     Returns:
         ``[components, components]``, float64, symmetric.
     """
+    return pooled_gram([moments], [None], metric)
+
+
+def pooled_gram(
+    moments: Sequence[ClassMoments], pools: Sequence[Tensor | None], metric: str | PairMetric = "jm"
+) -> Tensor:
+    """Inner products of weighted sums of profiles, over several layers at once.
+
+    G = Y Yᵀ / d, where Y stacks the P_l X_l of all layers: X_l the profiles of layer l, P_l its pool. With the rows of
+    P_l averaging over the dimensions of a head, Y has the profile of every head.
+
+    Args:
+        moments: Of each layer, over the same classes and as many cells.
+        pools: ``[rows, components]`` of each layer; ``None`` for its profiles as they are.
+        metric: As in :func:`profiles`.
+
+    Returns:
+        ``[rows, rows]`` over the rows of all layers, float64, symmetric.
+
+    Raises:
+        InputError: If the layers' classes or numbers of cells differ.
+    """
     metric = resolve_metric(metric)
-    mean = _checked(moments).mean
-    n_classes, n_components, n_cells = mean.shape
-    chunk_pairs = max(1, _CHUNK_BYTES // (8 * n_components * n_cells))
-    gram = mean.new_zeros(n_components, n_components)
-    for chunk in _profile_chunks(mean, moments.var, metric, chunk_pairs):
-        gram.addmm_(chunk, chunk.T)
+    first = _checked(moments[0])
+    for other in moments:
+        if not torch.equal(other.classes, first.classes) or other.n_cells != first.n_cells:
+            raise InputError(
+                "separability: expected layers measured on the same classes in as many cells, got "
+                f"{first!r} and {other!r}; to compare heads of layers of different resolution use spatial=1."
+            )
+    n_classes, n_cells = first.n_classes, first.n_cells
+    n_rows = sum(m.n_components for m in moments)
+    chunk_pairs = max(1, _CHUNK_BYTES // (8 * n_rows * n_cells))
+    gram: Tensor | None = None
+    for chunks in zip(*(_profile_chunks(m.mean, m.var, metric, chunk_pairs) for m in moments), strict=True):
+        x = torch.cat([c if p is None else p.to(c) @ c for c, p in zip(chunks, pools, strict=True)])
+        gram = x @ x.T if gram is None else gram.addmm_(x, x.T)
+    assert gram is not None
     return gram / (n_classes * (n_classes - 1) // 2 * n_cells)
 
 

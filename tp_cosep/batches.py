@@ -1,0 +1,151 @@
+"""Running a model on a loader's batches: what they may look like, and what the model gets of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tp_cosep.errors import InputError
+
+__all__ = ["BatchReader", "evaluating", "n_samples", "progress_bar", "run_model", "take_samples"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode without gradients, and every submodule back in its own mode after."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on a tensor, on a tuple or list of arguments, or on a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def n_samples(inputs: Any) -> int | None:
+    """Samples in a model's inputs: the first dimension of the first tensor found, ``None`` if there is none."""
+    if isinstance(inputs, Tensor):
+        return len(inputs) if inputs.dim() else None
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    return next((n for n in map(n_samples, parts) if n is not None), None)
+
+
+def take_samples(inputs: Any, n: int, of: int) -> Any:
+    """The first n of a batch's samples: every tensor with ``of`` rows is cut, anything else stays."""
+    if isinstance(inputs, Tensor):
+        return inputs[:n] if inputs.dim() and len(inputs) == of else inputs
+    if isinstance(inputs, Mapping):
+        return {key: take_samples(value, n, of) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return [take_samples(value, n, of) for value in inputs]
+    return inputs
+
+
+def progress_bar(batches: Iterable[Any], loader: Iterable[Any], what: str, *, shown: bool) -> Iterable[Any]:
+    """The same batches, with a progress bar on a terminal."""
+    try:
+        total = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # an iterable without a length
+        total = None
+    bar: Iterable[Any] = tqdm(
+        batches, desc=what, unit="batch", total=total, disable=None if shown else True, leave=False
+    )
+    return bar
+
+
+class BatchReader:
+    """Turns whatever the loader yields into model inputs and checked labels."""
+
+    def __init__(self, model: nn.Module, target_fn: Callable[[Any], tuple[Any, Any]] | None, *, predicted: bool):
+        tensors = list(itertools.chain(model.parameters(), model.buffers()))
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.target_fn = target_fn
+        self.predicted = predicted
+
+    def split(self, batch: Any, i: int) -> tuple[Any, Any]:
+        """Inputs on the model's device, and the labels as they came."""
+        if self.target_fn is not None:
+            batch = self.target_fn(batch)
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not is_pair and not (self.predicted and self.target_fn is None):
+            raise InputError(
+                f"batch {i}: expected a pair (inputs, labels), got {describe(batch)}; pass target_fn=, a function "
+                "that turns a batch into such a pair."
+            )
+        inputs, labels = batch if is_pair else (batch, None)
+        return self._to_model(inputs), labels
+
+    def labels(self, outputs: Any, given: Any, i: int) -> Tensor:
+        """Labels ``[samples]`` on the model's device: those given, or the model's own predictions."""
+        if self.predicted:
+            return logits(outputs, i).argmax(1)
+        try:
+            labels = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"batch {i}: expected integer labels, got {type(given).__name__} ({error}); pass target_fn= to turn "
+                "other targets into class numbers, or labels='predicted'."
+            ) from error
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise InputError(
+                f"batch {i}: expected integer labels, got {labels.dtype}; if they are class numbers convert them with "
+                ".long(), else pass target_fn=."
+            )
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.dim() != 1:
+            raise InputError(
+                f"batch {i}: expected one label per sample, shape [samples], got shape {tuple(labels.shape)}; "
+                "pass target_fn= to turn other targets into class labels."
+            )
+        labels = labels.to(self.device, torch.int64)
+        if len(labels) and int(labels.min()) < 0:
+            raise InputError(f"batch {i}: expected labels ≥ 0, got {int(labels.min())}; drop such samples first.")
+        return labels
+
+    def _to_model(self, inputs: Any) -> Any:
+        if isinstance(inputs, Tensor):
+            cast = self.dtype if inputs.is_floating_point() else None
+            return inputs.to(self.device, cast)
+        if isinstance(inputs, Mapping):
+            return {key: self._to_model(value) for key, value in inputs.items()}
+        if isinstance(inputs, (tuple, list)):
+            return [self._to_model(value) for value in inputs]
+        return inputs
+
+
+def describe(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)}"
+    return f"a {type(batch).__name__}"
+
+
+def logits(outputs: Any, i: int) -> Tensor:
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits")
+    elif hasattr(outputs, "logits"):
+        outputs = outputs.logits
+    if isinstance(outputs, (tuple, list)):
+        outputs = outputs[0]
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        came = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"batch {i}: labels='predicted' needs a model output of shape [samples, classes], got {came}.")
+    return outputs

@@ -1,0 +1,240 @@
+"""What a pruner does with every group of a model in one step: how many components stay, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from math import ceil, gcd
+from typing import Any
+
+import torch
+from torch import nn
+from torch_pruning.ops import OPTYPE
+
+from tp_cosep.errors import InputError
+from tp_cosep.groups import GroupView, prunable_groups, read_group, side_of
+from tp_cosep.head_importance import select_heads
+from tp_cosep.heads import attention_layers_of, heads_of, rerooted
+from tp_cosep.importance import CoSePSelector, ratio_for
+from tp_cosep.plan import GroupPlan
+from tp_cosep.selection import ChannelSelection
+
+__all__ = ["Choices"]
+
+_NOT_MEASURED = "none of its layers could be measured"
+_Key = tuple[nn.Module, str]
+_Choice = tuple[ChannelSelection | None, str]
+
+
+class Choices:
+    """Reads a pruner's options and groups, and asks its selector.
+
+    Args:
+        pruner: A :class:`tp_cosep.CoSePPruner`, its stock part initialised.
+
+    Attributes:
+        seen: Names of the layers that lose channels in some group that was looked at.
+    """
+
+    def __init__(self, pruner: Any) -> None:
+        self._pruner = pruner
+        self._told = dict(pruner.pruning_ratio_dict)
+        self._schedules: dict[_Key, list[float]] = {}
+        self._n_initial: dict[_Key, int] = {}
+        # Layerwise: the groups that had their turn.
+        self._done: set[_Key] = set()
+        self.seen: set[str] = set()
+
+    @property
+    def _selector(self) -> CoSePSelector:
+        selector: CoSePSelector = self._pruner.importance
+        return selector
+
+    def saved(self) -> Choices:
+        """A copy that later choices do not change."""
+        saved = copy(self)
+        for name in ("_schedules", "_n_initial", "_done", "seen"):
+            setattr(saved, name, copy(getattr(self, name)))
+        return saved
+
+    def begin(self) -> None:
+        """Forget which groups had their turn."""
+        self._done.clear()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a group had its turn."""
+        return bool(self._done)
+
+    def groups(self) -> Iterator[Any]:
+        """The groups that the stock pruner would visit, attention groups seen from the layer that reads them."""
+        p = self._pruner
+        for group in prunable_groups(p.DG, p.ignored_layers, p.root_module_types):
+            seen = rerooted(group, p.num_heads, p.root_module_types)
+            if seen is not None:
+                yield seen
+
+    def view(self, group: Any) -> GroupView:
+        """What is to know of a group, with the channel groups that the pruner was told of."""
+        view = read_group(group, self._pruner.in_channel_groups, self._pruner.out_channel_groups)
+        self.seen.update(m.name for m in view.members)
+        return view
+
+    def measured_layers(self) -> list[str]:
+        """Names of the layers whose moments the groups need."""
+        return sorted({m.name for group in self.groups() for m in self.view(group).tapped(self._selector.tap)})
+
+    @torch.no_grad()
+    def entries(self, due: str | None = None) -> Iterator[GroupPlan]:
+        """What to do with every group of the model, or with those that a layer describes.
+
+        Args:
+            due: The name of that layer; a group has its turn once.
+
+        Yields:
+            One entry per group; for attention groups one for whole heads and one for their dimensions.
+        """
+        rows = _Rows()
+        attention = []
+        for group in self.groups():
+            view = self.view(group)
+            entry = self.entry(group, view)
+            key = group[0].dep.target.module, side_of(group)
+            if due is not None and (key in self._done or due not in entry.layers):
+                continue
+            self._done.add(key)
+            if entry.reason:
+                yield entry
+                continue
+            rows.take(view)
+            if self.num_heads_of(group):
+                attention.append((group, view, entry))
+            else:
+                selection, reason = self._choose(group, view)
+                yield replace(entry, selection=selection, reason=reason)
+        yield from self._attention_entries(attention)
+
+    def entry(self, group: Any, view: GroupView) -> GroupPlan:
+        """The entry of a group before anything is chosen; with a reason if nothing is to be."""
+        reason = ""
+        if self._is_output(group):
+            reason = "its channels are the model's output"
+        elif not self._pruner._check_pruning_ratio(group):
+            reason = "it has a single channel, or as few as max_pruning_ratio leaves"
+        heads = {name: (n, n) for name, n in self.num_heads_of(group).items()}
+        return GroupPlan(view.name, view.side, self._selector.layers_of(view), None, reason, heads=heads)
+
+    def num_heads_of(self, group: Any) -> dict[str, int]:
+        """Numbers of heads of a group's attention layers, by name."""
+        p = self._pruner
+        return {p.DG._module2name[m]: p.num_heads[m] for m in attention_layers_of(group, p.num_heads)}
+
+    def _is_output(self, group: Any) -> bool:
+        """Whether something that loses channels has nothing behind it but the caller of the model."""
+        return any(
+            dep.target.type == OPTYPE.OUTPUT or not dep.target.outputs
+            for dep, _ in group
+            if group._DG.is_out_channel_pruning_fn(dep.handler)
+        )
+
+    def _choose(self, group: Any, view: GroupView) -> _Choice:
+        """Selection of a group with the count that this step is to keep, and how that count came about."""
+        p, key = self._pruner, (view.root, view.side)
+        n = self._n_initial.setdefault(key, view.n_components)
+        told = next((self._told[m.layer] for m in view.members if m.layer in self._told), None)
+        # Channels come in multiples of the channel groups anyway.
+        step = p.round_to and p.round_to // gcd(p.round_to, view.n_channel_groups)
+        if told is not None:
+            reason, schedule = "pruning_ratio_dict", told
+        elif not p.automatic:
+            reason, schedule = "pruning_ratio", p.per_step_pruning_ratio
+        else:
+            reason = "knee" if self._selector.is_automatic else "count set in the selector"
+            schedule = self._schedules.get(key)
+        if schedule is None:
+            free = self._selector.select(group, view=view, round_to=step)
+            if free is None:
+                return None, _NOT_MEASURED
+            if p.iterative_steps == 1 and free.k >= n * (1 - p.max_pruning_ratio):
+                return free, _in_words(free) if reason == "knee" else reason
+            schedule = p.iterative_pruning_ratio_scheduler(ratio_for(free.k, n), p.iterative_steps)
+            self._schedules[key] = schedule
+        n_keep = int(n * (1 - min(schedule[p.current_step], p.max_pruning_ratio)))
+        n_keep = min(max(n_keep, 1), view.n_components)
+        selection = self._selector.select(group, view=view, n_keep=n_keep, round_to=step)
+        if selection is None:
+            return None, _NOT_MEASURED
+        return selection, _in_words(selection) if reason == "knee" else reason
+
+    def _attention_entries(self, attention: Sequence[tuple[Any, GroupView, GroupPlan]]) -> Iterator[GroupPlan]:
+        """Whole heads first, then dimensions of those that are left."""
+        p = self._pruner
+        nothing: list[_Choice] = [(None, "prune_num_heads and prune_head_dims are off")] * len(attention)
+        chosen = self._choose_heads([group for group, _, _ in attention]) if p.prune_num_heads else nothing
+        for (group, view, entry), (heads, reason) in zip(attention, chosen, strict=True):
+            before = {name: n for name, (n, _) in entry.heads.items()}
+            n_heads = max(before.values())
+            n_left = n_heads if heads is None else n_heads * len(heads.keep_idxs) // view.n_channels
+            # Keys and values that several query heads share stay.
+            after = {name: n_left if n == n_heads else n for name, n in before.items()}
+            if heads is not None or not p.prune_head_dims:
+                changed = {name: (n, after[name]) for name, n in before.items()}
+                yield replace(entry, selection=heads, reason=reason, unit="head", heads=changed)
+            if p.prune_head_dims:
+                dims, reason = self._choose(group, view)
+                if dims is not None:
+                    dims = dims.first_channels(view.n_channels // n_heads * n_left)
+                yield replace(entry, selection=dims, reason=reason, heads={name: (n, n) for name, n in after.items()})
+
+    def _choose_heads(self, groups: list[Any]) -> list[_Choice]:
+        """Selections of whole heads with the counts that this step is to keep, and how these came about."""
+        p, selector = self._pruner, self._selector
+        numbers = [heads_of(group, p.num_heads)[0] for group in groups]
+        n = [
+            self._n_initial.setdefault((g[0].dep.target.module, "head"), k)
+            for g, k in zip(groups, numbers, strict=True)
+        ]
+        ratios = [self._head_ratio(group) for group in groups]
+        each = [max(1, k - ceil((ratio or 0) * k - 1e-9)) for k, ratio in zip(n, ratios, strict=True)]
+        counts: int | list[int] | None
+        counts, reason = (sum(each) if selector.scope == "model" else each), "head_pruning_ratio"
+        if p.automatic and selector.is_automatic and all(ratio is None for ratio in ratios):
+            counts, reason = None, "knee"
+        selections = select_heads(selector, groups, p.num_heads, n_keep=counts)
+        return [
+            (None, _NOT_MEASURED) if s is None else (s, f"heads, {_in_words(s)}" if reason == "knee" else reason)
+            for s in selections
+        ]
+
+    def _head_ratio(self, group: Any) -> float | None:
+        """The share of heads to remove that was asked for by this step, if any was."""
+        p = self._pruner
+        told = (p.head_pruning_ratio_dict.get(layer) for layer in attention_layers_of(group, p.num_heads))
+        schedule = next((s for s in told if s is not None), None)
+        if schedule is None:
+            schedule = p.per_step_head_pruning_ratio if p.head_pruning_ratio > 0 else None
+        return None if schedule is None else min(schedule[p.current_step], 1.0)
+
+
+class _Rows:
+    """Which channels of which layers some group has taken, to see that none is in two groups."""
+
+    def __init__(self) -> None:
+        self._group_of: dict[tuple[str, int], str] = {}
+
+    def take(self, view: GroupView) -> None:
+        for member in view.members:
+            for row in member.rows.tolist():
+                other = self._group_of.setdefault((member.name, row), view.name)
+                if other != view.name:
+                    raise InputError(
+                        f"layer {member.name!r}: its channel {row} belongs to the groups of {other!r} and of "
+                        f"{view.name!r}, which would be chosen apart; put one of these into ignored_layers."
+                    )
+
+
+def _in_words(selection: ChannelSelection) -> str:
+    if selection.knee_k is None:
+        return "all alike" if selection.k == 1 else "no knee"
+    return f"knee at {selection.knee_k}" + (", guarded" if selection.k > selection.knee_k else "")

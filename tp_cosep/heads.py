@@ -1,0 +1,149 @@
+"""Attention heads: which layers have how many, and what their modules have to be told when some of them went.
+
+Torch-Pruning removes the channels of attention layers; how many heads of which size these make is written in
+plain attributes of the module around them, under names that differ between libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["attention_heads", "attention_layers_of", "heads_of", "tell_owners"]
+
+# The names under which timm, Transformers and other libraries keep these numbers.
+_N_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "nheads")
+_N_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+_N_REPEATS = ("num_key_value_groups", "num_kv_groups", "n_rep", "kv_groups")
+_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "dim_head", "dim_per_head", "d_head")
+_WIDTH = ("attn_dim", "all_head_size", "inner_dim", "embed_dim")
+_FUSED = ("qkv", "to_qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj")
+_QUERY = ("q", "query", "q_proj", "to_q", "q_lin", "wq", "q_linear")
+_KEY_VALUE = ("k", "v", "key", "value", "k_proj", "v_proj", "to_k", "to_v", "k_lin", "v_lin", "wk", "wv")
+_FUSED_KEY_VALUE = ("kv", "to_kv", "kv_proj")
+
+
+def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
+    """The layers of a model that make queries, keys and values, and their numbers of heads, for ``num_heads=``.
+
+    Found by the names that timm, Transformers and similar code use: a child called ``qkv``, or ``query``,
+    ``key`` and ``value``, ``q_proj`` … of a module with a number of heads or a head size. Look at what it
+    returns if yours have other names.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Number of heads by layer; empty if none is found. Torch's own ``MultiheadAttention`` is not in it:
+        it knows its heads itself.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.num_heads, self.qkv = 4, nn.Linear(12, 36)
+        >>> attention = Attention()
+        >>> attention_heads(attention) == {attention.qkv: 4}
+        True
+    """
+    found: dict[nn.Module, int] = {}
+    for owner in model.modules():
+        if isinstance(owner, nn.MultiheadAttention):
+            continue
+        n_heads, head_dim = _number(owner, _N_HEADS), _number(owner, _HEAD_DIM)
+        for name, layer in owner.named_children():
+            width = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+            parts = 3 if name in _FUSED else 2 if name in _FUSED_KEY_VALUE else 1
+            if width is None or (parts == 1 and name not in _QUERY + _KEY_VALUE):
+                continue
+            is_kv = name in _KEY_VALUE + _FUSED_KEY_VALUE
+            n = (_number(owner, _N_KV_HEADS) if is_kv else None) or n_heads
+            if head_dim is not None and (n is None or (is_kv and n * head_dim * parts != width)):
+                n = width // (parts * head_dim)
+            if n is not None and n > 0 and width % (parts * n) == 0:
+                found[layer] = n
+    return found
+
+
+def _number(owner: nn.Module, names: Iterable[str]) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+def attention_layers_of(group: Any, num_heads: Mapping[nn.Module, int]) -> list[nn.Module]:
+    """The attention layers that lose output channels with a group."""
+    graph = group._DG
+    return [
+        d.target.module for d, _ in group if d.target.module in num_heads and graph.is_out_channel_pruning_fn(d.handler)
+    ]
+
+
+def heads_of(group: Any, num_heads: Mapping[nn.Module, int]) -> tuple[int, int]:
+    """Query heads of a group, and how many key-value heads they share; 0, 0 where it has none."""
+    numbers = [num_heads[layer] for layer in attention_layers_of(group, num_heads)]
+    return (max(numbers), min(numbers)) if numbers else (0, 0)
+
+
+def tell_owners(model: nn.Module, before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]) -> None:
+    """Write new numbers of heads and head sizes into the modules that own attention layers.
+
+    An attribute is changed only if its name is known and its value is what it has to be for the layer before
+    pruning.
+
+    Args:
+        model: The model.
+        before: Number of heads and head size of each attention layer, by name, before pruning.
+        after: The same after it.
+    """
+    owners: dict[str, list[str]] = {}
+    for name in before:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    for path, names in owners.items():
+        owner = model.get_submodule(path)
+        query = max(names, key=lambda name: before[name][0])
+        shared = min(names, key=lambda name: before[name][0])
+        numbers = [_numbers(values[query], values[shared]) for values in (before, after)]
+        for attributes, was, now in zip((_N_HEADS, _HEAD_DIM, _WIDTH, _N_KV_HEADS, _N_REPEATS), *numbers, strict=True):
+            for attribute in attributes:
+                if vars(owner).get(attribute) == was and was != now:
+                    setattr(owner, attribute, now)
+
+
+def _numbers(query: tuple[int, int], shared: tuple[int, int]) -> tuple[int, int, int, int, int]:
+    n_heads, head_dim = query
+    return n_heads, head_dim, n_heads * head_dim, shared[0], n_heads // max(shared[0], 1)
+
+
+def rerooted(group: Any, num_heads: Mapping[nn.Module, int], root_module_types: Iterable[type]) -> Any:
+    """An attention group seen from the layer that reads it, as the stock pruner takes such groups.
+
+    There a channel is one dimension of one head, while a fused layer has three channels for it.
+
+    Returns:
+        The group of that layer's inputs; ``None`` if there is no such layer. Any other group as it is.
+    """
+    if not attention_layers_of(group, num_heads):
+        return group
+    graph, types = group._DG, tuple(root_module_types)
+    found = None
+    for dep, idxs in group:
+        if isinstance(dep.target.module, types) and graph.is_in_channel_pruning_fn(dep.handler):
+            found = graph.get_pruning_group(dep.target.module, dep.handler, idxs)
+    return found
+
+
+def attention_groups(graph: Any, num_heads: Mapping[nn.Module, int], root_module_types: Iterable[type]) -> list[Any]:
+    """All attention groups of a graph, rerooted, in the order of ``num_heads``."""
+    found, seen = [], set[nn.Module]()
+    for layer in num_heads:
+        if layer in seen or layer not in graph.module2node:
+            continue
+        prune = graph.get_pruner_of_module(layer).prune_out_channels
+        group = graph.get_pruning_group(layer, prune, list(range(graph.get_out_channels(layer))))
+        seen.update(attention_layers_of(group, num_heads))
+        group = rerooted(group, num_heads, root_module_types)
+        if group is not None:
+            found.append(group)
+    return found

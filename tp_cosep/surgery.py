@@ -1,0 +1,59 @@
+"""Removing channels from a group and telling the modules around what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tp_cosep.heads import tell_owners
+from tp_cosep.tracing import frozen_kept
+
+__all__ = ["group_of", "pruned"]
+
+
+def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads: Mapping[str, tuple[int, int]]) -> Any:
+    """The group that removes channels of a layer.
+
+    Args:
+        graph: A dependency graph.
+        layer: The root.
+        side: ``"out"`` or ``"in"``: which of its channels.
+        idxs: The channels to remove.
+        heads: Heads before and after by attention layer, see :class:`tp_cosep.GroupPlan`. Keys and values that
+            several query heads share stay whole where heads go.
+
+    Returns:
+        The group.
+    """
+    pruner = graph.get_pruner_of_module(layer)
+    prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+    group = graph.get_pruning_group(layer, prune, list(idxs))
+    if any(before != after for before, after in heads.values()):
+        names = graph._module2name
+        for i, (dep, _) in enumerate(group):
+            before, after = heads.get(names.get(dep.target.module, ""), (0, 1))
+            if before == after:
+                group[i] = (dep, [])
+    return group
+
+
+def pruned(model: nn.Module, prune: Any, n_channels: int, n_pruned: int, heads: Mapping[str, tuple[int, int]]) -> None:
+    """Call ``prune()``, keep frozen parameters frozen, and tell attention modules of their new sizes.
+
+    Args:
+        model: The model.
+        prune: Prunes a group of it.
+        n_channels: Channels of the group's root before.
+        n_pruned: How many of them go.
+        heads: Heads before and after, by attention layer.
+    """
+    with frozen_kept(model):
+        prune()
+    if heads:
+        n_before, n_after = (max(numbers) for numbers in zip(*heads.values(), strict=True))
+        sizes = n_channels // n_before, (n_channels - n_pruned) // n_after
+        before = {name: (n, sizes[0]) for name, (n, _) in heads.items()}
+        after = {name: (n, sizes[1]) for name, (_, n) in heads.items()}
+        tell_owners(model, before, after)

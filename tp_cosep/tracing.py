@@ -1,0 +1,106 @@
+"""Tracing a model with Torch-Pruning, and layers as users name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from tp_cosep.batches import evaluating
+from tp_cosep.errors import InputError
+
+__all__ = ["ROOT_TYPES", "frozen_kept", "resolve_layers", "resolve_ratios", "trace", "tracing"]
+
+#: Torch-Pruning's default types of root layers.
+ROOT_TYPES: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+
+
+@contextmanager
+def tracing(model: nn.Module) -> Iterator[None]:
+    """Let Torch-Pruning trace a model and get the model back as it was, also after an exception.
+
+    It follows the graph that autograd records, in which frozen layers are missing; so everything requires a
+    gradient meanwhile. The hooks that an interrupted trace leaves behind are removed.
+    """
+    hooks = {m: set(m._forward_hooks) for m in model.modules()}
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with evaluating(model), torch.enable_grad():
+            yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        for m, before in hooks.items():
+            for key in set(m._forward_hooks) - before:
+                del m._forward_hooks[key]
+
+
+def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
+    """Torch-Pruning's dependency graph of a model, see :func:`tracing`."""
+    with tracing(model):
+        return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, **options)
+
+
+@contextmanager
+def frozen_kept(model: nn.Module) -> Iterator[None]:
+    """Keep frozen parameters frozen while pruning replaces them by new ones."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    yield
+    parameters = dict(model.named_parameters())
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+
+
+def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -> list[Any]:
+    """Layers given as modules, names, module types or parameters, as modules and parameters of the model.
+
+    A container of the caller's own that holds layers of the model stands for them.
+
+    Returns:
+        Modules and parameters.
+
+    Raises:
+        InputError: If one of them is not part of the model.
+    """
+    names = dict(model.named_modules())
+    modules, found = set(names.values()), list[Any]()
+    for layer in layers or ():
+        if isinstance(layer, type):
+            found.extend(m for m in modules if isinstance(m, layer))
+        elif isinstance(layer, str) and layer in names:
+            found.append(names[layer])
+        elif isinstance(layer, nn.Parameter) or (isinstance(layer, nn.Module) and layer in modules):
+            found.append(layer)
+        elif isinstance(layer, nn.Module) and (inside := [m for m in layer.children() if m in modules]):
+            found.extend(inside)
+        else:
+            came = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
+            raise InputError(
+                f"{where}: expected modules of the model, their names or types, got {came} that is not part of it."
+            )
+    return found
+
+
+def resolve_ratios(model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[Any, float] | None:
+    """A ``pruning_ratio_dict`` whose keys are layers or tuples of them, given as for :func:`resolve_layers`.
+
+    Returns:
+        The same ratios by module, or ``None`` for ``None``.
+
+    Raises:
+        InputError: If a key is not part of the model.
+    """
+    if ratios is None:
+        return None
+    resolved: dict[Any, float] = {}
+    for layers, ratio in ratios.items():
+        together = isinstance(layers, tuple)
+        found = resolve_layers(model, layers if together else (layers,), "pruning_ratio_dict")
+        resolved.update({tuple(found): ratio} if together else dict.fromkeys(found, ratio))
+    return resolved
