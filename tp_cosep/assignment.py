@@ -2,7 +2,10 @@
 
 The searches in :mod:`tp_cosep.medoids` and :mod:`tp_cosep.selection` change one medoid at a time, which
 moves few points when there are many medoids. Updating those alone makes a path over all k of n points cost
-about n² log n instead of n³ operations, but for one scan of a ``[k, n]`` table per k.
+about n² log n instead of n³ operations, but for one scan of a ``[k, n]`` table per swap.
+
+Everything here is float64 on the CPU. Steps on vectors of n use numpy, whose calls are several times cheaper
+than torch's; steps on ``[points, n]`` use torch, which broadcasts faster, on the same memory.
 
 Letters as in :mod:`tp_cosep.medoids`: D ``[n, n]`` distances, d1 and d2 the distances of a point to its
 nearest and second nearest medoid. A *slot* is a position in the list of medoids.
@@ -12,11 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TOLERANCE", "Assignment", "SwapTable", "few_threads", "sum_by_cluster"]
+__all__ = ["TOLERANCE", "Assignment", "SwapTable", "few_threads"]
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 #: Differences of total deviations below this share of the whole are rounding.
 TOLERANCE = 1e-11
@@ -32,27 +41,21 @@ def few_threads(d: Tensor) -> Iterator[None]:
     thread that is not scheduled.
     """
     before = torch.get_num_threads()
-    if len(d) <= 2048 and not d.is_cuda:
-        torch.set_num_threads(1)
+    if len(d) > 2048 or d.is_cuda or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def sum_by_cluster(rows: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Sum the rows ``[n, m]`` of each of k clusters: ``[k, m]``, in a fixed order on every device."""
-    if rows.is_cuda:  # index_add_ is not deterministic there
-        one_hot = torch.nn.functional.one_hot(labels, k).to(rows.dtype)
-        return one_hot.T @ rows
-    return rows.new_zeros(k, rows.shape[1]).index_add_(0, labels, rows)
-
-
 class Assignment:
     """Nearest and second nearest medoid of every point.
 
     Args:
-        d: ``[n, n]`` distances.
+        d: ``[n, n]`` distances, symmetric.
         medoids: ``[k]`` distinct points, k ≥ 1.
 
     Attributes:
@@ -63,51 +66,68 @@ class Assignment:
         d2: ``[n]``, distance to the second nearest; ∞ if k is 1.
     """
 
-    def __init__(self, d: Tensor, medoids: Tensor) -> None:
+    def __init__(self, d: Floats, medoids: Indices) -> None:
         self.d = d
-        self.medoids = medoids.clone()
-        self.own, self.second, self.d1, self.d2 = self._nearest_two(slice(None))
+        self.medoids = medoids.copy()
+        n = len(d)
+        self.own, self.second = np.zeros(n, np.int64), np.zeros(n, np.int64)
+        self.d1, self.d2 = np.full(n, np.inf), np.full(n, np.inf)
+        self._reassign(np.arange(n))
 
-    def _nearest_two(self, points: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = self.d[self.medoids] if isinstance(points, slice) else self.d[self.medoids[:, None], points]
-        d1, own = rows.min(0)
-        d2, second = rows.scatter(0, own[None], torch.inf).min(0)
-        return own, second, d1, d2
+    def copy(self) -> Assignment:
+        """Another one in the same state.
 
-    def add(self, point: Tensor) -> None:
+        Returns:
+            The copy; it shares D.
+        """
+        other = object.__new__(Assignment)
+        other.d, other.medoids = self.d, self.medoids  # neither is ever changed in place
+        other.own, other.second = self.own.copy(), self.second.copy()
+        other.d1, other.d2 = self.d1.copy(), self.d2.copy()
+        return other
+
+    def add(self, point: int) -> None:
         """Make a point a medoid, in a new last slot."""
-        self.medoids = torch.cat([self.medoids, point.view(1)])
+        self.medoids = np.concatenate((self.medoids, np.array([point])))
         self._offer(point, len(self.medoids) - 1)
 
-    def replace(self, slot: Tensor, point: Tensor) -> None:
+    def replace(self, slot: int, point: int) -> None:
         """Put another point into a slot."""
-        is_lost = (self.own == slot) | (self.second == slot)
-        self.medoids = self.medoids.clone()
+        lost = np.flatnonzero((self.own == slot) | (self.second == slot))
+        self.medoids = self.medoids.copy()
         self.medoids[slot] = point
         self._offer(point, slot)
-        self._reassign(is_lost)
+        self._reassign(lost)
 
-    def remove(self, slot: Tensor) -> None:
+    def remove(self, slot: int) -> None:
         """Take a slot away; later ones move up."""
-        is_lost = (self.own == slot) | (self.second == slot)
-        self.medoids = torch.cat([self.medoids[:slot], self.medoids[slot + 1 :]])
-        self.own = self.own - (self.own > slot).long()
-        self.second = self.second - (self.second > slot).long()
-        self._reassign(is_lost)
+        lost = np.flatnonzero((self.own == slot) | (self.second == slot))
+        self.medoids = np.concatenate((self.medoids[:slot], self.medoids[slot + 1 :]))
+        self.own -= self.own > slot
+        self.second -= self.second > slot
+        self._reassign(lost)
 
-    def _offer(self, point: Tensor, slot: int | Tensor) -> None:
+    def _offer(self, point: int, slot: int) -> None:
         row = self.d[point]
-        is_nearest, is_second = row < self.d1, row < self.d2
-        slots = torch.full_like(self.own, int(slot))
-        self.second = torch.where(is_nearest, self.own, torch.where(is_second, slots, self.second))
-        self.d2 = torch.where(is_nearest, self.d1, torch.minimum(self.d2, row))
-        self.own = torch.where(is_nearest, slots, self.own)
-        self.d1 = torch.minimum(self.d1, row)
+        moved = np.flatnonzero(row < self.d2)
+        to, before = row[moved], self.d1[moved]
+        is_nearest = to < before
+        nearest = moved[is_nearest]
+        self.second[moved] = slot
+        self.second[nearest] = self.own[nearest]
+        self.own[nearest] = slot
+        self.d1[moved] = np.minimum(to, before)
+        self.d2[moved] = np.maximum(to, before)
 
-    def _reassign(self, is_lost: Tensor) -> None:
-        points = is_lost.nonzero()[:, 0]
-        found = self._nearest_two(points)
-        self.own[points], self.second[points], self.d1[points], self.d2[points] = found
+    def _reassign(self, points: Indices) -> None:
+        """Find the nearest two of given points anew."""
+        rows = self.d[points[:, None], self.medoids]
+        at = np.arange(len(points))
+        own = rows.argmin(1)
+        self.own[points], self.d1[points] = own, rows[at, own]
+        rows[at, own] = np.inf
+        second = rows.argmin(1)
+        self.second[points], self.d2[points] = second, rows[at, second]
 
 
 class SwapTable:
@@ -117,64 +137,109 @@ class SwapTable:
 
         shared_c = Σ_i min(D_ic − d1_i, 0),   rise_mc = Σ_{i nearest to m} clamp(D_ic − d1_i, 0, d2_i − d1_i)
 
-    (FastPAM's decomposition: Schubert & Rousseeuw, Information Systems 101, 2021).
+    (FastPAM's decomposition: Schubert & Rousseeuw, Information Systems 101, 2021). Computed as
+    min(D_ic, d1_i) − d1_i and min(D_ic, d2_i) − min(D_ic, d1_i). Both follow the assignment when they are asked for,
+    and count only those points anew whose nearest medoids have changed.
 
     Args:
-        assignment: The medoids; change them as you like and call :meth:`update`.
-        capacity: The largest number of medoids there will be.
-
-    Attributes:
-        shared: ``[n]``.
-        rise: ``[capacity, n]``, by slot.
+        assignment: The medoids; change them as you like.
+        capacity: A number of medoids to make room for; there may be more.
     """
 
     def __init__(self, assignment: Assignment, capacity: int) -> None:
+        n = len(assignment.d)
         self.assignment = assignment
-        self.shared = assignment.d1.new_zeros(len(assignment.d1))
-        self._drift = _DRIFT * assignment.d1.sum()
-        self.rise = assignment.d1.new_zeros(capacity, len(assignment.d1))
-        everything = torch.arange(len(assignment.d1), device=assignment.d1.device)
-        self._seen = (assignment.own, assignment.d1, assignment.d2)
-        self._account(everything, self._seen, 1)
+        self._distances = torch.from_numpy(assignment.d)
+        self._drift = _DRIFT * float(assignment.d1.sum())
+        # [n]: shared, and the d1 it stands for; at d1 = 0 it is 0.
+        self._shared = np.zeros(n)
+        self._shared_d1 = np.zeros(n)
+        # [capacity, n]: rise, and the state it stands for; at d1 = d2 = 0 it is 0.
+        self._rise = torch.zeros(capacity, n, dtype=torch.float64)
+        self._rise_state: tuple[NDArray[Any], ...] = (np.zeros(n, np.int64), np.zeros(n), np.zeros(n))
 
-    def update(self) -> None:
-        """Follow the assignment: only points whose nearest medoids changed are counted anew."""
+    def copy(self, capacity: int) -> SwapTable:
+        """A table, with an assignment of its own, in the same state.
+
+        Returns:
+            The copy.
+        """
+        other = SwapTable.__new__(SwapTable)
+        other.__dict__.update(self.__dict__)
+        other.assignment = self.assignment.copy()
+        other._shared = self._shared.copy()
+        other._rise = torch.zeros(capacity, len(self._shared), dtype=torch.float64)
+        k = len(self.assignment.medoids)
+        other._rise[:k] = self._rise[:k]
+        return other
+
+    def _reserve(self, capacity: int) -> None:
+        if len(self._rise) < capacity:
+            more = torch.zeros(max(capacity, 2 * len(self._rise)), len(self._shared), dtype=torch.float64)
+            more[: len(self._rise)] = self._rise
+            self._rise = more
+
+    def _rows(self, points: Indices) -> Tensor:
+        return self._distances.index_select(0, torch.from_numpy(points))
+
+    def _follow_shared(self) -> Floats:
+        before, now = self._shared_d1, self.assignment.d1
+        points = np.flatnonzero(before != now)
+        rows = self._rows(points)
+        old, new = before[points], now[points]
+        change = torch.minimum(rows, torch.from_numpy(new)[:, None])
+        if old.any():
+            change -= rows.clamp_(max=torch.from_numpy(old)[:, None])
+        self._shared += change.numpy().sum(0)
+        self._shared -= (new - old).sum()
+        self._shared_d1 = now.copy()
+        return self._shared
+
+    def _follow_rise(self) -> Tensor:
+        self._reserve(len(self.assignment.medoids))
         now = (self.assignment.own, self.assignment.d1, self.assignment.d2)
-        is_moved = torch.stack([a != b for a, b in zip(now, self._seen, strict=True)]).any(0)
-        points = is_moved.nonzero()[:, 0]
-        self._account(points, self._seen, -1)
-        self._account(points, now, 1)
-        self._seen = (now[0].clone(), now[1].clone(), now[2].clone())
-
-    def _account(self, points: Tensor, state: tuple[Tensor, Tensor, Tensor], sign: int) -> None:
-        own, d1, d2 = (values[points] for values in state)
-        change = self.assignment.d[points] - d1[:, None]
-        self.shared.add_(change.clamp(max=0).sum(0), alpha=sign)
-        rise = torch.minimum(change.clamp_(min=0), (d2 - d1)[:, None])
-        if rise.is_cuda:
-            self.rise.add_(sum_by_cluster(rise, own, len(self.rise)), alpha=sign)
+        is_moved = np.zeros(len(now[0]), dtype=bool)
+        for a, b in zip(now, self._rise_state, strict=True):
+            is_moved |= a != b
+        points = np.flatnonzero(is_moved)
+        if 2 * len(points) > len(is_moved):
+            points = np.arange(len(is_moved))
+            self._rise.zero_()
         else:
-            self.rise.index_add_(0, own, rise, alpha=sign)
+            self._account(points, self._rise_state, -1)
+        self._account(points, now, 1)
+        self._rise_state = tuple(values.copy() for values in now)
+        return self._rise
 
-    def best_addition(self) -> Tensor:
+    def _account(self, points: Indices, state: tuple[NDArray[Any], ...], sign: int) -> None:
+        own, d1, d2 = (torch.from_numpy(values[points]) for values in state)
+        rows = self._rows(points)
+        rise = torch.minimum(rows, d2[:, None]).sub_(torch.minimum(rows, d1[:, None], out=rows))
+        self._rise.index_add_(0, own, rise, alpha=sign)
+
+    def best_addition(self) -> int:
         """The point whose addition lowers TD most; the lowest index on ties."""
-        return self._first_smallest(self.shared.index_fill(0, self.assignment.medoids, torch.inf))
+        shared = self._follow_shared().copy()
+        shared[self.assignment.medoids] = np.inf
+        return self._first_smallest(shared)
 
-    def best_swap(self) -> tuple[Tensor, Tensor, Tensor]:
+    def best_swap(self) -> tuple[int, int, float]:
         """Slot and point of the swap that lowers TD most, and the change it makes.
 
         Returns:
             Slot, point and change; on ties the lowest point, and for it the lowest medoid.
         """
         medoids = self.assignment.medoids
-        shared = self.shared.index_fill(0, medoids, torch.inf)
-        change = (self.rise[: len(medoids)] + shared).amin(0)
+        rise = self._follow_rise().numpy()
+        change = rise[: len(medoids)].min(0)
+        change += self._follow_shared()
+        change[medoids] = np.inf
         point = self._first_smallest(change)
         by_index = medoids.argsort()
-        slot = by_index[self._first_smallest(self.rise[by_index, point])]
-        return slot, point, change[point]
+        slot = int(by_index[self._first_smallest(rise[by_index, point])])
+        return slot, point, float(change[point])
 
-    def _first_smallest(self, values: Tensor) -> Tensor:
+    def _first_smallest(self, values: Floats) -> int:
         """Index of the first value that is the smallest but for rounding, so that every machine agrees."""
-        tolerance = torch.maximum(TOLERANCE * self.assignment.d1.sum(), self._drift)
-        return (values <= values.min() + tolerance).to(torch.uint8).argmax()
+        tolerance = max(TOLERANCE * float(self.assignment.d1.sum()), self._drift)
+        return int((values <= values.min() + tolerance).argmax())
