@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +63,7 @@ class Assignment:
         second: ``[n]``, slot of the second nearest; meaningless if k is 1.
         d1: ``[n]``, distance to the nearest.
         d2: ``[n]``, distance to the second nearest; ∞ if k is 1.
+        is_touched: ``[n]``, points for which any of these was set since somebody last unset this.
     """
 
     def __init__(self, d: Floats, medoids: Indices) -> None:
@@ -72,6 +72,7 @@ class Assignment:
         n = len(d)
         self.own, self.second = np.zeros(n, np.int64), np.zeros(n, np.int64)
         self.d1, self.d2 = np.full(n, np.inf), np.full(n, np.inf)
+        self.is_touched = np.zeros(n, dtype=bool)
         self._reassign(np.arange(n))
 
     def copy(self) -> Assignment:
@@ -84,6 +85,7 @@ class Assignment:
         other.d, other.medoids = self.d, self.medoids  # neither is ever changed in place
         other.own, other.second = self.own.copy(), self.second.copy()
         other.d1, other.d2 = self.d1.copy(), self.d2.copy()
+        other.is_touched = self.is_touched.copy()
         return other
 
     def add(self, point: int) -> None:
@@ -105,11 +107,13 @@ class Assignment:
         self.medoids = np.concatenate((self.medoids[:slot], self.medoids[slot + 1 :]))
         self.own -= self.own > slot
         self.second -= self.second > slot
+        self.is_touched[:] = True
         self._reassign(lost)
 
     def _offer(self, point: int, slot: int) -> None:
         row = self.d[point]
         moved = np.flatnonzero(row < self.d2)
+        self.is_touched[moved] = True
         to, before = row[moved], self.d1[moved]
         is_nearest = to < before
         nearest = moved[is_nearest]
@@ -121,6 +125,7 @@ class Assignment:
 
     def _reassign(self, points: Indices) -> None:
         """Find the nearest two of given points anew."""
+        self.is_touched[points] = True
         rows = self.d[points[:, None], self.medoids]
         at = np.arange(len(points))
         own = rows.argmin(1)
@@ -138,7 +143,7 @@ class SwapTable:
         shared_c = Σ_i min(D_ic − d1_i, 0),   rise_mc = Σ_{i nearest to m} clamp(D_ic − d1_i, 0, d2_i − d1_i)
 
     (FastPAM's decomposition: Schubert & Rousseeuw, Information Systems 101, 2021). Computed as
-    min(D_ic, d1_i) − d1_i and min(D_ic, d2_i) − min(D_ic, d1_i). Both follow the assignment when they are asked for,
+    min(D_ic, d1_i) − d1_i and min(D_ic, d2_i) − min(D_ic, d1_i). They follow the assignment when they are asked for,
     and count only those points anew whose nearest medoids have changed.
 
     Args:
@@ -151,12 +156,10 @@ class SwapTable:
         self.assignment = assignment
         self._distances = torch.from_numpy(assignment.d)
         self._drift = _DRIFT * float(assignment.d1.sum())
-        # [n]: shared, and the d1 it stands for; at d1 = 0 it is 0.
         self._shared = np.zeros(n)
-        self._shared_d1 = np.zeros(n)
-        # [capacity, n]: rise, and the state it stands for; at d1 = d2 = 0 it is 0.
         self._rise = torch.zeros(capacity, n, dtype=torch.float64)
-        self._rise_state: tuple[NDArray[Any], ...] = (np.zeros(n, np.int64), np.zeros(n), np.zeros(n))
+        self._own = np.zeros(n, np.int64)  # what the sums stand for: own, and d1 and d2
+        self._near = np.zeros((2, n))
 
     def copy(self, capacity: int) -> SwapTable:
         """A table, with an assignment of its own, in the same state.
@@ -167,59 +170,51 @@ class SwapTable:
         other = SwapTable.__new__(SwapTable)
         other.__dict__.update(self.__dict__)
         other.assignment = self.assignment.copy()
-        other._shared = self._shared.copy()
+        other._shared, other._own, other._near = self._shared.copy(), self._own.copy(), self._near.copy()
         other._rise = torch.zeros(capacity, len(self._shared), dtype=torch.float64)
         k = len(self.assignment.medoids)
         other._rise[:k] = self._rise[:k]
         return other
 
-    def _reserve(self, capacity: int) -> None:
-        if len(self._rise) < capacity:
-            more = torch.zeros(max(capacity, 2 * len(self._rise)), len(self._shared), dtype=torch.float64)
-            more[: len(self._rise)] = self._rise
-            self._rise = more
+    def _update(self) -> None:
+        """Follow the assignment."""
+        state = self.assignment
+        if len(self._rise) < len(state.medoids):
+            self._rise = torch.cat([self._rise, torch.zeros_like(self._rise)])
+        points = np.flatnonzero(state.is_touched)
+        if not len(points):
+            return
+        state.is_touched[points] = False
+        if 2 * len(points) > len(self._own):
+            self._count_all()
+            return
+        # Both what these points counted for so far and what they count for now, in one go: [2, points, n].
+        own = np.array((self._own[points], state.own[points]))
+        near = np.array((self._near[:, points], (state.d1[points], state.d2[points])))
+        self._own[points], self._near[:, points] = own[1], near[1]
+        bounds = torch.from_numpy(near)[..., None]
+        rows = self._distances.index_select(0, torch.from_numpy(points))
+        to_nearest = torch.minimum(rows, bounds[:, 0])
+        rise = torch.minimum(rows, bounds[:, 1]).sub_(to_nearest)
+        rise[0].neg_()
+        self._rise.index_add_(0, torch.from_numpy(own.ravel()), rise.view(-1, rise.shape[2]))
+        self._shared += to_nearest[1].sub_(to_nearest[0]).numpy().sum(0)
+        self._shared += near[0, 0].sum() - near[1, 0].sum()
 
-    def _rows(self, points: Indices) -> Tensor:
-        return self._distances.index_select(0, torch.from_numpy(points))
-
-    def _follow_shared(self) -> Floats:
-        before, now = self._shared_d1, self.assignment.d1
-        points = np.flatnonzero(before != now)
-        rows = self._rows(points)
-        old, new = before[points], now[points]
-        change = torch.minimum(rows, torch.from_numpy(new)[:, None])
-        if old.any():
-            change -= rows.clamp_(max=torch.from_numpy(old)[:, None])
-        self._shared += change.numpy().sum(0)
-        self._shared -= (new - old).sum()
-        self._shared_d1 = now.copy()
-        return self._shared
-
-    def _follow_rise(self) -> Tensor:
-        self._reserve(len(self.assignment.medoids))
-        now = (self.assignment.own, self.assignment.d1, self.assignment.d2)
-        is_moved = np.zeros(len(now[0]), dtype=bool)
-        for a, b in zip(now, self._rise_state, strict=True):
-            is_moved |= a != b
-        points = np.flatnonzero(is_moved)
-        if 2 * len(points) > len(is_moved):
-            points = np.arange(len(is_moved))
-            self._rise.zero_()
-        else:
-            self._account(points, self._rise_state, -1)
-        self._account(points, now, 1)
-        self._rise_state = tuple(values.copy() for values in now)
-        return self._rise
-
-    def _account(self, points: Indices, state: tuple[NDArray[Any], ...], sign: int) -> None:
-        own, d1, d2 = (torch.from_numpy(values[points]) for values in state)
-        rows = self._rows(points)
-        rise = torch.minimum(rows, d2[:, None]).sub_(torch.minimum(rows, d1[:, None], out=rows))
-        self._rise.index_add_(0, own, rise, alpha=sign)
+    def _count_all(self) -> None:
+        """Sum over all points instead of following a part of them."""
+        state = self.assignment
+        self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
+        bounds = torch.from_numpy(self._near)[..., None]
+        to_nearest = torch.minimum(self._distances, bounds[0])
+        np.subtract(to_nearest.numpy().sum(0), state.d1.sum(), out=self._shared)
+        rise = torch.minimum(self._distances, bounds[1]).sub_(to_nearest)
+        self._rise.zero_().index_add_(0, torch.from_numpy(self._own), rise)
 
     def best_addition(self) -> int:
         """The point whose addition lowers TD most; the lowest index on ties."""
-        shared = self._follow_shared().copy()
+        self._update()
+        shared = self._shared.copy()
         shared[self.assignment.medoids] = np.inf
         return self._first_smallest(shared)
 
@@ -229,10 +224,10 @@ class SwapTable:
         Returns:
             Slot, point and change; on ties the lowest point, and for it the lowest medoid.
         """
-        medoids = self.assignment.medoids
-        rise = self._follow_rise().numpy()
+        self._update()
+        medoids, rise = self.assignment.medoids, self._rise.numpy()
         change = rise[: len(medoids)].min(0)
-        change += self._follow_shared()
+        change += self._shared
         change[medoids] = np.inf
         point = self._first_smallest(change)
         by_index = medoids.argsort()
