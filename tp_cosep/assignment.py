@@ -2,7 +2,10 @@
 
 The searches in :mod:`tp_cosep.medoids` and :mod:`tp_cosep.selection` change one medoid at a time, which
 moves few points when there are many medoids. Updating those alone makes a path over all k of n points cost
-about n² log n instead of n³ operations, but for one scan of a ``[k, n]`` table per k.
+about n² log n instead of n³ operations, but for one scan of a ``[k, n]`` table per swap.
+
+Everything here is float64 on the CPU. Steps on vectors of n use numpy, whose calls are several times cheaper
+than torch's; steps on ``[points, n]`` use torch, which broadcasts faster, on the same memory.
 
 Letters as in :mod:`tp_cosep.medoids`: D ``[n, n]`` distances, d1 and d2 the distances of a point to its
 nearest and second nearest medoid. A *slot* is a position in the list of medoids.
@@ -13,10 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TOLERANCE", "Assignment", "SwapTable", "few_threads", "sum_by_cluster"]
+__all__ = ["TOLERANCE", "Assignment", "SwapTable", "few_threads"]
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 #: Differences of total deviations below this share of the whole are rounding.
 TOLERANCE = 1e-11
@@ -32,27 +40,21 @@ def few_threads(d: Tensor) -> Iterator[None]:
     thread that is not scheduled.
     """
     before = torch.get_num_threads()
-    if len(d) <= 2048 and not d.is_cuda:
-        torch.set_num_threads(1)
+    if len(d) > 2048 or d.is_cuda or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def sum_by_cluster(rows: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Sum the rows ``[n, m]`` of each of k clusters: ``[k, m]``, in a fixed order on every device."""
-    if rows.is_cuda:  # index_add_ is not deterministic there
-        one_hot = torch.nn.functional.one_hot(labels, k).to(rows.dtype)
-        return one_hot.T @ rows
-    return rows.new_zeros(k, rows.shape[1]).index_add_(0, labels, rows)
-
-
 class Assignment:
     """Nearest and second nearest medoid of every point.
 
     Args:
-        d: ``[n, n]`` distances.
+        d: ``[n, n]`` distances, symmetric.
         medoids: ``[k]`` distinct points, k ≥ 1.
 
     Attributes:
@@ -61,53 +63,76 @@ class Assignment:
         second: ``[n]``, slot of the second nearest; meaningless if k is 1.
         d1: ``[n]``, distance to the nearest.
         d2: ``[n]``, distance to the second nearest; ∞ if k is 1.
+        is_touched: ``[n]``, points for which any of these was set since somebody last unset this.
     """
 
-    def __init__(self, d: Tensor, medoids: Tensor) -> None:
+    def __init__(self, d: Floats, medoids: Indices) -> None:
         self.d = d
-        self.medoids = medoids.clone()
-        self.own, self.second, self.d1, self.d2 = self._nearest_two(slice(None))
+        self.medoids = medoids.copy()
+        n = len(d)
+        self.own, self.second = np.zeros(n, np.int64), np.zeros(n, np.int64)
+        self.d1, self.d2 = np.full(n, np.inf), np.full(n, np.inf)
+        self.is_touched = np.zeros(n, dtype=bool)
+        self._reassign(np.arange(n))
 
-    def _nearest_two(self, points: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = self.d[self.medoids] if isinstance(points, slice) else self.d[self.medoids[:, None], points]
-        d1, own = rows.min(0)
-        d2, second = rows.scatter(0, own[None], torch.inf).min(0)
-        return own, second, d1, d2
+    def copy(self) -> Assignment:
+        """Another one in the same state.
 
-    def add(self, point: Tensor) -> None:
+        Returns:
+            The copy; it shares D.
+        """
+        other = object.__new__(Assignment)
+        other.d, other.medoids = self.d, self.medoids  # neither is ever changed in place
+        other.own, other.second = self.own.copy(), self.second.copy()
+        other.d1, other.d2 = self.d1.copy(), self.d2.copy()
+        other.is_touched = self.is_touched.copy()
+        return other
+
+    def add(self, point: int) -> None:
         """Make a point a medoid, in a new last slot."""
-        self.medoids = torch.cat([self.medoids, point.view(1)])
+        self.medoids = np.concatenate((self.medoids, np.array([point])))
         self._offer(point, len(self.medoids) - 1)
 
-    def replace(self, slot: Tensor, point: Tensor) -> None:
+    def replace(self, slot: int, point: int) -> None:
         """Put another point into a slot."""
-        is_lost = (self.own == slot) | (self.second == slot)
-        self.medoids = self.medoids.clone()
+        lost = np.flatnonzero((self.own == slot) | (self.second == slot))
+        self.medoids = self.medoids.copy()
         self.medoids[slot] = point
         self._offer(point, slot)
-        self._reassign(is_lost)
+        self._reassign(lost)
 
-    def remove(self, slot: Tensor) -> None:
+    def remove(self, slot: int) -> None:
         """Take a slot away; later ones move up."""
-        is_lost = (self.own == slot) | (self.second == slot)
-        self.medoids = torch.cat([self.medoids[:slot], self.medoids[slot + 1 :]])
-        self.own = self.own - (self.own > slot).long()
-        self.second = self.second - (self.second > slot).long()
-        self._reassign(is_lost)
+        lost = np.flatnonzero((self.own == slot) | (self.second == slot))
+        self.medoids = np.concatenate((self.medoids[:slot], self.medoids[slot + 1 :]))
+        self.own -= self.own > slot
+        self.second -= self.second > slot
+        self.is_touched[:] = True
+        self._reassign(lost)
 
-    def _offer(self, point: Tensor, slot: int | Tensor) -> None:
+    def _offer(self, point: int, slot: int) -> None:
         row = self.d[point]
-        is_nearest, is_second = row < self.d1, row < self.d2
-        slots = torch.full_like(self.own, int(slot))
-        self.second = torch.where(is_nearest, self.own, torch.where(is_second, slots, self.second))
-        self.d2 = torch.where(is_nearest, self.d1, torch.minimum(self.d2, row))
-        self.own = torch.where(is_nearest, slots, self.own)
-        self.d1 = torch.minimum(self.d1, row)
+        moved = np.flatnonzero(row < self.d2)
+        self.is_touched[moved] = True
+        to, before = row[moved], self.d1[moved]
+        is_nearest = to < before
+        nearest = moved[is_nearest]
+        self.second[moved] = slot
+        self.second[nearest] = self.own[nearest]
+        self.own[nearest] = slot
+        self.d1[moved] = np.minimum(to, before)
+        self.d2[moved] = np.maximum(to, before)
 
-    def _reassign(self, is_lost: Tensor) -> None:
-        points = is_lost.nonzero()[:, 0]
-        found = self._nearest_two(points)
-        self.own[points], self.second[points], self.d1[points], self.d2[points] = found
+    def _reassign(self, points: Indices) -> None:
+        """Find the nearest two of given points anew."""
+        self.is_touched[points] = True
+        rows = self.d[points[:, None], self.medoids]
+        at = np.arange(len(points))
+        own = rows.argmin(1)
+        self.own[points], self.d1[points] = own, rows[at, own]
+        rows[at, own] = np.inf
+        second = rows.argmin(1)
+        self.second[points], self.d2[points] = second, rows[at, second]
 
 
 class SwapTable:
@@ -117,64 +142,99 @@ class SwapTable:
 
         shared_c = Σ_i min(D_ic − d1_i, 0),   rise_mc = Σ_{i nearest to m} clamp(D_ic − d1_i, 0, d2_i − d1_i)
 
-    (FastPAM's decomposition: Schubert & Rousseeuw, Information Systems 101, 2021).
+    (FastPAM's decomposition: Schubert & Rousseeuw, Information Systems 101, 2021). Computed as
+    min(D_ic, d1_i) − d1_i and min(D_ic, d2_i) − min(D_ic, d1_i). They follow the assignment when they are asked for,
+    and count only those points anew whose nearest medoids have changed.
 
     Args:
-        assignment: The medoids; change them as you like and call :meth:`update`.
-        capacity: The largest number of medoids there will be.
-
-    Attributes:
-        shared: ``[n]``.
-        rise: ``[capacity, n]``, by slot.
+        assignment: The medoids; change them as you like.
+        capacity: A number of medoids to make room for; there may be more.
     """
 
     def __init__(self, assignment: Assignment, capacity: int) -> None:
+        n = len(assignment.d)
         self.assignment = assignment
-        self.shared = assignment.d1.new_zeros(len(assignment.d1))
-        self._drift = _DRIFT * assignment.d1.sum()
-        self.rise = assignment.d1.new_zeros(capacity, len(assignment.d1))
-        everything = torch.arange(len(assignment.d1), device=assignment.d1.device)
-        self._seen = (assignment.own, assignment.d1, assignment.d2)
-        self._account(everything, self._seen, 1)
+        self._distances = torch.from_numpy(assignment.d)
+        self._drift = _DRIFT * float(assignment.d1.sum())
+        self._shared = np.zeros(n)
+        self._rise = torch.zeros(capacity, n, dtype=torch.float64)
+        self._own = np.zeros(n, np.int64)  # what the sums stand for: own, and d1 and d2
+        self._near = np.zeros((2, n))
 
-    def update(self) -> None:
-        """Follow the assignment: only points whose nearest medoids changed are counted anew."""
-        now = (self.assignment.own, self.assignment.d1, self.assignment.d2)
-        is_moved = torch.stack([a != b for a, b in zip(now, self._seen, strict=True)]).any(0)
-        points = is_moved.nonzero()[:, 0]
-        self._account(points, self._seen, -1)
-        self._account(points, now, 1)
-        self._seen = (now[0].clone(), now[1].clone(), now[2].clone())
+    def copy(self, capacity: int) -> SwapTable:
+        """A table, with an assignment of its own, in the same state.
 
-    def _account(self, points: Tensor, state: tuple[Tensor, Tensor, Tensor], sign: int) -> None:
-        own, d1, d2 = (values[points] for values in state)
-        change = self.assignment.d[points] - d1[:, None]
-        self.shared.add_(change.clamp(max=0).sum(0), alpha=sign)
-        rise = torch.minimum(change.clamp_(min=0), (d2 - d1)[:, None])
-        if rise.is_cuda:
-            self.rise.add_(sum_by_cluster(rise, own, len(self.rise)), alpha=sign)
-        else:
-            self.rise.index_add_(0, own, rise, alpha=sign)
+        Returns:
+            The copy.
+        """
+        other = SwapTable.__new__(SwapTable)
+        other.__dict__.update(self.__dict__)
+        other.assignment = self.assignment.copy()
+        other._shared, other._own, other._near = self._shared.copy(), self._own.copy(), self._near.copy()
+        other._rise = torch.zeros(capacity, len(self._shared), dtype=torch.float64)
+        k = len(self.assignment.medoids)
+        other._rise[:k] = self._rise[:k]
+        return other
 
-    def best_addition(self) -> Tensor:
+    def _update(self) -> None:
+        """Follow the assignment."""
+        state = self.assignment
+        if len(self._rise) < len(state.medoids):
+            self._rise = torch.cat([self._rise, torch.zeros_like(self._rise)])
+        points = np.flatnonzero(state.is_touched)
+        if not len(points):
+            return
+        state.is_touched[points] = False
+        if 2 * len(points) > len(self._own):
+            self._count_all()
+            return
+        # Both what these points counted for so far and what they count for now, in one go: [2, points, n].
+        own = np.array((self._own[points], state.own[points]))
+        near = np.array((self._near[:, points], (state.d1[points], state.d2[points])))
+        self._own[points], self._near[:, points] = own[1], near[1]
+        bounds = torch.from_numpy(near)[..., None]
+        rows = self._distances.index_select(0, torch.from_numpy(points))
+        to_nearest = torch.minimum(rows, bounds[:, 0])
+        rise = torch.minimum(rows, bounds[:, 1]).sub_(to_nearest)
+        rise[0].neg_()
+        self._rise.index_add_(0, torch.from_numpy(own.ravel()), rise.view(-1, rise.shape[2]))
+        self._shared += to_nearest[1].sub_(to_nearest[0]).numpy().sum(0)
+        self._shared += near[0, 0].sum() - near[1, 0].sum()
+
+    def _count_all(self) -> None:
+        """Sum over all points instead of following a part of them."""
+        state = self.assignment
+        self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
+        bounds = torch.from_numpy(self._near)[..., None]
+        to_nearest = torch.minimum(self._distances, bounds[0])
+        np.subtract(to_nearest.numpy().sum(0), state.d1.sum(), out=self._shared)
+        rise = torch.minimum(self._distances, bounds[1]).sub_(to_nearest)
+        self._rise.zero_().index_add_(0, torch.from_numpy(self._own), rise)
+
+    def best_addition(self) -> int:
         """The point whose addition lowers TD most; the lowest index on ties."""
-        return self._first_smallest(self.shared.index_fill(0, self.assignment.medoids, torch.inf))
+        self._update()
+        shared = self._shared.copy()
+        shared[self.assignment.medoids] = np.inf
+        return self._first_smallest(shared)
 
-    def best_swap(self) -> tuple[Tensor, Tensor, Tensor]:
+    def best_swap(self) -> tuple[int, int, float]:
         """Slot and point of the swap that lowers TD most, and the change it makes.
 
         Returns:
             Slot, point and change; on ties the lowest point, and for it the lowest medoid.
         """
-        medoids = self.assignment.medoids
-        shared = self.shared.index_fill(0, medoids, torch.inf)
-        change = (self.rise[: len(medoids)] + shared).amin(0)
+        self._update()
+        medoids, rise = self.assignment.medoids, self._rise.numpy()
+        change = rise[: len(medoids)].min(0)
+        change += self._shared
+        change[medoids] = np.inf
         point = self._first_smallest(change)
         by_index = medoids.argsort()
-        slot = by_index[self._first_smallest(self.rise[by_index, point])]
-        return slot, point, change[point]
+        slot = int(by_index[self._first_smallest(rise[by_index, point])])
+        return slot, point, float(change[point])
 
-    def _first_smallest(self, values: Tensor) -> Tensor:
+    def _first_smallest(self, values: Floats) -> int:
         """Index of the first value that is the smallest but for rounding, so that every machine agrees."""
-        tolerance = torch.maximum(TOLERANCE * self.assignment.d1.sum(), self._drift)
-        return (values <= values.min() + tolerance).to(torch.uint8).argmax()
+        tolerance = max(TOLERANCE * float(self.assignment.d1.sum()), self._drift)
+        return int((values <= values.min() + tolerance).argmax())

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from kneed import KneeLocator
+from numpy.typing import NDArray
 
 from tp_cosep.errors import InputError
 
-__all__ = ["RULES", "Knee", "KneeMethod", "find_knee", "guarded_count"]
+__all__ = ["RULES", "Knee", "KneeMethod", "difference_curve", "find_knee", "guarded_count"]
 
 RULES = ("guarded", "strongest", "first")
 _INTERP_METHODS = ("interp1d", "polynomial")
@@ -78,6 +79,24 @@ class Knee:
     strength: float
 
 
+def difference_curve(ks: Sequence[int], values: Sequence[float]) -> NDArray[np.float64]:
+    """Kneedle's difference curve: the height of a curve over the diagonal once both axes are scaled to [0, 1].
+
+    Args:
+        ks: Ascending, at least two; in any steps.
+        values: The curve at each of them.
+
+    Returns:
+        The height at each k; zeros for a constant curve.
+    """
+    x, y = np.asarray(ks, dtype=float), np.asarray(values, dtype=float)
+    span = np.ptp(y)
+    if span == 0:
+        return np.zeros(len(y))
+    height: NDArray[np.float64] = (y - y.min()) / span - (x - x[0]) / (x[-1] - x[0])
+    return height
+
+
 def find_knee(ks: Sequence[int], values: Sequence[float], method: KneeMethod | None = None) -> Knee:
     """Find the knee of an increasing, concave curve.
 
@@ -106,21 +125,22 @@ def find_knee(ks: Sequence[int], values: Sequence[float], method: KneeMethod | N
         return Knee(int(x[0]), float(y[0]))
     if len(x) < 3 or np.ptp(y) == 0:
         return Knee(None, 0.0)
-    locator = KneeLocator(
-        x,
-        y,
-        curve="concave",
-        direction="increasing",
-        interp_method=method.interp_method,
-        polynomial_degree=min(method.polynomial_degree, len(x) - 1),
-    )
-    height = np.asarray(locator.y_difference)
-    if method.rule == "first":
-        if locator.knee is None:
-            return Knee(None, 0.0)
-        at = int(np.flatnonzero(x == locator.knee)[0])
-    else:
+    if method.rule != "first" and method.interp_method == "interp1d":
+        height = difference_curve(ks, values)
         at = int(height.argmax())
+    else:
+        locator = KneeLocator(
+            x,
+            y,
+            curve="concave",
+            direction="increasing",
+            interp_method=method.interp_method,
+            polynomial_degree=min(method.polynomial_degree, len(x) - 1),
+        )
+        height = np.asarray(locator.y_difference)
+        if method.rule == "first" and locator.knee is None:
+            return Knee(None, 0.0)
+        at = int(np.flatnonzero(x == locator.knee)[0]) if method.rule == "first" else int(height.argmax())
     # The ends of the difference curve are 0 by construction, and so, but for rounding, is a straight line.
     if height[at] <= 1e-9:
         return Knee(None, 0.0)

@@ -10,17 +10,29 @@ lowest index, and the result depends on nothing but D.
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tp_cosep.assignment import TOLERANCE, Assignment, SwapTable, few_threads
+from tp_cosep.assignment import TOLERANCE, Assignment, Indices, SwapTable, few_threads
 from tp_cosep.errors import InputError, MissingDependencyError
 
-__all__ = ["BACKENDS", "KMedoids", "check_distances", "k_medoids", "k_medoids_path"]
+__all__ = [
+    "BACKENDS",
+    "GrowingPath",
+    "KMedoids",
+    "check_backend",
+    "check_distances",
+    "checkpoints_for",
+    "k_medoids",
+    "k_medoids_path",
+]
+
+Backend = Callable[[Tensor, Sequence[int]], "list[KMedoids]"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,16 @@ class KMedoids:
         Returns:
             The solution, its medoids sorted.
         """
-        medoids, order = assignment.medoids.sort()
-        labels = order.argsort()[assignment.own]
-        tied = (assignment.d1 == assignment.d2).nonzero()[:, 0]
-        labels[tied] = assignment.d[medoids[:, None], tied].argmin(0)
-        labels[medoids] = torch.arange(len(medoids), device=labels.device)
-        return cls(len(medoids), medoids, labels, float(assignment.d1.sum()))
+        order = assignment.medoids.argsort()
+        medoids, k = assignment.medoids[order], len(order)
+        place = np.empty(k, np.int64)
+        place[order] = np.arange(k)
+        labels = place[assignment.own]
+        tied = np.flatnonzero(assignment.d1 == assignment.d2)
+        if len(tied):
+            labels[tied] = assignment.d[tied[:, None], medoids].argmin(1)
+        labels[medoids] = np.arange(k)
+        return cls(k, torch.from_numpy(medoids), torch.from_numpy(labels), float(assignment.d1.sum()))
 
     @classmethod
     def from_medoids(cls, distances: Tensor, medoids: Tensor) -> KMedoids:
@@ -70,6 +86,16 @@ class KMedoids:
         deviation, labels = rows.min(0)
         labels[medoids] = torch.arange(len(medoids), device=labels.device)
         return cls(len(medoids), medoids, labels, float(deviation.sum()))
+
+    def to(self, device: torch.device) -> KMedoids:
+        """The same solution on another device.
+
+        Returns:
+            It; itself if it is there already.
+        """
+        if self.medoids.device == device:
+            return self
+        return replace(self, medoids=self.medoids.to(device), labels=self.labels.to(device))
 
 
 def check_distances(distances: Tensor | np.ndarray) -> Tensor:
@@ -90,6 +116,20 @@ def check_distances(distances: Tensor | np.ndarray) -> Tensor:
     if d.dim() != 2 or d.shape[0] != d.shape[1] or d.shape[0] == 0:
         raise InputError(f"distances: expected a square matrix [n, n] with n ≥ 1, got shape {tuple(d.shape)}.")
     d = d.to(torch.float64)
+    with few_threads(d):
+        if _is_clean(d):
+            return d.clone().fill_diagonal_(0)
+        _raise_for_entries(d)
+        return (d + d.T).div_(2).fill_diagonal_(0)
+
+
+def _is_clean(d: Tensor) -> bool:
+    """Whether nothing about the entries needs a change, or a closer look."""
+    low, high = (float(x) for x in d.aminmax())  # NaN if any entry is
+    return low >= 0 and high < np.inf and torch.equal(d, d.T) and float(d.diagonal().max()) <= 1e-6 * high
+
+
+def _raise_for_entries(d: Tensor) -> None:
     for is_bad, what in (
         (~torch.isfinite(d), "finite"),
         (d < 0, "non-negative"),
@@ -102,7 +142,6 @@ def check_distances(distances: Tensor | np.ndarray) -> Tensor:
                 f"distances: expected every entry to be {what}, got D[{i}, {j}] = {float(d[i, j]):g} and "
                 f"D[{j}, {i}] = {float(d[j, i]):g}."
             )
-    return (d + d.T).div_(2).fill_diagonal_(0)
 
 
 def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native") -> KMedoids:
@@ -161,43 +200,110 @@ def k_medoids_path(
     for k in wanted:
         if not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
             raise InputError(f"k_medoids: expected an integer k in 1 … {n} (the number of points), got {k!r}.")
+    return check_backend(backend)(d, wanted)
+
+
+def check_backend(backend: str) -> Backend:
+    """The solver of that name.
+
+    Returns:
+        A function that finds one solution per k.
+
+    Raises:
+        InputError: If there is none.
+    """
     if backend not in BACKENDS:
         raise InputError(f"k_medoids: expected a backend of {sorted(BACKENDS)}, got {backend!r}.")
-    return BACKENDS[backend](d, wanted)
+    return BACKENDS[backend]
 
 
-def _native(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
-    wanted = set(ks)
-    found: dict[int, KMedoids] = {}
-    last = max(ks, default=0)
-    with few_threads(d):
-        sums = d.sum(0)
-        assignment = Assignment(d, (sums <= sums.min() * (1 + TOLERANCE)).nonzero()[0])
-        table = SwapTable(assignment, last)
-        for k in range(1, last + 1):
-            _swap_to_convergence(assignment, table)
-            if k in wanted:
-                found[k] = KMedoids.from_assignment(assignment)
-            if k < last:
-                assignment.add(table.best_addition())
-                table.update()
-    return [found[k] for k in ks]
+class GrowingPath:
+    """k-medoids for any k of one matrix, each found from the same sequence of solutions.
+
+    *Checkpoints* are numbers of medoids that depend on n alone. The solution at a checkpoint grows from that
+    at the one before: the points that lower TD most become medoids, one by one (PAM's BUILD), then swaps are made,
+    the best first, until none lowers TD. Any other k branches off from the last checkpoint below it in the same way,
+    and nothing grows from it; so the solution for k does not depend on what else was asked for.
+
+    Args:
+        d: ``[n, n]``, as :func:`check_distances` returns it.
+        checkpoints: Ascending, the first one 1; :func:`checkpoints_for` by default.
+    """
+
+    def __init__(self, d: Tensor, checkpoints: Sequence[int] | None = None) -> None:
+        self._d = d.cpu().contiguous()
+        self._device = d.device
+        self._checkpoints = checkpoints or checkpoints_for(len(d))
+        sums = self._d.sum(0).numpy()
+        first = np.flatnonzero(sums <= sums.min() * (1 + TOLERANCE))[:1]
+        self._medoids: dict[int, Indices] = {1: first}  # converged, by checkpoint
+        self._at, self._table = 0, SwapTable(Assignment(self._d.numpy(), first), 1)
+
+    def solve(self, k: int) -> KMedoids:
+        """The solution for one k.
+
+        Returns:
+            It, on the device of the matrix.
+        """
+        if k == len(self._d):
+            return KMedoids.from_medoids(self._d, torch.arange(k)).to(self._device)
+        with few_threads(self._d):
+            position = bisect_right(self._checkpoints, k) - 1
+            self._go_to(position)
+            table = self._table
+            if k != self._checkpoints[position]:
+                table = table.copy(k)
+                _grow(table, k)
+            return KMedoids.from_assignment(table.assignment).to(self._device)
+
+    def _go_to(self, position: int) -> None:
+        """Have the table of the solution at a checkpoint."""
+        known = min(position, len(self._medoids) - 1)
+        if not known <= self._at <= position:
+            medoids = self._medoids[self._checkpoints[known]]
+            self._table = SwapTable(Assignment(self._d.numpy(), medoids), len(medoids))
+            self._at = known
+        while self._at < position:
+            self._at += 1
+            k = self._checkpoints[self._at]
+            _grow(self._table, k)
+            self._medoids[k] = self._table.assignment.medoids
 
 
-def _swap_to_convergence(assignment: Assignment, table: SwapTable) -> None:
-    """Make the best swap until none lowers TD."""
-    while len(assignment.medoids) < len(assignment.d):
+def checkpoints_for(n: int) -> list[int]:
+    """Numbers of medoids at which :class:`GrowingPath` swaps to convergence.
+
+    Returns:
+        1 … n, all for n ≤ 64, else in steps of k/16.
+    """
+    ks = [1]
+    while ks[-1] < n:
+        ks.append(ks[-1] + (1 if n <= 64 else max(1, ks[-1] // 16)))
+    return [min(k, n) for k in ks]
+
+
+def _grow(table: SwapTable, k: int) -> None:
+    """Add points until there are k medoids, then make the best swap until none lowers TD."""
+    assignment = table.assignment
+    while len(assignment.medoids) < k:
+        assignment.add(table.best_addition())
+    while k < len(assignment.d):
         slot, point, change = table.best_swap()
         deviation = assignment.d1.sum()
         if not change < -TOLERANCE * deviation:
             return
-        out = assignment.medoids[slot]
+        out = int(assignment.medoids[slot])
         assignment.replace(slot, point)
         if not assignment.d1.sum() < deviation:
             # The table's sums have drifted by rounding, or the gain is at its edge: nothing to gain here.
             assignment.replace(slot, out)
             return
-        table.update()
+
+
+def _native(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
+    path = GrowingPath(d)
+    found = {k: path.solve(k) for k in sorted(set(ks))}
+    return [found[k] for k in ks]
 
 
 def _kmedoids_package(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
@@ -241,7 +347,7 @@ def _from_arrays(d: Tensor, medoid_sets: Iterable[np.ndarray]) -> list[KMedoids]
 
 
 #: Backends by name: ``backend(distances, ks) -> one solution per k``.
-BACKENDS: dict[str, Callable[[Tensor, Sequence[int]], list[KMedoids]]] = {
+BACKENDS: dict[str, Backend] = {
     "native": _native,
     "kmedoids": _kmedoids_package,
     "sklearn-extra": _sklearn_extra,

@@ -5,17 +5,18 @@ Letters: D ``[n, n]`` distances, TD(S) = Σ_i min_{j ∈ S} D_ij the total devia
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tp_cosep.assignment import Assignment, few_threads, sum_by_cluster
+from tp_cosep.assignment import Assignment, Floats, Indices, few_threads
+from tp_cosep.curve import Curve
 from tp_cosep.errors import InputError
 from tp_cosep.knee import Knee, KneeMethod, find_knee, guarded_count
-from tp_cosep.medoids import KMedoids, check_distances, k_medoids_path
-from tp_cosep.silhouette import mean_simplified_silhouette, mss_curve
+from tp_cosep.medoids import KMedoids, check_distances
+from tp_cosep.silhouette import mean_simplified_silhouette
 
 __all__ = ["ChannelSelection", "select_channels"]
 
@@ -117,6 +118,9 @@ def select_channels(
         backend: See :func:`tp_cosep.medoids.k_medoids`.
         preference: ``[n]``; the most preferred member of a cluster is kept (the lowest index on ties). By
             default the medoid is.
+        round_to: A step ≥ 1. Whatever decided k, it moves to a multiple of the step: of the next below and the
+            next above k, within step … n, the one whose MSS differs least from MSS(k), the larger one if both
+            differ as much. All n are kept if n is less than the step.
 
     Returns:
         The selection, one component per channel.
@@ -131,15 +135,20 @@ def select_channels(
     """
     d = check_distances(distances)
     n = len(d)
-    if n_keep is not None and not 1 <= n_keep <= n:
+    if n_keep is not None and (not isinstance(n_keep, (int, np.integer)) or not 1 <= n_keep <= n):
         raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
-    path = k_medoids_path(d, backend=backend)
-    with few_threads(d):
-        mss = mss_curve(d, path, form=mss_form)
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        raise InputError(f"selection: expected an integer round_to ≥ 1, got {round_to!r}.")
     knee = knee or KneeMethod()
-    found = find_knee([s.k for s in path], mss.tolist(), knee)
-    k = n_keep if n_keep is not None else _count(d, path, found, knee)
-    solution = next((s for s in path if s.k == k), None) or k_medoids_path(d, [k], backend=backend)[0]
+    with few_threads(d):
+        curve = Curve(d, form=mss_form, backend=backend)
+        ks = curve.ks_for(knee)
+        mss = [curve.mss(k) for k in ks]
+        found = find_knee(ks, mss, knee)
+        k = n_keep if n_keep is not None else _count(d, curve, found, knee)
+        if round_to is not None:
+            k = _rounded(k, round_to, n, curve)
+        solution = curve.solution(k)
     keep = _representatives(solution, preference)
     kept = set(keep.tolist())
     return ChannelSelection(
@@ -149,15 +158,15 @@ def select_channels(
         medoids=tuple(solution.medoids.tolist()),
         labels=tuple(solution.labels.tolist()),
         k=k,
-        ks=tuple(s.k for s in path),
-        mss=tuple(mss.tolist()),
+        ks=tuple(ks),
+        mss=tuple(mss),
         knee_k=found.k,
         knee_strength=found.strength,
         scores=nested_scores(d, keep),
     )
 
 
-def _count(d: Tensor, path: Sequence[KMedoids], knee: Knee, method: KneeMethod) -> int:
+def _count(d: Tensor, curve: Curve, knee: Knee, method: KneeMethod) -> int:
     """Number to keep: the knee's k, all where there is no knee, one where all components are alike."""
     if not d.any():
         return 1
@@ -165,10 +174,17 @@ def _count(d: Tensor, path: Sequence[KMedoids], knee: Knee, method: KneeMethod) 
         return len(d)
     if method.rule != "guarded" or knee.k == len(d):
         return knee.k
-    at_knee = next(s for s in path if s.k == knee.k)
+    at_knee = curve.solution(knee.k)
     # Over non-medoids alone the mean of 1 − a/b is GB-AFS's form of the silhouette (a ≤ b but for ties).
     represented = mean_simplified_silhouette(d, at_knee.medoids, at_knee.labels, form="gb-afs")
     return guarded_count(len(d), knee.k, represented)
+
+
+def _rounded(k: int, step: int, n: int, curve: Curve) -> int:
+    """The multiple of a step next to k whose MSS differs least from that of k; all n if there is none within n."""
+    multiples = [m for m in (k // step * step, -(-k // step) * step) if step <= m <= n]
+    # The larger one first, so that it is taken on ties.
+    return min(reversed(multiples), key=lambda m: abs(curve.mss(m) - curve.mss(k)), default=n)
 
 
 def _representatives(solution: KMedoids, preference: Tensor | None) -> Tensor:
@@ -208,54 +224,60 @@ def nested_scores(d: Tensor, keep: Tensor) -> Tensor:
         ``[n]`` float64 on the CPU, in (0, 1 + 1e-6].
     """
     n = len(d)
-    with few_threads(d):
-        dropped, costs = _drop_order(d, keep)
-        added, gains = _add_order(d, keep)
-    order = torch.cat([dropped.flip(0), added])
-    shares = torch.cat([costs.flip(0), gains])
-    single = float(d.sum(0).min())
+    matrix, kept = d.cpu().numpy(), keep.cpu().numpy()
+    dropped, costs = _drop_order(matrix, kept)
+    added, gains = _add_order(matrix, kept)
+    order = np.concatenate([dropped[::-1], added])
+    shares = np.concatenate([costs[::-1], gains])
+    single = matrix.sum(0).min()
     if single > 0:
-        shares = (shares / single).clamp(max=1)
+        shares = np.minimum(shares / single, 1)
     # Falling from the front: every share is at least the largest one behind it.
-    shares = shares.flip(0).cummax(0).values.flip(0)
-    scores = torch.empty(n, dtype=torch.float64)
-    scores[order.cpu()] = shares.cpu() + 1e-6 * torch.arange(n, 0, -1, dtype=torch.float64) / n
-    return scores
+    shares = np.maximum.accumulate(shares[::-1])[::-1]
+    scores = np.empty(n)
+    scores[order] = shares + 1e-6 * np.arange(n, 0, -1) / n
+    return torch.from_numpy(scores)
 
 
-def _drop_order(d: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def _drop_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
     """Kept components from the cheapest to lose to the dearest, and what each loss costs."""
     left = Assignment(d, keep)
     order, costs = [], []
     while len(left.medoids) > 1:
-        loss = sum_by_cluster((left.d2 - left.d1)[:, None], left.own, len(left.medoids))[:, 0]
-        cheapest = loss.argmin()
+        loss = np.bincount(left.own, weights=left.d2 - left.d1, minlength=len(left.medoids))
+        cheapest = int(loss.argmin())
         order.append(left.medoids[cheapest])
         costs.append(loss[cheapest])
         left.remove(cheapest)
     # Nothing stands in for the last one: losing it costs everything.
     order.append(left.medoids[0])
     costs.append(d.sum(0).min())
-    return torch.stack(order), torch.stack(costs)
+    return np.array(order), np.array(costs)
 
 
-def _add_order(d: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
     """Other components from the most to the least helpful, and what each gains when it is added."""
-    nearest = d[keep].amin(0)
-    gain = (nearest[:, None] - d).clamp_(min=0).sum(0)
-    is_taken = torch.zeros(len(d), dtype=torch.bool, device=d.device).index_fill_(0, keep, True)
-    order, gains = [], []
-    for _ in range(len(d) - len(keep)):
-        best = gain.masked_fill(is_taken, -torch.inf).argmax()
-        order.append(best)
-        gains.append(gain[best].clamp(min=0))
-        is_taken[best] = True
+    nearest = d[keep].min(0)
+    gain = _gains(d, nearest)
+    gain[keep] = -np.inf
+    n_others = len(d) - len(keep)
+    order, gains = np.empty(n_others, np.int64), np.empty(n_others)
+    for i in range(n_others):
+        best = int(gain.argmax())
+        order[i], gains[i] = best, max(gain[best], 0.0)
+        gain[best] = -np.inf
         # Only points that are now nearer to a kept one change the gains: few, late in the order.
-        moved = (d[best] < nearest).nonzero()[:, 0]
-        before, rows = nearest[moved], d[moved]
-        nearest[moved] = rows[:, best]
-        gain -= (before[:, None] - rows).clamp_(min=0).sum(0)
-        gain += (nearest[moved][:, None] - rows).clamp_(min=0).sum(0)
-    if not order:
-        return keep[:0], d.new_zeros(0)
-    return torch.stack(order), torch.stack(gains)
+        row = d[best]
+        moved = np.flatnonzero(row < nearest)
+        rows = d[moved]
+        gain -= _gains(rows, nearest[moved])
+        nearest[moved] = row[moved]
+        gain += _gains(rows, nearest[moved])
+    return order, gains
+
+
+def _gains(rows: Floats, nearest: Floats) -> Floats:
+    """By how much every component is nearer than the nearest kept one, summed over some points ``[m, n]``."""
+    gain = nearest[:, None] - rows
+    total: Floats = np.maximum(gain, 0, out=gain).sum(0)
+    return total

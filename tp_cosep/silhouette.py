@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tp_cosep.assignment import Floats
 from tp_cosep.errors import InputError
 from tp_cosep.medoids import KMedoids
 
@@ -38,40 +41,38 @@ def mean_simplified_silhouette(distances: Tensor, medoids: Tensor, labels: Tenso
     Raises:
         InputError: If the form is unknown.
     """
-    # Distances are symmetric, and whole rows are cheaper to gather.
-    return _mss(distances, medoids, labels, distances[medoids].sum(0), 1e-12 * float(distances.max()), form)
-
-
-def _mss(distances: Tensor, medoids: Tensor, labels: Tensor, to_all: Tensor, rounding: float, form: str) -> float:
-    """MSS, given the sum ``[n]`` of every point's distances to all medoids; means below ``rounding`` are 0."""
     if form not in MSS_FORMS:
         raise InputError(f"silhouette: expected form of {sorted(MSS_FORMS)}, got {form!r}.")
     k = len(medoids)
     if k == 1:
         return 0.0
-    a = distances.gather(1, medoids[labels][:, None])[:, 0]
-    b = (to_all - a) / (k - 1)
-    b = b.masked_fill(b <= rounding, 0)
-    is_medoid = torch.zeros_like(a, dtype=torch.bool).index_fill_(0, medoids, True)
+    d, own, slots = distances.cpu().numpy(), medoids.cpu().numpy(), labels.cpu().numpy()
+    a = d[np.arange(len(d)), own[slots]]
+    # Distances are symmetric, and whole rows are cheaper to gather.
+    b = (d[own].sum(0) - a) / (k - 1)
+    b[b <= 1e-12 * d[own[0]].max()] = 0
+    is_medoid = np.zeros(len(d), dtype=bool)
+    is_medoid[own] = True
     return MSS_FORMS[form](a, b, is_medoid)
 
 
-def _paper(a: Tensor, b: Tensor, is_medoid: Tensor) -> float:
+def _paper(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
     # b = 0 means that all medoids but the own one are at the point itself: nothing is told apart.
-    width = torch.where(b > 0, 1 - a / b, torch.zeros_like(a))
-    return float(torch.where(is_medoid, torch.ones_like(a), width).mean())
+    width = 1 - np.divide(a, b, out=np.ones_like(a), where=b > 0)
+    width[is_medoid] = 1
+    return float(width.mean())
 
 
-def _gb_afs(a: Tensor, b: Tensor, is_medoid: Tensor) -> float:
+def _gb_afs(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
     a, b = a[~is_medoid], b[~is_medoid]
     if len(a) == 0:
         return 0.0
-    larger = torch.maximum(a, b)
-    return float(torch.where(larger > 0, (b - a) / larger, torch.zeros_like(a)).mean())
+    larger = np.maximum(a, b)
+    return float(np.divide(b - a, larger, out=np.zeros_like(a), where=larger > 0).mean())
 
 
 #: The two forms by name.
-MSS_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {"paper": _paper, "gb-afs": _gb_afs}
+MSS_FORMS: dict[str, Callable[[Floats, Floats, NDArray[np.bool_]], float]] = {"paper": _paper, "gb-afs": _gb_afs}
 
 
 def mss_curve(distances: Tensor, path: Sequence[KMedoids], *, form: str = "paper") -> Tensor:
@@ -80,14 +81,5 @@ def mss_curve(distances: Tensor, path: Sequence[KMedoids], *, form: str = "paper
     Returns:
         ``[len(path)]`` float64, on the CPU.
     """
-    values = []
-    rounding = 1e-12 * float(distances.max())
-    to_all = distances.new_zeros(len(distances))
-    is_medoid = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
-    for solution in path:
-        # Neighbours on a path share most medoids, so the sums are updated instead of taken anew.
-        is_next = torch.zeros_like(is_medoid).index_fill_(0, solution.medoids, True)
-        to_all = to_all + distances[is_next & ~is_medoid].sum(0) - distances[is_medoid & ~is_next].sum(0)
-        is_medoid = is_next
-        values.append(_mss(distances, solution.medoids, solution.labels, to_all, rounding, form))
+    values = [mean_simplified_silhouette(distances, s.medoids, s.labels, form=form) for s in path]
     return torch.tensor(values, dtype=torch.float64)
