@@ -143,8 +143,7 @@ class Choices:
         p, key = self._pruner, (view.root, view.side)
         n = self._n_initial.setdefault(key, view.n_components)
         told = next((self._told[m.layer] for m in view.members if m.layer in self._told), None)
-        # Channels come in multiples of the channel groups anyway.
-        step = p.round_to and p.round_to // gcd(p.round_to, view.n_channel_groups)
+        step = self._step(view)
         if told is not None:
             reason, schedule = "pruning_ratio_dict", told
         elif not p.automatic:
@@ -166,6 +165,13 @@ class Choices:
         if selection is None:
             return None, _NOT_MEASURED
         return selection, _in_words(selection) if reason == "knee" else reason
+
+    def _step(self, view: GroupView) -> int | None:
+        """``round_to`` in components: of every channel group, or of all together where the groups are narrow."""
+        step: int | None = self._pruner.round_to or None
+        if step is None or view.n_components >= step:
+            return step
+        return step // gcd(step, view.n_channel_groups)
 
     def _attention_entries(self, attention: Sequence[tuple[Any, GroupView, GroupPlan]]) -> Iterator[GroupPlan]:
         """Whole heads first, then dimensions of those that are left."""

@@ -237,6 +237,7 @@ def _member(
     group: Any, layer: nn.Module, name: str, idxs: Any, root_idxs: Any, component_of: Tensor, *, is_out: bool
 ) -> Member:
     graph = group._DG
+    name = getattr(graph, "_param_to_name", {}).get(layer, name) if isinstance(layer, nn.Parameter) else name
     n = (graph.get_out_channels if is_out else graph.get_in_channels)(layer)
     if n is not None and len(idxs) and max(idxs) >= n:
         raise InputError(

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["attention_heads", "attention_layers_of", "heads_of", "tell_owners"]
+__all__ = [
+    "attention_groups",
+    "attention_heads",
+    "attention_layers_of",
+    "head_parameters",
+    "heads_of",
+    "rerooted",
+    "tell_owners",
+]
 
 # The names under which timm, Transformers and other libraries keep these numbers.
 _N_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "nheads")
@@ -84,6 +92,35 @@ def heads_of(group: Any, num_heads: Mapping[nn.Module, int]) -> tuple[int, int]:
     """Query heads of a group, and how many key-value heads they share; 0, 0 where it has none."""
     numbers = [num_heads[layer] for layer in attention_layers_of(group, num_heads)]
     return (max(numbers), min(numbers)) if numbers else (0, 0)
+
+
+def head_parameters(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> dict[str, int]:
+    """Parameters with one entry per head, such as tables of relative positions or temperatures.
+
+    Torch-Pruning takes their heads for channels; they have to be kept out of its groups, and follow the heads.
+
+    Args:
+        model: The model.
+        num_heads: Number of heads by attention layer.
+
+    Returns:
+        The dimension that counts the heads, by parameter name.
+    """
+    names = {m: name for name, m in model.named_modules()}
+    numbers: dict[str, int] = {}
+    for layer, n in num_heads.items():
+        path = names[layer].rpartition(".")[0]
+        numbers[path] = max(n, numbers.get(path, 0))
+    found = {}
+    for path, n in numbers.items():
+        for inner, module in model.get_submodule(path).named_modules():
+            if type(module).__module__.startswith("torch.nn."):
+                continue  # a layer, whose parameters Torch-Pruning knows
+            for name, p in module.named_parameters(recurse=False):
+                sizes = [i for i, size in enumerate(p.shape) if size > 1]
+                if n > 1 and sizes and p.shape[sizes[-1]] == n:
+                    found[".".join(part for part in (path, inner, name) if part)] = sizes[-1]
+    return found
 
 
 def tell_owners(model: nn.Module, before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]) -> None:

@@ -61,10 +61,12 @@ class PruningPlan:
     Attributes:
         groups: One entry per visit; iterative pruning visits a group several times.
         options: The options that led here, for the reader.
+        ignored_params: Names of parameters outside of layers that the groups leave alone.
     """
 
     groups: tuple[GroupPlan, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    ignored_params: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -96,7 +98,13 @@ class PruningPlan:
             PruningError: If Torch-Pruning cannot prune a group. In every case the model is as it was.
         """
         with restored_on_error(model):
-            graph = trace(model, example_inputs, **trace_options)
+            parameters = dict(model.named_parameters())
+            if missing := [name for name in self.ignored_params if name not in parameters]:
+                raise InputError(
+                    f"parameter {missing[0]!r}: in the plan, but not in the model; apply it to the model it was made for."
+                )
+            ignored = [parameters[name] for name in self.ignored_params]
+            graph = trace(model, example_inputs, ignored_params=ignored, **trace_options)
             for group in self.groups:
                 if group.selection is not None and group.selection.prune_idxs:
                     _prune(graph, model, group, group.selection)
@@ -112,6 +120,7 @@ class PruningPlan:
             "format": _FORMAT,
             "version": _VERSION,
             "options": self.options,
+            "ignored_params": self.ignored_params,
             "groups": [_group_to_json(group) for group in self.groups],
         }
         target = Path(path)
@@ -147,7 +156,7 @@ class PruningPlan:
             )
         try:
             groups = tuple(_group_from_json(group) for group in document["groups"])
-            return cls(groups, dict(document["options"]))
+            return cls(groups, dict(document["options"]), tuple(document.get("ignored_params", ())))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"plan {str(path)!r}: damaged, {type(error).__name__}: {error}.") from error
 
@@ -170,7 +179,7 @@ def _prune(graph: Any, model: nn.Module, group: GroupPlan, selection: ChannelSel
             f"layer {group.name!r}: Torch-Pruning refuses to remove {len(selection.prune_idxs)} channels."
         )
     try:
-        pruned(model, found.prune, n, len(selection.prune_idxs), group.heads)
+        pruned(model, found.prune, n, selection.prune_idxs, group.heads)
     except Exception as error:
         raise PruningError(
             f"layer {group.name!r}: Torch-Pruning failed to prune its group ({type(error).__name__}: {error})."

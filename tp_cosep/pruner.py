@@ -18,12 +18,12 @@ from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
-from tp_cosep.heads import attention_heads
+from tp_cosep.heads import attention_heads, head_parameters
 from tp_cosep.importance import CoSePSelector
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.surgery import group_of, pruned
-from tp_cosep.tracing import resolve_layers, resolve_ratios, trace, tracing
+from tp_cosep.tracing import resolve_layers, resolve_ratios, trace, trace_options, tracing
 
 __all__ = ["CoSePPruner"]
 
@@ -126,6 +126,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             options[name] = dict(options.get(name) or {})
         _check_heads(model, options["num_heads"])
         options["ignored_layers"] = resolve_layers(model, options.get("ignored_layers"), "ignored_layers")
+        options["ignored_layers"] += [model.get_parameter(n) for n in head_parameters(model, options["num_heads"])]
         options["pruning_ratio_dict"] = resolve_ratios(model, options.get("pruning_ratio_dict"))
         with tracing(model):
             super().__init__(
@@ -134,8 +135,10 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 importance,
                 global_pruning=global_pruning,
                 pruning_ratio=0.0 if automatic else pruning_ratio,
-                **options,
+                **{**options, **trace_options(options)},
             )
+        names = {p: name for name, p in model.named_parameters()}
+        self.plan = replace(self.plan, ignored_params=tuple(names[p] for p in self.ignored_params))
         self.choices = Choices(self)
         self._names: list[str] | None = None
         # Entries of groups that are due, and of groups that nothing is done to.
@@ -204,7 +207,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     "prune the groups of one step in the order in which they come."
                 )
             gone = list(group[0].idxs if idxs is None else idxs)
-            pruned(self.model, lambda: native(idxs, record_history), n_now, len(gone), entry.heads)
+            pruned(self.model, lambda: native(idxs, record_history), n_now, gone, entry.heads)
             self._follow_heads(entry)
             # A caller who collects the groups first prunes those that are recorded as left out already.
             self.plan = replace(self.plan, groups=tuple(g for g in self.plan if g is not left))

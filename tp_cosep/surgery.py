@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from tp_cosep.heads import tell_owners
+from tp_cosep.heads import head_parameters, tell_owners
 from tp_cosep.tracing import frozen_kept
 
 __all__ = ["group_of", "pruned"]
@@ -39,21 +40,43 @@ def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads
     return group
 
 
-def pruned(model: nn.Module, prune: Any, n_channels: int, n_pruned: int, heads: Mapping[str, tuple[int, int]]) -> None:
+def pruned(
+    model: nn.Module,
+    prune: Callable[[], object],
+    n_channels: int,
+    gone: Iterable[int],
+    heads: Mapping[str, tuple[int, int]],
+) -> None:
     """Call ``prune()``, keep frozen parameters frozen, and tell attention modules of their new sizes.
 
     Args:
         model: The model.
         prune: Prunes a group of it.
         n_channels: Channels of the group's root before.
-        n_pruned: How many of them go.
+        gone: Those of them that it removes.
         heads: Heads before and after, by attention layer.
     """
     with frozen_kept(model):
         prune()
-    if heads:
+        if not heads:
+            return
+        kept = sorted(set(range(n_channels)) - set(gone))
         n_before, n_after = (max(numbers) for numbers in zip(*heads.values(), strict=True))
-        sizes = n_channels // n_before, (n_channels - n_pruned) // n_after
+        sizes = n_channels // n_before, len(kept) // n_after
+        if n_before != n_after:
+            _prune_head_parameters(model, heads, sorted({channel // sizes[0] for channel in kept}))
         before = {name: (n, sizes[0]) for name, (n, _) in heads.items()}
         after = {name: (n, sizes[1]) for name, (_, n) in heads.items()}
         tell_owners(model, before, after)
+
+
+def _prune_head_parameters(model: nn.Module, heads: Mapping[str, tuple[int, int]], kept: list[int]) -> None:
+    layers = {model.get_submodule(name): before for name, (before, _) in heads.items()}
+    for name, dim in head_parameters(model, layers).items():
+        path, _, attribute = name.rpartition(".")
+        old = model.get_parameter(name)
+        idxs = torch.tensor(kept, device=old.device)
+        new = nn.Parameter(old.detach().index_select(dim, idxs))
+        if old.grad is not None:
+            new.grad = old.grad.index_select(dim, idxs)
+        setattr(model.get_submodule(path), attribute, new)

@@ -13,7 +13,7 @@ from torch import nn
 from tp_cosep.batches import evaluating
 from tp_cosep.errors import InputError
 
-__all__ = ["ROOT_TYPES", "frozen_kept", "resolve_layers", "resolve_ratios", "trace", "tracing"]
+__all__ = ["ROOT_TYPES", "frozen_kept", "resolve_layers", "resolve_ratios", "trace", "trace_options", "tracing"]
 
 #: Torch-Pruning's default types of root layers.
 ROOT_TYPES: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
@@ -42,9 +42,36 @@ def tracing(model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
-    """Torch-Pruning's dependency graph of a model, see :func:`tracing`."""
+    """Torch-Pruning's dependency graph of a model, see :func:`tracing` and :func:`trace_options`."""
     with tracing(model):
-        return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, **options)
+        return tp.DependencyGraph().build_dependency(
+            model, example_inputs=example_inputs, **{**options, **trace_options(options)}
+        )
+
+
+def trace_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What Torch-Pruning's tracing needs beside the options that were given, or in place of them.
+
+    Returns:
+        An ``output_transform`` that leaves out what has no gradient (caches, ``None``) if there is none;
+        ``unwrapped_parameters`` as a list of its own, since tracing adds to it.
+    """
+    changed: dict[str, Any] = {}
+    if given.get("output_transform") is None:
+        changed["output_transform"] = _with_gradient
+    unwrapped = given.get("unwrapped_parameters")
+    if unwrapped is not None:
+        changed["unwrapped_parameters"] = [*unwrapped.items()] if isinstance(unwrapped, Mapping) else [*unwrapped]
+    return changed
+
+
+def _with_gradient(outputs: Any) -> list[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        return [outputs] if outputs.grad_fn is not None else []
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    parts = outputs if isinstance(outputs, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _with_gradient(part)]
 
 
 @contextmanager
@@ -58,7 +85,7 @@ def frozen_kept(model: nn.Module) -> Iterator[None]:
 
 
 def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -> list[Any]:
-    """Layers given as modules, names, module types or parameters, as modules and parameters of the model.
+    """Layers given as modules, parameters, names of these, or module types, as modules and parameters of the model.
 
     A container of the caller's own that holds layers of the model stands for them.
 
@@ -68,8 +95,8 @@ def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -
     Raises:
         InputError: If one of them is not part of the model.
     """
-    names = dict(model.named_modules())
-    modules, found = set(names.values()), list[Any]()
+    names = {**dict(model.named_parameters()), **dict(model.named_modules())}
+    modules, found = set(model.modules()), list[Any]()
     for layer in layers or ():
         if isinstance(layer, type):
             found.extend(m for m in modules if isinstance(m, layer))
