@@ -30,6 +30,8 @@ Indices = NDArray[np.int64]
 TOLERANCE = 1e-11
 #: What updating the sums of a SwapTable again and again may add up to, as a share of the first total deviation.
 _DRIFT = 1e-14
+# Elements of D that are worked on at once.
+_BLOCK = 2**16
 
 
 @contextmanager
@@ -126,7 +128,8 @@ class Assignment:
     def _reassign(self, points: Indices) -> None:
         """Find the nearest two of given points anew."""
         self.is_touched[points] = True
-        rows = self.d[points[:, None], self.medoids]
+        are_all = len(points) == len(self.d)
+        rows = self.d[self.medoids].T.copy() if are_all else self.d[points[:, None], self.medoids]
         at = np.arange(len(points))
         own = rows.argmin(1)
         self.own[points], self.d1[points] = own, rows[at, own]
@@ -176,10 +179,17 @@ class SwapTable:
         other._rise[:k] = self._rise[:k]
         return other
 
+    def move_to(self, medoids: Indices) -> None:
+        """Go over to other medoids; cheaper than a new table where they share most slots with those of now."""
+        state = Assignment(self.assignment.d, medoids)
+        state.is_touched = (state.own != self._own) | (state.d1 != self._near[0]) | (state.d2 != self._near[1])
+        self.assignment = state
+        self._update()
+
     def _update(self) -> None:
         """Follow the assignment."""
         state = self.assignment
-        if len(self._rise) < len(state.medoids):
+        while len(self._rise) < len(state.medoids):
             self._rise = torch.cat([self._rise, torch.zeros_like(self._rise)])
         points = np.flatnonzero(state.is_touched)
         if not len(points):
@@ -188,28 +198,37 @@ class SwapTable:
         if 2 * len(points) > len(self._own):
             self._count_all()
             return
-        # Both what these points counted for so far and what they count for now, in one go: [2, points, n].
         own = np.array((self._own[points], state.own[points]))
         near = np.array((self._near[:, points], (state.d1[points], state.d2[points])))
         self._own[points], self._near[:, points] = own[1], near[1]
-        bounds = torch.from_numpy(near)[..., None]
-        rows = self._distances.index_select(0, torch.from_numpy(points))
-        to_nearest = torch.minimum(rows, bounds[:, 0])
-        rise = torch.minimum(rows, bounds[:, 1]).sub_(to_nearest)
-        rise[0].neg_()
-        self._rise.index_add_(0, torch.from_numpy(own.ravel()), rise.view(-1, rise.shape[2]))
-        self._shared += to_nearest[1].sub_(to_nearest[0]).numpy().sum(0)
         self._shared += near[0, 0].sum() - near[1, 0].sum()
+        for block in self._blocks(len(points)):
+            # Both what these points counted for so far and what they count for now, in one go: [2, points, n].
+            bounds = torch.from_numpy(near[:, :, block])[..., None]
+            rows = self._distances.index_select(0, torch.from_numpy(points[block]))
+            to_nearest = torch.minimum(rows, bounds[:, 0])
+            rise = torch.minimum(rows, bounds[:, 1]).sub_(to_nearest)
+            rise[0].neg_()
+            self._rise.index_add_(0, torch.from_numpy(own[:, block].ravel()), rise.view(-1, rise.shape[2]))
+            self._shared += to_nearest[1].sub_(to_nearest[0]).numpy().sum(0)
 
     def _count_all(self) -> None:
         """Sum over all points instead of following a part of them."""
         state = self.assignment
         self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
-        bounds = torch.from_numpy(self._near)[..., None]
-        to_nearest = torch.minimum(self._distances, bounds[0])
-        np.subtract(to_nearest.numpy().sum(0), state.d1.sum(), out=self._shared)
-        rise = torch.minimum(self._distances, bounds[1]).sub_(to_nearest)
-        self._rise.zero_().index_add_(0, torch.from_numpy(self._own), rise)
+        self._shared[:] = -state.d1.sum()
+        self._rise.zero_()
+        for block in self._blocks(len(self._own)):
+            bounds, rows = torch.from_numpy(self._near[:, block])[..., None], self._distances[block]
+            to_nearest = torch.minimum(rows, bounds[0])
+            self._shared += to_nearest.numpy().sum(0)
+            rise = torch.minimum(rows, bounds[1]).sub_(to_nearest)
+            self._rise.index_add_(0, torch.from_numpy(self._own[block]), rise)
+
+    def _blocks(self, n_points: int) -> list[slice]:
+        """Slices of so many points that their rows of D stay in a core's cache."""
+        size = max(1, _BLOCK // len(self._own))
+        return [slice(i, i + size) for i in range(0, n_points, size)]
 
     def best_addition(self) -> int:
         """The point whose addition lowers TD most; the lowest index on ties."""

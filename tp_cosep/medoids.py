@@ -260,8 +260,7 @@ class GrowingPath:
         """Have the table of the solution at a checkpoint."""
         known = min(position, len(self._medoids) - 1)
         if not known <= self._at <= position:
-            medoids = self._medoids[self._checkpoints[known]]
-            self._table = SwapTable(Assignment(self._d.numpy(), medoids), len(medoids))
+            self._table.move_to(self._medoids[self._checkpoints[known]])
             self._at = known
         while self._at < position:
             self._at += 1
