@@ -148,8 +148,8 @@ def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native"
     """Cluster n points around k of them, with the smallest total deviation that is found.
 
     The native backend grows from one medoid to k, see :class:`GrowingPath`, as :func:`k_medoids_path` does;
-    so the result for a given k does not depend on which other k were asked for. The result is swap-optimal: no exchange of one
-    medoid for one other point lowers TD.
+    so the result for a given k does not depend on which other k were asked for. The result is swap-optimal:
+    no exchange of one medoid for one other point lowers TD.
 
     Args:
         distances: See :func:`check_distances`.
@@ -175,7 +175,7 @@ def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native"
 def k_medoids_path(
     distances: Tensor | np.ndarray, ks: Iterable[int] | None = None, *, backend: str = "native"
 ) -> list[KMedoids]:
-    """k-medoids for many k, each warm-started from its neighbour.
+    """k-medoids for many k, all from one sequence of warm starts.
 
     The points that lower TD most become medoids, then single swaps are made, the best first, until none lowers
     TD; see :class:`GrowingPath`. All swaps are weighed at once, see :class:`tp_cosep.assignment.SwapTable`.
@@ -256,7 +256,7 @@ class GrowingPath:
 
     def _go_to(self, position: int) -> None:
         """Have the table of the solution at a checkpoint."""
-        known = min(position, len(self._medoids) - 1)
+        known = min(position, len(self._medoids) - 1)  # as far as this has ever come
         if not known <= self._at <= position:
             self._table.move_to(self._medoids[self._checkpoints[known]])
             self._at = known

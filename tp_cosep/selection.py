@@ -248,7 +248,7 @@ def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
         gain[best] = -np.inf
         # Only points that are now nearer to a kept one change the gains: few, late in the order.
         row = d[best]
-        moved = np.flatnonzero(row < nearest)
+        moved = (row < nearest).nonzero()[0]
         rows = d[moved]
         gain -= _gains(rows, nearest[moved])
         nearest[moved] = row[moved]
