@@ -68,6 +68,9 @@ def test_knee_and_height_are_those_of_the_full_path(name, n):
     # At what was found, the whole curve is nowhere higher: also not beyond the last k tried.
     height = difference_curve(range(2, n + 1), mss)
     assert height.max() <= selection.knee_strength + 0.002
+    # Every checkpoint at which the curve could be higher has been tried, and not much else.
+    might_be = {k for k in checkpoints_for(n)[1:-1] if 1 - (k - 2) / (n - 2) >= selection.knee_strength}
+    assert might_be <= set(selection.ks)
     if n > 64:
         assert len(selection.ks) < 0.6 * n
 
