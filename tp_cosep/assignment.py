@@ -30,6 +30,8 @@ Indices = NDArray[np.int64]
 TOLERANCE = 1e-11
 #: What updating the sums of a SwapTable again and again may add up to, as a share of the first total deviation.
 _DRIFT = 1e-14
+# Elements of D that are worked on at once.
+_BLOCK = 2**16
 
 
 @contextmanager
@@ -95,7 +97,7 @@ class Assignment:
 
     def replace(self, slot: int, point: int) -> None:
         """Put another point into a slot."""
-        lost = np.flatnonzero((self.own == slot) | (self.second == slot))
+        lost = ((self.own == slot) | (self.second == slot)).nonzero()[0]
         self.medoids = self.medoids.copy()
         self.medoids[slot] = point
         self._offer(point, slot)
@@ -103,7 +105,7 @@ class Assignment:
 
     def remove(self, slot: int) -> None:
         """Take a slot away; later ones move up."""
-        lost = np.flatnonzero((self.own == slot) | (self.second == slot))
+        lost = ((self.own == slot) | (self.second == slot)).nonzero()[0]
         self.medoids = np.concatenate((self.medoids[:slot], self.medoids[slot + 1 :]))
         self.own -= self.own > slot
         self.second -= self.second > slot
@@ -112,7 +114,7 @@ class Assignment:
 
     def _offer(self, point: int, slot: int) -> None:
         row = self.d[point]
-        moved = np.flatnonzero(row < self.d2)
+        moved = (row < self.d2).nonzero()[0]
         self.is_touched[moved] = True
         to, before = row[moved], self.d1[moved]
         is_nearest = to < before
@@ -126,7 +128,8 @@ class Assignment:
     def _reassign(self, points: Indices) -> None:
         """Find the nearest two of given points anew."""
         self.is_touched[points] = True
-        rows = self.d[points[:, None], self.medoids]
+        are_all = len(points) == len(self.d)
+        rows = self.d[self.medoids].T.copy() if are_all else self.d[points[:, None], self.medoids]
         at = np.arange(len(points))
         own = rows.argmin(1)
         self.own[points], self.d1[points] = own, rows[at, own]
@@ -156,9 +159,10 @@ class SwapTable:
         self.assignment = assignment
         self._distances = torch.from_numpy(assignment.d)
         self._drift = _DRIFT * float(assignment.d1.sum())
-        self._shared = np.zeros(n)
+        # The sums, and what they stand for: at d1 = d2 = 0 all are 0.
+        self._shared, self._shared_d1 = np.zeros(n), np.zeros(n)
         self._rise = torch.zeros(capacity, n, dtype=torch.float64)
-        self._own = np.zeros(n, np.int64)  # what the sums stand for: own, and d1 and d2
+        self._own = np.zeros(n, np.int64)
         self._near = np.zeros((2, n))
 
     def copy(self, capacity: int) -> SwapTable:
@@ -170,51 +174,72 @@ class SwapTable:
         other = SwapTable.__new__(SwapTable)
         other.__dict__.update(self.__dict__)
         other.assignment = self.assignment.copy()
-        other._shared, other._own, other._near = self._shared.copy(), self._own.copy(), self._near.copy()
+        other._shared, other._shared_d1 = self._shared.copy(), self._shared_d1.copy()
+        other._own, other._near = self._own.copy(), self._near.copy()
         other._rise = torch.zeros(capacity, len(self._shared), dtype=torch.float64)
         k = len(self.assignment.medoids)
         other._rise[:k] = self._rise[:k]
         return other
 
-    def _update(self) -> None:
-        """Follow the assignment."""
+    def move_to(self, medoids: Indices) -> None:
+        """Go over to other medoids; cheaper than a new table where they share most slots with those of now."""
+        state = Assignment(self.assignment.d, medoids)
+        state.is_touched = (state.own != self._own) | (state.d1 != self._near[0]) | (state.d2 != self._near[1])
+        self.assignment = state
+        self._follow_rise()
+
+    def _follow_shared(self) -> Floats:
+        now = self.assignment.d1
+        points = (now != self._shared_d1).nonzero()[0]
+        if len(points):
+            before, after = self._shared_d1[points], now[points]
+            self._shared_d1[points] = after
+            self._shared += before.sum() - after.sum()
+            for block in self._blocks(len(points)):
+                rows = self._distances.index_select(0, torch.from_numpy(points[block]))
+                change = torch.minimum(rows, torch.from_numpy(after[block])[:, None])
+                change -= torch.minimum(rows, torch.from_numpy(before[block])[:, None], out=rows)
+                self._shared += change.numpy().sum(0)
+        return self._shared
+
+    def _follow_rise(self) -> Tensor:
         state = self.assignment
-        if len(self._rise) < len(state.medoids):
+        while len(self._rise) < len(state.medoids):
             self._rise = torch.cat([self._rise, torch.zeros_like(self._rise)])
-        points = np.flatnonzero(state.is_touched)
-        if not len(points):
-            return
+        points = state.is_touched.nonzero()[0]
         state.is_touched[points] = False
         if 2 * len(points) > len(self._own):
-            self._count_all()
-            return
-        # Both what these points counted for so far and what they count for now, in one go: [2, points, n].
+            # Cheaper than to follow them, and nothing of what rounding has left so far stays.
+            self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
+            self._rise.zero_()
+            for block in self._blocks(len(self._own)):
+                self._count(self._distances[block], self._own[block], self._near[:, None, block])
+            return self._rise
+        # Both what these points counted for so far and what they count for now: [2, points].
         own = np.array((self._own[points], state.own[points]))
-        near = np.array((self._near[:, points], (state.d1[points], state.d2[points])))
-        self._own[points], self._near[:, points] = own[1], near[1]
-        bounds = torch.from_numpy(near)[..., None]
-        rows = self._distances.index_select(0, torch.from_numpy(points))
-        to_nearest = torch.minimum(rows, bounds[:, 0])
-        rise = torch.minimum(rows, bounds[:, 1]).sub_(to_nearest)
-        rise[0].neg_()
-        self._rise.index_add_(0, torch.from_numpy(own.ravel()), rise.view(-1, rise.shape[2]))
-        self._shared += to_nearest[1].sub_(to_nearest[0]).numpy().sum(0)
-        self._shared += near[0, 0].sum() - near[1, 0].sum()
+        near = np.array((self._near[:, points], (state.d1[points], state.d2[points]))).swapaxes(0, 1)
+        self._own[points], self._near[:, points] = own[1], near[:, 1]
+        for block in self._blocks(len(points)):
+            rows = self._distances.index_select(0, torch.from_numpy(points[block]))
+            self._count(rows, own[:, block].ravel(), near[:, :, block])
+        return self._rise
 
-    def _count_all(self) -> None:
-        """Sum over all points instead of following a part of them."""
-        state = self.assignment
-        self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
-        bounds = torch.from_numpy(self._near)[..., None]
-        to_nearest = torch.minimum(self._distances, bounds[0])
-        np.subtract(to_nearest.numpy().sum(0), state.d1.sum(), out=self._shared)
-        rise = torch.minimum(self._distances, bounds[1]).sub_(to_nearest)
-        self._rise.zero_().index_add_(0, torch.from_numpy(self._own), rise)
+    def _count(self, rows: Tensor, own: Indices, near: Floats) -> None:
+        """Add rises ``[points, n]`` to the slots; with two sets of d1 and d2, take off the first set's."""
+        to_nearest, to_second = torch.from_numpy(near)[..., None]
+        rise = torch.minimum(rows, to_second).sub_(torch.minimum(rows, to_nearest))
+        if len(rise) == 2:
+            rise[0].neg_()
+        self._rise.index_add_(0, torch.from_numpy(own), rise.view(-1, rise.shape[2]))
+
+    def _blocks(self, n_points: int) -> list[slice]:
+        """Slices of so many points that their rows of D stay in a core's cache."""
+        size = max(1, _BLOCK // len(self._own))
+        return [slice(i, i + size) for i in range(0, n_points, size)]
 
     def best_addition(self) -> int:
         """The point whose addition lowers TD most; the lowest index on ties."""
-        self._update()
-        shared = self._shared.copy()
+        shared = self._follow_shared().copy()
         shared[self.assignment.medoids] = np.inf
         return self._first_smallest(shared)
 
@@ -224,10 +249,9 @@ class SwapTable:
         Returns:
             Slot, point and change; on ties the lowest point, and for it the lowest medoid.
         """
-        self._update()
-        medoids, rise = self.assignment.medoids, self._rise.numpy()
+        medoids, rise = self.assignment.medoids, self._follow_rise().numpy()
         change = rise[: len(medoids)].min(0)
-        change += self._shared
+        change += self._follow_shared()
         change[medoids] = np.inf
         point = self._first_smallest(change)
         by_index = medoids.argsort()

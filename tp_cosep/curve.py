@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-import numpy as np
 from torch import Tensor
 
 from tp_cosep.knee import KneeMethod, difference_curve
@@ -17,6 +16,9 @@ from tp_cosep.medoids import GrowingPath, KMedoids, check_backend, checkpoints_f
 from tp_cosep.silhouette import mean_simplified_silhouette
 
 __all__ = ["Curve"]
+
+# Heights that differ by less are all looked at more closely.
+_PLATEAU = 0.002
 
 
 class Curve:
@@ -67,17 +69,18 @@ class Curve:
     def ks_for(self, knee: KneeMethod) -> list[int]:
         """The k at which the curve has to be known for a knee.
 
-        All of 2 … n (1 if n is 1) for n ≤ 64, for Kneedle's first knee and for a polynomial through the curve.
+        All of 2 … n (1 if n is 1) for n ≤ 32, for Kneedle's first knee and for a polynomial through the curve.
         Otherwise the checkpoints of :class:`tp_cosep.medoids.GrowingPath`, up to the k where even MSS = 1 would be
-        lower over the diagonal than the highest found; then, between the highest and its neighbours, halving the
-        gaps, until both k next to the highest have been tried; and n, the end of the curve.
+        lower over the diagonal than the highest found, and n, the end of the curve; then the gaps beside the
+        highest are halved until both k next to it have been tried, and those beside points that are less than 0.002
+        lower until they are no wider than a hundredth of n.
 
         Returns:
             Ascending.
         """
         n = len(self._d)
         is_any_needed = knee.rule == "first" or knee.interp_method != "interp1d" or self._form != "paper"
-        if n <= 64 or is_any_needed:
+        if n <= 32 or is_any_needed:
             return list(range(min(2, n), n + 1))
         tried = self._coarse(n)
         while gaps := self._gaps(tried):
@@ -101,7 +104,13 @@ class Curve:
         return [*tried, n]
 
     def _gaps(self, tried: list[int]) -> list[int]:
-        """The middles of the gaps on both sides of the highest point."""
-        at = int(np.argmax(difference_curve(tried, [self.mss(k) for k in tried])))
-        sides = [(a, b) for a, b in pairwise(tried) if tried[at] in {a, b}]
-        return [(a + b) // 2 for a, b in sides if b - a > 1]
+        """The middles of the gaps beside the highest point, and of wider ones beside points almost as high."""
+        height = difference_curve(tried, [self.mss(k) for k in tried])
+        highest = height.max()
+        is_high = height >= highest - _PLATEAU
+        middles = []
+        for i, (a, b) in enumerate(pairwise(tried)):
+            narrow = 1 if highest in height[i : i + 2] else max(1, tried[-1] // 100)
+            if b - a > narrow and is_high[i : i + 2].any():
+                middles.append((a + b) // 2)
+        return middles

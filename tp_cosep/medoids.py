@@ -3,8 +3,8 @@
 Letters: D is the ``[n, n]`` distance matrix, TD(M) = Σ_i min_{m ∈ M} D_im the total deviation of a set
 M of medoids.
 
-Every step is a handful of tensor operations, so it runs on the device of D. Ties go to the
-lowest index, and the result depends on nothing but D.
+The search runs on the CPU; results are on the device of D. Ties go to the lowest index, and the result
+depends on nothing but D.
 """
 
 from __future__ import annotations
@@ -147,10 +147,9 @@ def _raise_for_entries(d: Tensor) -> None:
 def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native") -> KMedoids:
     """Cluster n points around k of them, with the smallest total deviation that is found.
 
-    The native backend grows from one medoid to k by the best new medoid (the BUILD step of PAM) and
-    swaps to convergence after every step, as :func:`k_medoids_path` does; so the result for a given k
-    does not depend on which other k were asked for. The result is swap-optimal: no exchange of one
-    medoid for one other point lowers TD.
+    The native backend grows from one medoid to k, see :class:`GrowingPath`, as :func:`k_medoids_path` does;
+    so the result for a given k does not depend on which other k were asked for. The result is swap-optimal:
+    no exchange of one medoid for one other point lowers TD.
 
     Args:
         distances: See :func:`check_distances`.
@@ -176,11 +175,10 @@ def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native"
 def k_medoids_path(
     distances: Tensor | np.ndarray, ks: Iterable[int] | None = None, *, backend: str = "native"
 ) -> list[KMedoids]:
-    """k-medoids for many k, each warm-started from its neighbour.
+    """k-medoids for many k, all from one sequence of warm starts.
 
-    From the solution for k − 1 the point that lowers TD most becomes a medoid, then single swaps are
-    made, the best first, until none lowers TD. All swaps are weighed at once, see
-    :class:`tp_cosep.assignment.SwapTable`.
+    The points that lower TD most become medoids, then single swaps are made, the best first, until none lowers
+    TD; see :class:`GrowingPath`. All swaps are weighed at once, see :class:`tp_cosep.assignment.SwapTable`.
 
     Args:
         distances: See :func:`check_distances`.
@@ -258,10 +256,9 @@ class GrowingPath:
 
     def _go_to(self, position: int) -> None:
         """Have the table of the solution at a checkpoint."""
-        known = min(position, len(self._medoids) - 1)
+        known = min(position, len(self._medoids) - 1)  # as far as this has ever come
         if not known <= self._at <= position:
-            medoids = self._medoids[self._checkpoints[known]]
-            self._table = SwapTable(Assignment(self._d.numpy(), medoids), len(medoids))
+            self._table.move_to(self._medoids[self._checkpoints[known]])
             self._at = known
         while self._at < position:
             self._at += 1

@@ -183,8 +183,8 @@ def _count(d: Tensor, curve: Curve, knee: Knee, method: KneeMethod) -> int:
 def _rounded(k: int, step: int, n: int, curve: Curve) -> int:
     """The multiple of a step next to k whose MSS differs least from that of k; all n if there is none within n."""
     multiples = [m for m in (k // step * step, -(-k // step) * step) if step <= m <= n]
-    # The larger one first, so that it is taken on ties.
-    return min(reversed(multiples), key=lambda m: abs(curve.mss(m) - curve.mss(k)), default=n)
+    # The larger one first, so that it is taken on ties, which rounding must not decide.
+    return min(reversed(multiples), key=lambda m: round(abs(curve.mss(m) - curve.mss(k)), 12), default=n)
 
 
 def _representatives(solution: KMedoids, preference: Tensor | None) -> Tensor:
@@ -268,7 +268,7 @@ def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
         gain[best] = -np.inf
         # Only points that are now nearer to a kept one change the gains: few, late in the order.
         row = d[best]
-        moved = np.flatnonzero(row < nearest)
+        moved = (row < nearest).nonzero()[0]
         rows = d[moved]
         gain -= _gains(rows, nearest[moved])
         nearest[moved] = row[moved]

@@ -283,5 +283,5 @@ def distances_from_gram(gram: Tensor) -> Tensor:
     squares = gram.diagonal()
     total = squares[:, None] + squares[None, :]
     squared = total - (gram + gram.T)
-    squared[squared <= 1e-13 * total] = 0
+    squared.masked_fill_(squared <= total.mul_(1e-13), 0)
     return squared.fill_diagonal_(0).sqrt_()
