@@ -1,6 +1,7 @@
 """Complementary separability pruning (CoSeP) for Torch-Pruning."""
 
 from tp_cosep.errors import CoSePError, InputError, MissingDependencyError, NotFittedError, PruningError
+from tp_cosep.heads import attention_heads
 from tp_cosep.importance import CoSePSelector
 from tp_cosep.knee import KneeMethod
 from tp_cosep.moments import ClassMoments
@@ -23,4 +24,5 @@ __all__ = [
     "NotFittedError",
     "PruningError",
     "PruningPlan",
+    "attention_heads",
 ]

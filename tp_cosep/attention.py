@@ -50,12 +50,12 @@ def attention_distances(maps: Tensor) -> Tensor:
     p = torch.where(sums > 0, p / sums.clamp(min=torch.finfo(p.dtype).tiny), torch.full_like(p, 1 / p.shape[-1]))
     own = _entropy(p)
     squared = torch.stack([_entropy((p + one) / 2) - (own + _entropy(one)) / 2 for one in p])
-    distances: Tensor = ((squared + squared.T) / 2).clamp_(0, 1).fill_diagonal_(0).sqrt_()
-    return distances
+    return ((squared + squared.T) / 2).clamp(0, 1).fill_diagonal_(0).sqrt()
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -torch.special.xlogy(p, p).sum(-1).mean(-1) / log(2)
+    entropy: Tensor = -torch.special.xlogy(p, p).sum(-1).mean(-1) / log(2)
+    return entropy
 
 
 def collect_attention(

@@ -20,9 +20,9 @@ from tp_cosep.importance import CoSePSelector, ratio_for
 from tp_cosep.plan import GroupPlan
 from tp_cosep.selection import ChannelSelection
 
-__all__ = ["Choices"]
+__all__ = ["NOT_MEASURED", "Choices"]
 
-_NOT_MEASURED = "none of its layers could be measured"
+NOT_MEASURED = "none of its layers could be measured"
 _Key = tuple[nn.Module, str]
 _Choice = tuple[ChannelSelection | None, str]
 
@@ -98,22 +98,42 @@ class Choices:
         rows = _Rows()
         attention = []
         for group in self.groups():
-            view = self.view(group)
-            entry = self.entry(group, view)
-            key = group[0].dep.target.module, side_of(group)
-            if due is not None and (key in self._done or due not in entry.layers):
-                continue
-            self._done.add(key)
-            if entry.reason:
-                yield entry
-                continue
-            rows.take(view)
-            if self.num_heads_of(group):
-                attention.append((group, view, entry))
-            else:
-                selection, reason = self._choose(group, view)
-                yield replace(entry, selection=selection, reason=reason)
+            try:
+                view = self.view(group)
+                entry = self.entry(group, view)
+                key = view.root, view.side
+                if due is not None and (key in self._done or due not in entry.layers):
+                    continue
+                self._done.add(key)
+                if not entry.reason:
+                    rows.take(view)
+                if not entry.reason and self.num_heads_of(group):
+                    attention.append((group, view, entry))
+                else:
+                    yield entry if entry.reason else self._chosen(group, view, entry)
+            except InputError as error:
+                yield self.refused(group, error)
         yield from self._attention_entries(attention)
+
+    def refused(self, group: Any, error: InputError) -> GroupPlan:
+        """The entry of a group that cannot be read or selected, if such groups are to be skipped.
+
+        Returns:
+            An entry without a selection.
+
+        Raises:
+            InputError: The error itself, if not.
+        """
+        if self._pruner.on_failure != "skip":
+            raise error
+        layer, side = group[0].dep.target.module, side_of(group)
+        name = group._DG._module2name.get(layer, "?")
+        self.seen.add(name)
+        return GroupPlan(name, side, (name,), None, str(error))
+
+    def _chosen(self, group: Any, view: GroupView, entry: GroupPlan) -> GroupPlan:
+        selection, reason = self._choose(group, view)
+        return replace(entry, selection=selection, reason=reason)
 
     def entry(self, group: Any, view: GroupView) -> GroupPlan:
         """The entry of a group before anything is chosen; with a reason if nothing is to be."""
@@ -154,7 +174,7 @@ class Choices:
         if schedule is None:
             free = self._selector.select(group, view=view, round_to=step)
             if free is None:
-                return None, _NOT_MEASURED
+                return None, NOT_MEASURED
             if p.iterative_steps == 1 and free.k >= n * (1 - p.max_pruning_ratio):
                 return free, _in_words(free) if reason == "knee" else reason
             schedule = p.iterative_pruning_ratio_scheduler(ratio_for(free.k, n), p.iterative_steps)
@@ -163,7 +183,7 @@ class Choices:
         n_keep = min(max(n_keep, 1), view.n_components)
         selection = self._selector.select(group, view=view, n_keep=n_keep, round_to=step)
         if selection is None:
-            return None, _NOT_MEASURED
+            return None, NOT_MEASURED
         return selection, _in_words(selection) if reason == "knee" else reason
 
     def _step(self, view: GroupView) -> int | None:
@@ -209,7 +229,7 @@ class Choices:
             counts, reason = None, "knee"
         selections = select_heads(selector, groups, p.num_heads, n_keep=counts)
         return [
-            (None, _NOT_MEASURED) if s is None else (s, f"heads, {_in_words(s)}" if reason == "knee" else reason)
+            (None, NOT_MEASURED) if s is None else (s, f"heads, {_in_words(s)}" if reason == "knee" else reason)
             for s in selections
         ]
 

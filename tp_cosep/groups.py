@@ -239,17 +239,22 @@ def _member(
     graph = group._DG
     name = getattr(graph, "_param_to_name", {}).get(layer, name) if isinstance(layer, nn.Parameter) else name
     n = (graph.get_out_channels if is_out else graph.get_in_channels)(layer)
-    if n is not None and len(idxs) and max(idxs) >= n:
-        raise InputError(
-            f"layer {name!r}: expected {max(idxs) + 1} channels or more, as the layers joined with it have, got "
-            f"{n}: something is broadcast between them, which Torch-Pruning takes for channels that belong together; "
-            "put one of them into ignored_layers."
-        )
+    if n is not None and len(idxs):
+        _check_within(max(idxs), n, name)
     # A root index of None marks a position that no root channel maps to.
     pairs = sorted((row, root) for row, root in zip(idxs, root_idxs, strict=True) if root is not None)
     rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64)
     channels = torch.tensor([root for _, root in pairs], dtype=torch.int64)
     return Member(name, layer, n or len(idxs), rows, channels, component_of[channels])
+
+
+def _check_within(highest: int, n: int, name: str) -> None:
+    if highest >= n:
+        raise InputError(
+            f"layer {name!r}: expected {highest + 1} channels or more, as the layers joined with it have, got {n}: "
+            "something is broadcast between them, or reshaped in a way that Torch-Pruning misreads; put one of them "
+            "into ignored_layers, or let CoSePPruner leave such groups alone with on_failure='skip'."
+        )
 
 
 def _n_channel_groups(
@@ -319,8 +324,10 @@ def _may_join(group: Any) -> bool:
 
 def _removed_with(group: Any, channels: Iterable[int]) -> set[int]:
     """Channels of the root that go when some of them go."""
-    dep = group[0].dep
-    return set(group._DG.get_pruning_group(dep.target.module, dep.handler, list(channels))[0].idxs)
+    dep, n = group[0].dep, len(group[0].idxs)
+    removed = set(group._DG.get_pruning_group(dep.target.module, dep.handler, list(channels))[0].idxs)
+    _check_within(max(removed), n, module_names(group).get(dep.target.module, "?"))
+    return removed
 
 
 def l1_norms(view: GroupView) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,20 @@ class PruningPlan:
             lines.append(f"{group.name}: {kept} ({group.reason})")
         return "\n".join(lines) or "empty plan"
 
-    def apply(self, model: nn.Module, example_inputs: Any, **trace_options: Any) -> nn.Module:
+    def apply(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        adapt: Callable[[nn.Module], object] | None = None,
+        **trace_options: Any,
+    ) -> nn.Module:
         """Prune a fresh copy of the model that the plan was made for, in place.
 
         Args:
             model: Unpruned, with the layers of the plan.
             example_inputs: For tracing.
+            adapt: As for :class:`tp_cosep.CoSePPruner`.
             **trace_options: As for ``DependencyGraph.build_dependency``.
 
         Returns:
@@ -101,13 +109,16 @@ class PruningPlan:
             parameters = dict(model.named_parameters())
             if missing := [name for name in self.ignored_params if name not in parameters]:
                 raise InputError(
-                    f"parameter {missing[0]!r}: in the plan, but not in the model; apply it to the model it was made for."
+                    f"parameter {missing[0]!r}: in the plan, but not in the model; apply it to the model it was made "
+                    "for."
                 )
             ignored = [parameters[name] for name in self.ignored_params]
             graph = trace(model, example_inputs, ignored_params=ignored, **trace_options)
             for group in self.groups:
                 if group.selection is not None and group.selection.prune_idxs:
                     _prune(graph, model, group, group.selection)
+                    if adapt is not None:
+                        adapt(model)
         return model
 
     def save(self, path: str | os.PathLike[str]) -> None:

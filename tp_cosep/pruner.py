@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_cosep.batches import evaluating, run_model
-from tp_cosep.choices import Choices
+from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.groups import side_of
@@ -61,6 +62,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             moments for each.
         fine_tune: ``fine_tune(model)``, called after every group with ``layerwise``, else once at the end of
             a step.
+        adapt: ``adapt(model)``, called after every group before the model runs again, to write new sizes into
+            attributes that the model keeps for itself, such as ``model.hidden_dim = model.conv_proj.out_channels``.
+            (Numbers and sizes of attention heads are written already.)
+        on_failure: What to do about a group that cannot be selected or pruned, or after which the model does not run:
+            ``"raise"``, or ``"skip"`` to leave it as it was, with the reason in the plan, and go on. Skipping needs
+            memory for one more copy of the weights.
         fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``.
         **options: Every other keyword of ``tp.pruner.BasePruner``.
 
@@ -91,6 +98,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         loader: Iterable[Any] | None = None,
         layerwise: bool = False,
         fine_tune: Callable[[nn.Module], object] | None = None,
+        adapt: Callable[[nn.Module], object] | None = None,
+        on_failure: str = "raise",
         fit_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -107,6 +116,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             )
         if not automatic and pruning_ratio is not None and not 0 <= pruning_ratio <= 1:
             raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
+        if on_failure not in ("raise", "skip"):
+            raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         self.example_inputs = example_inputs
@@ -114,6 +125,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.loader = loader
         self.layerwise = layerwise
         self.fine_tune = fine_tune
+        self.adapt = adapt
+        self.on_failure = on_failure
         self.fit_options = fit_options or {}
         self.plan = PruningPlan(
             options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
@@ -195,7 +208,23 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise
 
     def _visit(self, group: Any, shapes: list[tuple[int, ...]], *, prune: bool) -> Iterator[Any]:
+        """Prune a group, or let the caller; with ``on_failure="skip"`` take a failure back and go on."""
         entry = self._with_heads_left(self._pending.pop(self._key(group)))
+        plan, num_heads, channel_groups = self.plan, dict(self.num_heads), dict(self.out_channel_groups)
+        try:
+            with restored_on_error(self.model) if self.on_failure == "skip" else nullcontext():
+                yield from self._attempt(group, entry, shapes, prune=prune)
+        except PruningError as error:
+            if self.on_failure != "skip":
+                raise
+            self.plan = plan
+            for now, before in ((self.num_heads, num_heads), (self.out_channel_groups, channel_groups)):
+                now.clear()
+                now.update(before)
+            self.DG = self._trace()
+            self._left.append(replace(entry, selection=None, reason=f"cannot be pruned: {error.__cause__ or error}"))
+
+    def _attempt(self, group: Any, entry: GroupPlan, shapes: list[tuple[int, ...]], *, prune: bool) -> Iterator[Any]:
         left = replace(entry, selection=None, reason="the caller did not prune it")
         native = group.prune
 
@@ -221,14 +250,16 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             except Exception as error:
                 raise PruningError(
                     f"layer {entry.name!r}: Torch-Pruning failed to prune its group ({type(error).__name__}: {error}); "
-                    "the model is as it was. Put this layer into ignored_layers, or ask for a count that it can "
-                    "have (round_to, num_heads)."
+                    "the model is as it was. Put this layer into ignored_layers, ask for a count that it can have "
+                    "(round_to, num_heads), or leave such groups alone with on_failure='skip'."
                 ) from error
         yield group
         if len(self.plan) == n_entries:
             self._record(left)
-        else:
-            self._check_output(entry.name, shapes)
+            return
+        if self.adapt is not None:
+            self.adapt(self.model)
+        self._check_output(entry.name, shapes)
 
     def _prune(self) -> Iterator[Any]:
         if self._is_ranked and not self.layerwise:
@@ -274,15 +305,18 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             ``[channels]``, or ``None`` to leave the group alone.
         """
         selector: CoSePSelector = self.importance
-        view = self.choices.view(group)
-        entry = self.choices.entry(group, view)
         scores: Tensor | None = None
-        if not entry.reason:
-            selection = selector.select(group, view=view)
-            scores = None if selection is None else selection.scores
-            scores = with_head_scores(selector, group, scores, self.num_heads)
-            reason = "ranked against other layers" if scores is not None else "none of its layers could be measured"
-            entry = replace(entry, selection=selection, reason=reason)
+        try:
+            view = self.choices.view(group)
+            entry = self.choices.entry(group, view)
+            if not entry.reason:
+                selection = selector.select(group, view=view)
+                scores = None if selection is None else selection.scores
+                scores = with_head_scores(selector, group, scores, self.num_heads)
+                reason = "ranked against other layers" if scores is not None else NOT_MEASURED
+                entry = replace(entry, selection=selection, reason=reason)
+        except InputError as error:
+            scores, entry = None, self.choices.refused(group, error)
         self._pending[self._key(group)] = entry
         return scores
 
@@ -348,7 +382,9 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         except Exception as error:
             raise PruningError(
                 f"layer {name!r}: the model no longer runs on example_inputs after its group was pruned "
-                f"({type(error).__name__}: {error}); the model is as it was. Put this layer into ignored_layers."
+                f"({type(error).__name__}: {error}); the model is as it was. If its code has a size of its own written "
+                "down, pass adapt=, a function that corrects it; else put this layer into ignored_layers, or leave "
+                "such groups alone with on_failure='skip'."
             ) from error
         if shapes != expected:
             raise PruningError(
@@ -364,9 +400,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         def undo() -> None:
             self.__dict__.update(state)
-            self.DG = trace(self.model, self.example_inputs, ignored_params=self.ignored_params, **self._trace_options)
+            self.DG = self._trace()
 
         return undo
+
+    def _trace(self) -> Any:
+        return trace(self.model, self.example_inputs, ignored_params=self.ignored_params, **self._trace_options)
 
 
 def _check_heads(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> None:

@@ -130,7 +130,8 @@ class Space:
         if moments is None:
             raise InputError(
                 f"layer {member.name!r}: expected class moments, got none: the calibration data never reached this "
-                "layer, or it is not part of the fitted model or was left out of the fit; put it into ignored_layers or fit again."
+                "layer, or it is not part of the fitted model or was left out of the fit; put it into ignored_layers "
+                "or fit again."
             )
         if moments.n_classes < 2:
             raise InputError(
