@@ -26,3 +26,20 @@ def test_layerwise(capsys):
     plan = load("layerwise").main(epochs=1)
     assert [entry.name for entry in plan if entry.selection] == ["conv1", "conv2", "conv3", "conv4"]
     assert capsys.readouterr().out.count("after ") == 4
+
+
+def test_combining(capsys):
+    results = load("combining").main(epochs=1)
+    assert list(results) == ["taylor_picks", "blended"]
+    assert results["taylor_picks"][0] == results["blended"][0]
+    assert all(accuracy > 0.2 for _, accuracy in results.values())
+    assert capsys.readouterr().out.count("parameters, accuracy") == 2
+
+
+def test_attention_heads(capsys):
+    results = load("attention_heads").main(epochs=2)
+    assert results["per layer"][0] == results["by attention maps"][0] == [4, 4, 4]
+    assert sum(results["over the model"][0]) == 12
+    assert min(results["over the model"][0]) >= 1
+    assert all(accuracy > 0.2 for _, accuracy in results.values())
+    assert capsys.readouterr().out.count("heads [") == 3

@@ -763,30 +763,125 @@ def test_a_split_whose_parts_go_separate_ways(kind):
     assert_runs(model, x[:3])
 
 
-def test_the_parts_of_a_split_are_told_apart():
-    # Two of each half go: shapes fit whichever half each of the readers is taken to read.
-    def run(net, x):
-        a, b = net.stem(x).chunk(2, 1)
-        return net.head(mean(net.conv1(a) + net.conv2(b)))
+def added_halves(net, x):
+    a, b = net.stem(x).chunk(2, 1)
+    return net.head(mean(net.conv1(a) + net.conv2(b)))
 
-    layers = {
-        "stem": nn.Conv2d(3, 12, 1),
-        "conv1": nn.Conv2d(6, 8, 1),
-        "conv2": nn.Conv2d(6, 8, 1),
-        "head": nn.Linear(8, 4),
-    }
+
+def shuffled(net, x):
+    x = net.stem(x)
+    x = x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+    return net.head(mean(net.conv(x)))
+
+
+def channels_last(net, x):
+    return net.head(F.relu(net.stem(x)).permute(0, 2, 3, 1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("run", "readers", "idxs"),
+    [
+        # Two of each half go, so that shapes fit whichever half each of the readers is taken to read.
+        (
+            added_halves,
+            {"conv1": nn.Conv2d(6, 8, 1), "conv2": nn.Conv2d(6, 8, 1), "head": nn.Linear(8, 4)},
+            [0, 1, 8, 9],
+        ),
+        # The first channel of both halves goes, so that what is left is still shuffled as before.
+        (shuffled, {"conv": nn.Conv2d(12, 8, 1), "head": nn.Linear(8, 4)}, [0, 6]),
+        # The channels of a pixel are next to each other, not the pixels of a channel.
+        (channels_last, {"head": nn.Linear(12 * 36, 4)}, [0, 5]),
+    ],
+)
+def test_what_shapes_do_not_show(run, readers, idxs):
     x, y = images(24, size=6)
-    model = initialise(Net(run, **layers))
-    first, second = model.conv1.weight.detach().clone(), model.conv2.weight.detach().clone()
-    for group in CoSePPruner(model, x[:2], fitted(model, x, y)).step(interactive=True):
-        if group[0].dep.target.module is model.stem:
-            group.prune([0, 1, 8, 9])
-    assert torch.equal(model.conv1.weight, first[:, [2, 3, 4, 5]])
-    assert torch.equal(model.conv2.weight, second[:, [0, 1, 4, 5]])
+    model = initialise(Net(run, stem=nn.Conv2d(3, 12, 1), **copy.deepcopy(readers)))
+    masked, whole = copy.deepcopy(model), model(x).detach()
+    masked.stem.weight.data[idxs], masked.stem.bias.data[idxs] = 0, 0
+    with contextlib.suppress(InputError, PruningError):
+        for group in CoSePPruner(model, x[:2], fitted(model, x, y)).step(interactive=True):
+            if group[0].dep.target.module is model.stem:
+                group.prune(idxs)
+    # Either it is refused, or the model computes what it did without these channels.
+    torch.testing.assert_close(model(x), whole if model.stem.out_channels == 12 else masked(x))
+
+
+def halves_of_three(net, x):
+    a, b = net.a(x), net.b(x)
+    return net.head(mean(torch.cat([a, b], 1) + net.both(x))) + net.aside(mean(a))
+
+
+def shared(net, x):
+    return net.head(mean(torch.cat([net.c(net.a(x)), net.c(net.b(x))], 1)))
+
+
+def reused(net, x):
+    return net.head(mean(net.c(net.c(net.stem(x)))))
+
+
+def crossed(net, x):
+    return net.head(mean(torch.cat([net.a(x), net.b(x)], 1) + torch.cat([net.b(x), net.a(x)], 1)))
+
+
+def borders_that_differ(net, x):
+    return net.head(mean(torch.cat([net.a(x), net.b(x)], 1) + torch.cat([net.c(x), net.d(x)], 1)))
+
+
+def nested(net, x):
+    ab = torch.cat([net.a(x), net.b(x)], 1)
+    return net.head(mean(torch.cat([ab, net.e(ab)], 1) + torch.cat([net.c(x), net.d(x)], 1)))
+
+
+def in_both_orders(net, x):
+    a, b = net.a(x), net.b(x)
+    return net.head(mean(torch.cat([a, b, a], 1))) + net.aside(mean(torch.cat([b, a], 1)))
+
+
+JOINS = [
+    (halves_of_three, {"a": (3, 5), "b": (3, 6), "both": (3, 11)}, {"head": 11, "aside": 5}),
+    (shared, {"a": (3, 6), "b": (3, 6), "c": (6, 5)}, {"head": 10}),
+    (reused, {"stem": (3, 6), "c": (6, 6)}, {"head": 6}),
+    (crossed, {"a": (3, 6), "b": (3, 6)}, {"head": 12}),
+    (borders_that_differ, {"a": (3, 5), "b": (3, 6), "c": (3, 6), "d": (3, 5)}, {"head": 11}),
+    (nested, {"a": (3, 5), "b": (3, 6), "e": (11, 4), "c": (3, 6), "d": (3, 9)}, {"head": 15}),
+    (in_both_orders, {"a": (3, 5), "b": (3, 6)}, {"head": 16, "aside": 11}),
+]
+
+
+@pytest.mark.parametrize("ratio", [None, 0.3, 0.5])
+@pytest.mark.parametrize(("run", "convs", "heads"), JOINS)
+def test_a_pruned_model_computes_what_it_did_without_the_channels(run, convs, heads, ratio):
+    x, y = images(24, size=6)
+    layers = {name: nn.Conv2d(*shape, 1) for name, shape in convs.items()}
+    model = initialise(Net(run, **layers, **{name: nn.Linear(n, 4) for name, n in heads.items()}))
+    masked, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    pruner = CoSePPruner(model, x[:2], fitted(model, x, y), pruning_ratio=ratio)
+    pruner.step()
+    lost = lost_channels(fresh, x[:2], pruner.plan, {})["out"]
+    for name, (_, n) in convs.items():
+        layer, gone = masked.get_submodule(name), sorted(lost.get(name, ()))
+        assert model.get_submodule(name).out_channels == n - len(gone)
+        layer.weight.data[gone], layer.bias.data[gone] = 0, 0
+    assert any(lost.values())
+    torch.testing.assert_close(model(x), masked(x))
+    assert_runs(model, x[:3])
+    assert_same_state(pruner.plan.apply(fresh, x[:2]).state_dict(), model.state_dict())
+
+
+def test_a_shufflenet_is_pruned_or_left_as_it_was():
+    models = pytest.importorskip("torchvision").models
+    model, (x, y) = initialise(models.ShuffleNetV2([1, 1, 1], [8, 8, 16, 16, 32], num_classes=4)), images(16, size=16)
+    before, whole = fingerprint(model), model(x).detach()
+    try:
+        CoSePPruner(model, x[:2], fitted(model, x, y), pruning_ratio=0.5).step()
+    except (InputError, PruningError):
+        assert_untouched(model, before)
+        assert torch.equal(model(x), whole)
+    assert_runs(model, x[:3])
 
 
 @pytest.mark.parametrize("groups", [2, 3])
-def test_a_transposed_convolution_with_groups_loses_inputs_and_keeps_its_outputs(groups):
+def test_a_transposed_convolution_with_groups_is_compared_by_slots_and_cannot_be_pruned(groups):
     def run(net, x):
         return net.head(mean(net.up(F.relu(net.stem(x)))))
 
@@ -794,21 +889,15 @@ def test_a_transposed_convolution_with_groups_loses_inputs_and_keeps_its_outputs
     up = nn.ConvTranspose2d(12, 6, 2, groups=groups)
     model = initialise(Net(run, stem=nn.Conv2d(3, 12, 1), up=up, head=nn.Linear(6, 4)))
     selector, before = fitted(model, x, y), fingerprint(model)
-    n_in, n_out = 12 // groups, 6 // groups
-    sets = {"a": Channels(n_in, {"stem": slots(groups, n_in)}), "b": Channels(n_out, {"up": slots(groups, n_out)})}
-    by_hand = {name: distances_by_hand(selector, channels) for name, channels in sets.items()}
-    torch.testing.assert_close(selector.distances(group_with(model, x, "up")), by_hand["b"])
-    # Torch-Pruning 1.6.1 takes dimension 1 of the weights, which is out / groups, for all the outputs.
-    with pytest.raises(PruningError, match="layer 'up': Torch-Pruning failed to prune its group"):
-        CoSePPruner(model, x[:2], selector, pruning_ratio=0.5).step()
-    assert_untouched(model, before)
-    kept = {"a": k_medoids(by_hand["a"], n_in // 2).medoids.tolist()}
-    state, rows = copy.deepcopy(model.state_dict()), all_slots("a", groups, n_in)(kept)
-    pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, pruning_ratio_dict={model.up: 0.0})
-    pruner.step()
-    state |= {key: state[key][rows] for key in ("stem.weight", "stem.bias", "up.weight")}
-    assert_same_state(model.state_dict(), state)
-    assert_runs(model, x[:3])
+    for name, n in (("stem", 12 // groups), ("up", 6 // groups)):
+        by_hand = distances_by_hand(selector, Channels(n, {name: slots(groups, n)}))
+        torch.testing.assert_close(selector.distances(group_with(model, x, name)), by_hand)
+        # Torch-Pruning 1.6.1 takes its weights, [in, out / groups], for those of an ordinary grouped convolution.
+        other = {"stem": "up", "up": "stem"}[name]
+        pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, pruning_ratio_dict={other: 0.0})
+        with pytest.raises(PruningError, match=f"layer '{name}': .*model is as it was"):
+            pruner.step()
+        assert_untouched(model, before)
 
 
 def lstm_net(run, **layers):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from tp_cosep._demo_data import LOADERS, ImageData
+from tp_cosep._demo_data import LOADERS, ImageData, load_digits
 from tp_cosep.batches import evaluating
 from tp_cosep.errors import CoSePError, InputError, MissingDependencyError
 from tp_cosep.groups import prunable_groups, read_group
@@ -29,7 +29,7 @@ from tp_cosep.pruner import CoSePPruner
 from tp_cosep.report import ModelStats, layer_table, measure_models, model_table
 from tp_cosep.tracing import ROOT_TYPES, trace
 
-__all__ = ["DATA", "DemoNet", "DemoResult", "accuracy", "run_demo", "train", "train_net"]
+__all__ = ["DATA", "DemoNet", "DemoResult", "accuracy", "load_digits", "run_demo", "train", "train_net"]
 
 #: The names of the data sets.
 DATA = tuple(LOADERS)

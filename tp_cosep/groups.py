@@ -160,7 +160,7 @@ def prunable_layers(
     try:
         graph = trace(model, few, forward_fn=run_model, verbose=False)
         groups = prunable_groups(graph, ignored, ROOT_TYPES) if ignored else ()
-        reached = {dep.target.module for group in groups for dep, _ in group} if ignored else set(graph.module2node)
+        reached = {dep.target.module for g in groups for dep, _ in g} if ignored else set(graph.module2node)
     except Exception as error:
         warnings.warn(
             f"fit: Torch-Pruning cannot trace the model on the first batch ({type(error).__name__}: {error}); every "

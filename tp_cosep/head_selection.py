@@ -23,7 +23,8 @@ def heads_of_layer(
     Args:
         distances: ``[heads, heads]``.
         n_sharing: Consecutive query heads that share keys and values. If there are several, as many are kept
-            of every such block, and the choice is made in each; the count is that of the layer, shared out and rounded.
+            of every such block, and the choice is made in each; the count is that of the layer, shared out and
+            rounded down, as the stock pruner does.
         n_keep: Number to keep, in place of the knee.
         preference: As in :func:`tp_cosep.selection.select_channels`, and so the rest.
         **rules: Of :func:`tp_cosep.selection.select_channels`.
@@ -38,7 +39,7 @@ def heads_of_layer(
     if n_sharing == 1 or n_sharing == len(distances):
         return whole
     starts = range(0, len(distances), n_sharing)
-    each = max(1, round(whole.k / len(starts)))
+    each = max(1, whole.k // len(starts))
     blocks = [
         select_channels(
             distances[at : at + n_sharing, at : at + n_sharing],

@@ -176,8 +176,10 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             InputError: If the loader, the labels or the activations cannot be used.
         """
-        if self._given_heads is None:
-            self.num_heads = dict(num_heads) if num_heads is not None else attention_heads(model)
+        if num_heads is not None:
+            self.num_heads = dict(num_heads)
+        elif self._given_heads is None:
+            self.num_heads = attention_heads(model)
         if self.metric == ATTENTION_JS:
             if not self.num_heads:
                 raise InputError(

@@ -58,8 +58,9 @@ def find_layout(more: Tensor, fewer: Tensor, n_more: int, n_fewer: int) -> Layou
         assert a is not None
         assert b is not None
         a = a[:n_fewer]
+        scale = 1e-3 * float(a.float().nan_to_num(posinf=0, neginf=0).abs().max())
         # The same numbers but for the order of summation, which may depend on the batch.
-        if torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3 * float(a.abs().max()), equal_nan=True):
+        if torch.allclose(a.float(), b.float(), rtol=1e-3, atol=scale, equal_nan=True):
             return layout
     return None
 

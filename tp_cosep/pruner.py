@@ -13,7 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_cosep.batches import evaluating, run_model
+from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError, PruningError
@@ -25,6 +25,7 @@ from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.surgery import group_of, pruned
 from tp_cosep.tracing import resolve_layers, resolve_ratios, trace, trace_options, tracing
+from tp_cosep.verification import OutputCheck
 
 __all__ = ["CoSePPruner"]
 
@@ -68,6 +69,10 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         on_failure: What to do about a group that cannot be selected or pruned, or after which the model does not run:
             ``"raise"``, or ``"skip"`` to leave it as it was, with the reason in the plan, and go on. Skipping needs
             memory for one more copy of the weights.
+        verify: After every group compare the outputs on ``example_inputs`` with those that the model had when nothing
+            read the removed channels; a difference means that Torch-Pruning has mixed up channels, and counts as a
+            failure. Groups with layers that look at all channels at once (LayerNorm, attention) are not compared. Turn
+            it off for models that do so by other means, such as a mean over channels.
         fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``.
         **options: Every other keyword of ``tp.pruner.BasePruner``.
 
@@ -100,6 +105,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         fine_tune: Callable[[nn.Module], object] | None = None,
         adapt: Callable[[nn.Module], object] | None = None,
         on_failure: str = "raise",
+        verify: bool = True,
         fit_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -127,6 +133,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.fine_tune = fine_tune
         self.adapt = adapt
         self.on_failure = on_failure
+        self.verify = verify
         self.fit_options = fit_options or {}
         self.plan = PruningPlan(
             options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
@@ -153,6 +160,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         names = {p: name for name, p in model.named_parameters()}
         self.plan = replace(self.plan, ignored_params=tuple(names[p] for p in self.ignored_params))
         self.choices = Choices(self)
+        forward = self._trace_options.get("forward_fn") or run_model
+        self._check = OutputCheck(model, lambda: forward(model, example_inputs))
         self._names: list[str] | None = None
         # Entries of groups that are due, and of groups that nothing is done to.
         self._pending: dict[tuple[nn.Module, str], GroupPlan] = {}
@@ -188,11 +197,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self.current_step += 1
                 self._pending.clear()
                 self._left.clear()
-                shapes = self._output_shapes()
+                self._check.expect_shapes()
                 if self.loader is not None and (self.current_step > 1 or not self.importance.is_fitted):
                     self._fit()
                 for group in self._prune():
-                    yield from self._visit(group, shapes, prune=prune)
+                    yield from self._visit(group, prune=prune)
                     if self.layerwise and self.fine_tune is not None:
                         self.fine_tune(self.model)
                 for entry in (*self._pending.values(), *self._left):
@@ -207,13 +216,13 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 undo()
             raise
 
-    def _visit(self, group: Any, shapes: list[tuple[int, ...]], *, prune: bool) -> Iterator[Any]:
+    def _visit(self, group: Any, *, prune: bool) -> Iterator[Any]:
         """Prune a group, or let the caller; with ``on_failure="skip"`` take a failure back and go on."""
         entry = self._with_heads_left(self._pending.pop(self._key(group)))
         plan, num_heads, channel_groups = self.plan, dict(self.num_heads), dict(self.out_channel_groups)
         try:
             with restored_on_error(self.model) if self.on_failure == "skip" else nullcontext():
-                yield from self._attempt(group, entry, shapes, prune=prune)
+                yield from self._attempt(group, entry, prune=prune)
         except PruningError as error:
             if self.on_failure != "skip":
                 raise
@@ -224,7 +233,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.DG = self._trace()
             self._left.append(replace(entry, selection=None, reason=f"cannot be pruned: {error.__cause__ or error}"))
 
-    def _attempt(self, group: Any, entry: GroupPlan, shapes: list[tuple[int, ...]], *, prune: bool) -> Iterator[Any]:
+    def _attempt(self, group: Any, entry: GroupPlan, *, prune: bool) -> Iterator[Any]:
         left = replace(entry, selection=None, reason="the caller did not prune it")
         native = group.prune
 
@@ -236,6 +245,9 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     "prune the groups of one step in the order in which they come."
                 )
             gone = list(group[0].idxs if idxs is None else idxs)
+            if self.verify and not entry.heads:
+                going = group if idxs is None else group_of(self.DG, group[0].dep.target.module, entry.side, gone, {})
+                self._check.expect_without(going)
             pruned(self.model, lambda: native(idxs, record_history), n_now, gone, entry.heads)
             self._follow_heads(entry)
             # A caller who collects the groups first prunes those that are recorded as left out already.
@@ -259,7 +271,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return
         if self.adapt is not None:
             self.adapt(self.model)
-        self._check_output(entry.name, shapes)
+        self._check(entry.name)
 
     def _prune(self) -> Iterator[Any]:
         if self._is_ranked and not self.layerwise:
@@ -370,28 +382,6 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 )
             self._record(GroupPlan(name, "out", (name,), None, reason))
 
-    def _output_shapes(self) -> list[tuple[int, ...]]:
-        forward = self._trace_options.get("forward_fn") or run_model
-        with evaluating(self.model):
-            outputs = tp.utils.flatten_as_list(forward(self.model, self.example_inputs))
-        return [tuple(t.shape) for t in outputs if isinstance(t, Tensor)] if isinstance(outputs, list) else []
-
-    def _check_output(self, name: str, expected: list[tuple[int, ...]]) -> None:
-        try:
-            shapes = self._output_shapes()
-        except Exception as error:
-            raise PruningError(
-                f"layer {name!r}: the model no longer runs on example_inputs after its group was pruned "
-                f"({type(error).__name__}: {error}); the model is as it was. If its code has a size of its own written "
-                "down, pass adapt=, a function that corrects it; else put this layer into ignored_layers, or leave "
-                "such groups alone with on_failure='skip'."
-            ) from error
-        if shapes != expected:
-            raise PruningError(
-                f"layer {name!r}: pruning its group changed the output from {expected} to {shapes}; the model is as it "
-                "was. Put this layer into ignored_layers."
-            )
-
     def _undo(self) -> Callable[[], None]:
         """Remember the pruner's own state; the function puts it back and traces the restored model anew."""
         names = ("current_step", "plan", *_STATE_DICTS)
@@ -400,7 +390,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         def undo() -> None:
             self.__dict__.update(state)
-            self.DG = self._trace()
+            try:
+                self.DG = self._trace()
+            except Exception as error:
+                warnings.warn(
+                    f"step: cannot trace the restored model again ({error}); make a new pruner.", stacklevel=2
+                )
 
         return undo
 

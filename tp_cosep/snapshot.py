@@ -50,12 +50,17 @@ class _Snapshot:
             for name in _CONTAINERS:
                 attributes[name] = attributes[name].copy()
             self._attributes.append((module, attributes))
+        # Lists are changed in place, as an LSTM's list of its weights is.
+        lists = (v for module in model.modules() for v in vars(module).values() if isinstance(v, list))
+        self._lists = [(value, value.copy()) for value in lists]
         self._values = [_Value(tensor) for tensor in chain(model.parameters(), model.buffers())]
 
     def restore(self) -> None:
         for module, attributes in self._attributes:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for changed, items in self._lists:
+            changed[:] = items
         with torch.no_grad():
             for value in self._values:
                 value.restore()

@@ -31,6 +31,9 @@ def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads
     pruner = graph.get_pruner_of_module(layer)
     prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
     group = graph.get_pruning_group(layer, prune, list(idxs))
+    for i, (dep, found) in enumerate(group):
+        if len(set(found)) < len(found):  # once for every head that shares a key: they would count several times
+            group[i] = (dep, sorted(set(found)))
     if any(before != after for before, after in heads.values()):
         names = graph._module2name
         for i, (dep, _) in enumerate(group):
