@@ -6,19 +6,21 @@ curve, (MSS(k) − lo) / (1 − lo) − (k − 2) / (n − 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+from tp_cosep.assignment import Floats, Indices
 from tp_cosep.knee import KneeMethod, difference_curve
 from tp_cosep.medoids import GrowingPath, KMedoids, check_backend, checkpoints_for
-from tp_cosep.silhouette import mean_simplified_silhouette
+from tp_cosep.silhouette import silhouette_of
 
 __all__ = ["Curve"]
 
 # Heights that differ by less are all looked at more closely.
 _PLATEAU = 0.002
+_CLOSE = 0.02
 
 
 class Curve:
@@ -32,26 +34,30 @@ class Curve:
 
     def __init__(self, d: Tensor, *, form: str, backend: str) -> None:
         self._d = d
-        self._matrix = d.cpu()
+        self._matrix = d.cpu().numpy()
         self._form = form
-        self._solve: Callable[[int], KMedoids]
-        solver = check_backend(backend)
-        if backend == "native":
-            self._solve = GrowingPath(d).solve
-        else:
-            self._solve = lambda k: solver(d, [k])[0]
-        self._solutions: dict[int, KMedoids] = {}
+        self._backend = check_backend(backend)
+        self._path = GrowingPath(d) if backend == "native" else None
+        self._found: dict[int, tuple[Indices, Floats]] = {}
         self._mss: dict[int, float] = {}
 
     def solution(self, k: int) -> KMedoids:
         """The k-medoids solution for k.
 
         Returns:
-            It, the same one each time.
+            It, on the device of the matrix.
         """
-        if k not in self._solutions:
-            self._solutions[k] = self._solve(k)
-        return self._solutions[k]
+        return KMedoids.from_medoids(self._d, torch.from_numpy(self._solved(k)[0]).to(self._d.device))
+
+    def _solved(self, k: int) -> tuple[Indices, Floats]:
+        """Medoids, ascending, and the distance of every point to its own."""
+        if k not in self._found:
+            if self._path is not None:
+                self._found[k] = self._path.medoids(k)
+            else:
+                medoids = self._backend(self._d, [k])[0].medoids.cpu().numpy()
+                self._found[k] = medoids, self._matrix[medoids].min(0)
+        return self._found[k]
 
     def mss(self, k: int) -> float:
         """MSS of the solution for k.
@@ -60,13 +66,18 @@ class Curve:
             It, at most 1.
         """
         if k not in self._mss:
-            solution = self.solution(k)
-            self._mss[k] = mean_simplified_silhouette(
-                self._matrix, solution.medoids.cpu(), solution.labels.cpu(), form=self._form
-            )
+            self._mss[k] = self._silhouette(k, self._form)
         return self._mss[k]
 
-    def ks_for(self, knee: KneeMethod) -> list[int]:
+    def represented(self, k: int) -> float:
+        """The mean of 1 − a/b of those that are no medoids in the solution for k, see :mod:`tp_cosep.silhouette`."""
+        # Over non-medoids alone it is GB-AFS's form of the silhouette (a ≤ b but for ties).
+        return self._silhouette(k, "gb-afs")
+
+    def _silhouette(self, k: int, form: str) -> float:
+        return silhouette_of(self._matrix, *self._solved(k), form=form)
+
+    def ks_for(self, knee: KneeMethod, *, fine: bool = True) -> list[int]:
         """The k at which the curve has to be known for a knee.
 
         All of 2 … n (1 if n is 1) for n ≤ 32, for Kneedle's first knee and for a polynomial through the curve.
@@ -83,34 +94,44 @@ class Curve:
         if n <= 32 or is_any_needed:
             return list(range(min(2, n), n + 1))
         tried = self._coarse(n)
-        while gaps := self._gaps(tried):
+        while fine and (gaps := self._gaps(tried)):
             tried = sorted({*tried, *gaps})
         return tried
 
     def _coarse(self, n: int) -> list[int]:
         tried: list[int] = []
-        lowest, highest = 1.0, 0.0
+        lowest, highest, best = 1.0, 0.0, 0
         for k in checkpoints_for(n)[1:-1]:
             room = 1 - (k - 2) / (n - 2)
-            if room < highest:
+            if room < highest and best != tried[-1]:
                 break
             tried.append(k)
             mss = self.mss(k)
             if mss < lowest:
                 lowest = mss
-                highest = max(difference_curve([*tried, n], [*map(self.mss, tried), 1.0]))
+                heights = difference_curve([*tried, n], [*map(self.mss, tried), 1.0])
+                highest, best = heights.max(), tried[min(int(heights.argmax()), len(tried) - 1)]
             elif lowest < 1:
-                highest = max(highest, (mss - lowest) / (1 - lowest) - 1 + room)
+                height = (mss - lowest) / (1 - lowest) - 1 + room
+                if height > highest:
+                    highest, best = height, k
         return [*tried, n]
 
     def _gaps(self, tried: list[int]) -> list[int]:
         """The middles of the gaps beside the highest point, and of wider ones beside points almost as high."""
         height = difference_curve(tried, [self.mss(k) for k in tried])
         highest = height.max()
-        is_high = height >= highest - _PLATEAU
         middles = []
         for i, (a, b) in enumerate(pairwise(tried)):
-            narrow = 1 if highest in height[i : i + 2] else max(1, tried[-1] // 100)
-            if b - a > narrow and is_high[i : i + 2].any():
+            nearest = height[i : i + 2].max()
+            if nearest == highest:
+                narrow = 1
+            elif nearest >= highest - _PLATEAU:
+                narrow = max(1, tried[-1] // 100)
+            elif nearest >= highest - _CLOSE:
+                narrow = max(1, tried[-1] // 16)
+            else:
+                continue
+            if b - a > narrow:
                 middles.append((a + b) // 2)
         return middles

@@ -13,12 +13,13 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tp_cosep.assignment import TOLERANCE, Assignment, Indices, SwapTable, few_threads
+from tp_cosep.assignment import TOLERANCE, Assignment, Floats, Indices, SwapTable, few_threads
 from tp_cosep.errors import InputError, MissingDependencyError
 
 __all__ = [
@@ -31,6 +32,13 @@ __all__ = [
     "k_medoids",
     "k_medoids_path",
 ]
+
+# Up to so many points every number of medoids is a checkpoint, and every step the best one of all.
+_FEW = 32
+# One more point is added at once for every so many medoids.
+_SHARE = 4
+# So many points in a row that promised to lower TD and do not end the search among those that did.
+_IN_VAIN = 6
 
 Backend = Callable[[Tensor, Sequence[int]], "list[KMedoids]"]
 
@@ -51,24 +59,6 @@ class KMedoids:
     medoids: Tensor
     labels: Tensor
     total_deviation: float
-
-    @classmethod
-    def from_assignment(cls, assignment: Assignment) -> KMedoids:
-        """The solution that an assignment stands for; as :meth:`from_medoids`, without computing it anew.
-
-        Returns:
-            The solution, its medoids sorted.
-        """
-        order = assignment.medoids.argsort()
-        medoids, k = assignment.medoids[order], len(order)
-        place = np.empty(k, np.int64)
-        place[order] = np.arange(k)
-        labels = place[assignment.own]
-        tied = np.flatnonzero(assignment.d1 == assignment.d2)
-        if len(tied):
-            labels[tied] = assignment.d[tied[:, None], medoids].argmin(1)
-        labels[medoids] = np.arange(k)
-        return cls(k, torch.from_numpy(medoids), torch.from_numpy(labels), float(assignment.d1.sum()))
 
     @classmethod
     def from_medoids(cls, distances: Tensor, medoids: Tensor) -> KMedoids:
@@ -126,7 +116,21 @@ def check_distances(distances: Tensor | np.ndarray) -> Tensor:
 def _is_clean(d: Tensor) -> bool:
     """Whether nothing about the entries needs a change, or a closer look."""
     low, high = (float(x) for x in d.aminmax())  # NaN if any entry is
-    return low >= 0 and high < np.inf and torch.equal(d, d.T) and float(d.diagonal().max()) <= 1e-6 * high
+    return low >= 0 and high < np.inf and _is_symmetric(d) and float(d.diagonal().max()) <= 1e-6 * high
+
+
+def _is_symmetric(d: Tensor) -> bool:
+    if d.is_cuda:
+        return torch.equal(d, d.T)
+    # Tiles that stay in a core's cache: a whole transposed matrix does not.
+    a, size = d.numpy(), 128
+    starts = range(0, len(a), size)
+    return all(
+        np.array_equal(a[i : i + size, j : j + size], a[j : j + size, i : i + size].T)
+        for i in starts
+        for j in starts
+        if i <= j
+    )
 
 
 def _raise_for_entries(d: Tensor) -> None:
@@ -219,9 +223,9 @@ class GrowingPath:
     """k-medoids for any k of one matrix, each found from the same sequence of solutions.
 
     *Checkpoints* are numbers of medoids that depend on n alone. The solution at a checkpoint grows from that
-    at the one before: the points that lower TD most become medoids, one by one (PAM's BUILD), then swaps are made,
-    the best first, until none lowers TD. Any other k branches off from the last checkpoint below it in the same way,
-    and nothing grows from it; so the solution for k does not depend on what else was asked for.
+    at the one before: points that lower TD most become medoids (PAM's BUILD, several at a time), then swaps are made
+    until none lowers TD. Between two checkpoints every k has a place in the tree of halved gaps: the middle of a gap
+    grows from the gap's lower end in the same way. So the solution for k does not depend on what else was asked for.
 
     Args:
         d: ``[n, n]``, as :func:`check_distances` returns it.
@@ -234,8 +238,9 @@ class GrowingPath:
         self._checkpoints = checkpoints or checkpoints_for(len(d))
         sums = self._d.sum(0).numpy()
         first = np.flatnonzero(sums <= sums.min() * (1 + TOLERANCE))[:1]
-        self._medoids: dict[int, Indices] = {1: first}  # converged, by checkpoint
-        self._at, self._table = 0, SwapTable(Assignment(self._d.numpy(), first), 1)
+        self._table = SwapTable(Assignment(self._d.numpy(), first), 1)
+        self._at = 1
+        self._states = {1: self._table.assignment.copy()}  # converged, by k
 
     def solve(self, k: int) -> KMedoids:
         """The solution for one k.
@@ -243,58 +248,97 @@ class GrowingPath:
         Returns:
             It, on the device of the matrix.
         """
-        if k == len(self._d):
-            return KMedoids.from_medoids(self._d, torch.arange(k)).to(self._device)
-        with few_threads(self._d):
-            position = bisect_right(self._checkpoints, k) - 1
-            self._go_to(position)
-            table = self._table
-            if k != self._checkpoints[position]:
-                table = table.copy(k)
-                _grow(table, k)
-            return KMedoids.from_assignment(table.assignment).to(self._device)
+        return KMedoids.from_medoids(self._d, torch.from_numpy(self.medoids(k)[0])).to(self._device)
 
-    def _go_to(self, position: int) -> None:
-        """Have the table of the solution at a checkpoint."""
-        known = min(position, len(self._medoids) - 1)  # as far as this has ever come
-        if not known <= self._at <= position:
-            self._table.move_to(self._medoids[self._checkpoints[known]])
-            self._at = known
-        while self._at < position:
-            self._at += 1
-            k = self._checkpoints[self._at]
-            _grow(self._table, k)
-            self._medoids[k] = self._table.assignment.medoids
+    def medoids(self, k: int) -> tuple[Indices, Floats]:
+        """The medoids for one k, and how far away they are.
+
+        Returns:
+            ``[k]``, ascending; ``[n]``, the distance of every point to the nearest.
+        """
+        n = len(self._d)
+        if k == n:
+            return np.arange(n), np.zeros(n)
+        if k not in self._states:
+            with few_threads(self._d):
+                for before, after in pairwise(self._steps_to(k)):
+                    if after not in self._states:
+                        self._go_on(before, after)
+        state = self._states[k]
+        return np.sort(state.medoids), state.d1
+
+    def _steps_to(self, k: int) -> list[int]:
+        """What the solution for k grows from, and k itself, ascending."""
+        ks = self._checkpoints
+        position = bisect_right(ks, k) - 1
+        steps = [*ks[: position + 1]]
+        if steps[-1] != k:
+            low, high = ks[position], ks[position + 1]
+            while low != k:
+                middle = (low + high) // 2
+                if middle <= k:
+                    low = middle
+                    steps.append(middle)
+                else:
+                    high = middle
+        return steps
+
+    def _go_on(self, before: int, k: int) -> None:
+        """Solve for k from a solved number before it."""
+        if self._at != before:
+            self._table.move_to(self._states[before])
+        _grow(self._table, k)
+        self._at = k
+        self._states[k] = self._table.assignment.copy()
 
 
 def checkpoints_for(n: int) -> list[int]:
     """Numbers of medoids at which :class:`GrowingPath` swaps to convergence.
 
     Returns:
-        1 … n, all for n ≤ 64, else in steps of k/16.
+        1 … n, all for n ≤ 32, else in steps of k/3.
     """
     ks = [1]
     while ks[-1] < n:
-        ks.append(ks[-1] + (1 if n <= 64 else max(1, ks[-1] // 16)))
+        ks.append(ks[-1] + (1 if n <= _FEW else max(1, ks[-1] // 3)))
     return [min(k, n) for k in ks]
 
 
 def _grow(table: SwapTable, k: int) -> None:
-    """Add points until there are k medoids, then make the best swap until none lowers TD."""
-    assignment = table.assignment
-    while len(assignment.medoids) < k:
-        assignment.add(table.best_addition())
-    while k < len(assignment.d):
-        slot, point, change = table.best_swap()
-        deviation = assignment.d1.sum()
-        if not change < -TOLERANCE * deviation:
-            return
-        out = int(assignment.medoids[slot])
-        assignment.replace(slot, point)
-        if not assignment.d1.sum() < deviation:
-            # The table's sums have drifted by rounding, or the gain is at its edge: nothing to gain here.
-            assignment.replace(slot, out)
-            return
+    """Add points until there are k medoids, then swap until no swap lowers TD."""
+    state = table.assignment
+    while len(state.medoids) < k:
+        at_once = max(1, len(state.medoids) // _SHARE)
+        table.add(min(at_once, k - len(state.medoids)))
+    while k < len(state.d) and _swap(table):
+        pass
+
+
+def _swap(table: SwapTable) -> bool:
+    """Make swaps that lower TD, those first that promise most.
+
+    Returns:
+        Whether there were any.
+    """
+    state = table.assignment
+    deviation = float(state.d1.sum())
+    in_vain, has_swapped = 0, False
+    for point in table.promising(TOLERANCE * deviation).tolist():
+        slot, change = state.best_swap(point)
+        if change < -TOLERANCE * deviation:
+            before = int(state.medoids[slot])
+            state.replace(slot, point)
+            now = float(state.d1.sum())
+            if now < deviation:
+                deviation, in_vain, has_swapped = now, 0, True
+                if len(state.d) <= _FEW:
+                    return True
+                continue
+            state.replace(slot, before)  # a gain at the edge of rounding
+        in_vain += 1
+        if in_vain >= _IN_VAIN and has_swapped:
+            break
+    return has_swapped
 
 
 def _native(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
