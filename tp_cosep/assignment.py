@@ -92,19 +92,18 @@ class Assignment:
         other.is_touched = self.is_touched.copy()
         return other
 
-    def best_swap(self, point: int) -> tuple[int, float]:
-        """The slot to swap a point into, and by how much that changes the total deviation.
+    def best_swap(self, point: int, deviation: float) -> tuple[int, float]:
+        """The slot to swap a point into, and by how much that changes the total deviation, which is given.
 
         Returns:
             Slot, that of the lowest medoid on ties; change.
         """
-        further = self.d[point] - self.d1
-        k = len(self.medoids)
-        rise = np.bincount(self.own, np.minimum(further, self.d2 - self.d1).clip(0), k)
-        least = rise.min()
-        slots = (rise <= least + TOLERANCE * self.d1.sum()).nonzero()[0]
+        row = self.d[point]
+        kept = np.minimum(row, self.d1)
+        rise = np.bincount(self.own, np.minimum(row, self.d2) - kept, len(self.medoids))
+        slots = (rise <= rise.min() + TOLERANCE * deviation).nonzero()[0]
         slot = slots[0] if len(slots) == 1 else slots[self.medoids[slots].argmin()]
-        return int(slot), float(np.minimum(further, 0).sum() + rise[slot])
+        return int(slot), float(np.add.reduce(kept - self.d1) + rise[slot])
 
     def add(self, point: int) -> None:
         """Make a point a medoid, in a new last slot."""
@@ -254,7 +253,7 @@ class SwapTable:
             return
         shared[first] = np.inf
         for point in _ascending(shared, (shared < -tolerance).nonzero()[0], tolerance)[: 4 * n_points].tolist():
-            if np.minimum(state.d[point] - state.d1, 0).sum() <= shared[point] / 2:
+            if np.add.reduce(np.minimum(state.d[point] - state.d1, 0)) <= shared[point] / 2:
                 state.add(point)
                 n_points -= 1
                 if n_points == 1:

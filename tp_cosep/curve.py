@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tp_cosep.assignment import Floats, Indices
 from tp_cosep.knee import KneeMethod, difference_curve
 from tp_cosep.medoids import GrowingPath, KMedoids, check_backend, checkpoints_for
-from tp_cosep.silhouette import silhouette_of
+from tp_cosep.silhouette import row_sum, silhouette_of
 
 __all__ = ["Curve"]
 
-# Heights that differ by less are all looked at more closely.
-_PLATEAU = 0.002
-_CLOSE = 0.02
+# Beside heights that are by less below the highest, gaps are halved until they are no wider than a share of n.
+_PLATEAUS = {0.002: 50, 0.02: 16}
 
 
 class Curve:
@@ -40,6 +40,7 @@ class Curve:
         self._path = GrowingPath(d) if backend == "native" else None
         self._found: dict[int, tuple[Indices, Floats]] = {}
         self._mss: dict[int, float] = {}
+        self._summed, self._sum = np.zeros(len(d), dtype=bool), np.zeros(len(d))
 
     def solution(self, k: int) -> KMedoids:
         """The k-medoids solution for k.
@@ -75,16 +76,31 @@ class Curve:
         return self._silhouette(k, "gb-afs")
 
     def _silhouette(self, k: int, form: str) -> float:
-        return silhouette_of(self._matrix, *self._solved(k), form=form)
+        medoids, nearest = self._solved(k)
+        # The sum over the medoids' rows is that of the k before, but for the medoids in which they differ.
+        now = np.zeros(len(nearest), dtype=bool)
+        now[medoids] = True
+        come, gone = (now & ~self._summed).nonzero()[0], (self._summed & ~now).nonzero()[0]
+        if len(come) + len(gone) < k:
+            self._sum += row_sum(self._matrix, come)
+            self._sum -= row_sum(self._matrix, gone)
+        else:
+            self._sum = row_sum(self._matrix, medoids)
+        self._summed = now
+        return silhouette_of(self._matrix, medoids, nearest, self._sum, form=form)
 
     def ks_for(self, knee: KneeMethod, *, fine: bool = True) -> list[int]:
         """The k at which the curve has to be known for a knee.
 
         All of 2 … n (1 if n is 1) for n ≤ 32, for Kneedle's first knee and for a polynomial through the curve.
         Otherwise the checkpoints of :class:`tp_cosep.medoids.GrowingPath`, up to the k where even MSS = 1 would be
-        lower over the diagonal than the highest found, and n, the end of the curve; then the gaps beside the
-        highest are halved until both k next to it have been tried, and those beside points that are less than 0.002
-        lower until they are no wider than a hundredth of n.
+        lower over the diagonal than the highest found, and n, the end of the curve. Then gaps are halved: those beside
+        the highest and the lowest point until both k next to it have been tried; those beside points that are less
+        than 0.002 lower than the highest until they are no wider than n/50, less than 0.02 lower until n/16.
+
+        Args:
+            knee: How it is found.
+            fine: Whether gaps are halved.
 
         Returns:
             Ascending.
@@ -100,38 +116,27 @@ class Curve:
 
     def _coarse(self, n: int) -> list[int]:
         tried: list[int] = []
-        lowest, highest, best = 1.0, 0.0, 0
+        highest = at = 0.0
         for k in checkpoints_for(n)[1:-1]:
-            room = 1 - (k - 2) / (n - 2)
-            if room < highest and best != tried[-1]:
+            # One more beyond the highest, so that the gap behind it ends at a checkpoint.
+            if 1 - (k - 2) / (n - 2) < highest and at < tried[-1]:
                 break
             tried.append(k)
-            mss = self.mss(k)
-            if mss < lowest:
-                lowest = mss
-                heights = difference_curve([*tried, n], [*map(self.mss, tried), 1.0])
-                highest, best = heights.max(), tried[min(int(heights.argmax()), len(tried) - 1)]
-            elif lowest < 1:
-                height = (mss - lowest) / (1 - lowest) - 1 + room
-                if height > highest:
-                    highest, best = height, k
+            height = difference_curve([*tried, n], [*map(self.mss, tried), 1.0])[:-1]
+            highest, at = height.max(), tried[int(height.argmax())]
         return [*tried, n]
 
     def _gaps(self, tried: list[int]) -> list[int]:
-        """The middles of the gaps beside the highest point, and of wider ones beside points almost as high."""
-        height = difference_curve(tried, [self.mss(k) for k in tried])
-        highest = height.max()
-        middles = []
+        """The middles of the gaps that are to be halved; the next checkpoint where there is one in a gap."""
+        mss = [self.mss(k) for k in tried]
+        height = difference_curve(tried, mss)
+        ends = {int(height.argmax()), int(np.argmin(mss))}
+        checkpoints, middles = checkpoints_for(tried[-1]), []
         for i, (a, b) in enumerate(pairwise(tried)):
-            nearest = height[i : i + 2].max()
-            if nearest == highest:
-                narrow = 1
-            elif nearest >= highest - _PLATEAU:
-                narrow = max(1, tried[-1] // 100)
-            elif nearest >= highest - _CLOSE:
-                narrow = max(1, tried[-1] // 16)
-            else:
-                continue
+            below = height.max() - height[i : i + 2].max()
+            widths = [tried[-1] // share for plateau, share in _PLATEAUS.items() if below <= plateau]
+            narrow = 1 if ends & {i, i + 1} else max(1, min(widths, default=b))
             if b - a > narrow:
-                middles.append((a + b) // 2)
+                checkpoint = next(k for k in checkpoints if k > a)
+                middles.append(checkpoint if checkpoint < b else (a + b) // 2)
         return middles

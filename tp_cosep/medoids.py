@@ -296,12 +296,14 @@ def checkpoints_for(n: int) -> list[int]:
     """Numbers of medoids at which :class:`GrowingPath` swaps to convergence.
 
     Returns:
-        1 … n, all for n ≤ 32, else in steps of k/3.
+        1 … n, all for n ≤ 32, else 1, 2 and from there in steps of k/3, at least 2.
     """
-    ks = [1]
+    if n <= _FEW:
+        return list(range(1, n + 1))
+    ks = [1, 2]
     while ks[-1] < n:
-        ks.append(ks[-1] + (1 if n <= _FEW else max(1, ks[-1] // 3)))
-    return [min(k, n) for k in ks]
+        ks.append(min(ks[-1] + max(2, ks[-1] // 3), n))
+    return ks
 
 
 def _grow(table: SwapTable, k: int) -> None:
@@ -324,7 +326,7 @@ def _swap(table: SwapTable) -> bool:
     deviation = float(state.d1.sum())
     in_vain, has_swapped = 0, False
     for point in table.promising(TOLERANCE * deviation).tolist():
-        slot, change = state.best_swap(point)
+        slot, change = state.best_swap(point, deviation)
         if change < -TOLERANCE * deviation:
             before = int(state.medoids[slot])
             state.replace(slot, point)

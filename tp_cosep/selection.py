@@ -34,9 +34,11 @@ class ChannelSelection:
         labels: For every component the position of its cluster in ``medoids``.
         k: Number of clusters, and of components kept; where a pruner ranked several layers for one ratio,
             ``keep_idxs`` has what that left, and k is CoSeP's own count.
-        ks: The numbers of clusters that were tried, ascending.
+        ks: The numbers of clusters that were tried, ascending: fewer, and none between checkpoints (see
+            :class:`tp_cosep.medoids.GrowingPath`), where the count was given.
         mss: Mean Simplified Silhouette of each of them.
-        knee_k: Where the knee of ``mss`` is, whether or not it decided k; ``None`` if there is none.
+        knee_k: Where the knee of ``mss`` is, whether or not it decided k (then it is a checkpoint, for more than 32
+            components); ``None`` if there is none.
         knee_strength: Height of the knee over the straight line, 0 … 1; 0 if there is none.
         scores: ``[n_channels]`` float64 on the CPU, higher = keep, no two components equal. The ``k`` best
             are exactly the selection; any other number of the best is the selection nested around it.
@@ -246,9 +248,9 @@ def _drop_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
         loss = np.bincount(own, d2 - d1, k) + gone
         cheapest = int(loss.argmin())
         order[i], costs[i] = cheapest, loss[cheapest]
-        gone[cheapest] = distances[:, cheapest] = np.inf
+        gone[cheapest] = np.inf
         lost = ((own == cheapest) | (second == cheapest)).nonzero()[0]
-        rows, at = distances.take(lost, 0), np.arange(len(lost))
+        rows, at = distances.take(lost, 0) + gone, np.arange(len(lost))
         for slots, nearest in ((own, d1), (second, d2)):
             best = rows.argmin(1)
             slots[lost], nearest[lost] = best, rows[at, best]

@@ -13,7 +13,7 @@ from tp_cosep.assignment import Floats, Indices
 from tp_cosep.errors import InputError
 from tp_cosep.medoids import KMedoids
 
-__all__ = ["MSS_FORMS", "mean_simplified_silhouette", "mss_curve", "silhouette_of"]
+__all__ = ["MSS_FORMS", "mean_simplified_silhouette", "mss_curve", "row_sum", "silhouette_of"]
 
 _ROWS = 32
 
@@ -44,11 +44,11 @@ def mean_simplified_silhouette(distances: Tensor, medoids: Tensor, labels: Tenso
         InputError: If the form is unknown.
     """
     d, own, slots = distances.cpu().numpy(), medoids.cpu().numpy(), labels.cpu().numpy()
-    return silhouette_of(d, own, d[np.arange(len(d)), own[slots]], form=form)
+    return silhouette_of(d, own, d[np.arange(len(d)), own[slots]], row_sum(d, own), form=form)
 
 
-def silhouette_of(d: Floats, medoids: Indices, a: Floats, *, form: str = "paper") -> float:
-    """As :func:`mean_simplified_silhouette`, from the distances a ``[n]`` to the own medoids.
+def silhouette_of(d: Floats, medoids: Indices, a: Floats, total: Floats, *, form: str = "paper") -> float:
+    """As :func:`mean_simplified_silhouette`, from distances ``[n]`` to the own medoid, and summed over all.
 
     Returns:
         MSS.
@@ -61,15 +61,23 @@ def silhouette_of(d: Floats, medoids: Indices, a: Floats, *, form: str = "paper"
     n, k = len(d), len(medoids)
     if k == 1:
         return 0.0
-    # Distances are symmetric, and whole rows are cheaper to add; a few at a time stay in a core's cache.
-    total = np.zeros(n)
-    for start in range(0, k, _ROWS):
-        total += d.take(medoids[start : start + _ROWS], 0).sum(0)
     b = (total - a) / (k - 1)
     b[b <= 1e-12 * d[medoids[0]].max()] = 0
     is_medoid = np.zeros(n, dtype=bool)
     is_medoid[medoids] = True
     return MSS_FORMS[form](a, b, is_medoid)
+
+
+def row_sum(d: Floats, rows: Indices) -> Floats:
+    """The sum of some rows of D ``[n, n]``: the distance to these points, since D is symmetric.
+
+    Returns:
+        ``[n]``.
+    """
+    total = np.zeros(len(d))
+    for start in range(0, len(rows), _ROWS):  # a few at a time stay in a core's cache
+        total += d.take(rows[start : start + _ROWS], 0).sum(0)
+    return total
 
 
 def _paper(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
