@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tp_cosep.assignment import TOLERANCE, Assignment, Floats, Indices, SwapTable, few_threads
+from tp_cosep.distances import check_distances
 from tp_cosep.errors import InputError, MissingDependencyError
 
 __all__ = [
@@ -33,11 +34,11 @@ __all__ = [
     "k_medoids_path",
 ]
 
-# Up to so many points every number of medoids is a checkpoint, and every step the best one of all.
+# Up to so many points every number of medoids is a checkpoint, and every swap is the best one of all.
 _FEW = 32
 # One more point is added at once for every so many medoids.
 _SHARE = 4
-# So many points in a row that promised to lower TD and do not end the search among those that did.
+# Once points have been swapped in, the promises of others are old: after so many broken ones the table is asked anew.
 _IN_VAIN = 6
 
 Backend = Callable[[Tensor, Sequence[int]], "list[KMedoids]"]
@@ -59,6 +60,24 @@ class KMedoids:
     medoids: Tensor
     labels: Tensor
     total_deviation: float
+
+    @classmethod
+    def from_assignment(cls, assignment: Assignment) -> KMedoids:
+        """The solution that an assignment stands for; as :meth:`from_medoids`, without computing it anew.
+
+        Returns:
+            The solution, its medoids sorted.
+        """
+        order = assignment.medoids.argsort()
+        medoids, k = assignment.medoids[order], len(order)
+        place = np.empty(k, np.int64)
+        place[order] = np.arange(k)
+        labels = place[assignment.own]
+        tied = np.flatnonzero(assignment.d1 == assignment.d2)
+        if len(tied):
+            labels[tied] = assignment.d[tied[:, None], medoids].argmin(1)
+        labels[medoids] = np.arange(k)
+        return cls(k, torch.from_numpy(medoids), torch.from_numpy(labels), float(assignment.d1.sum()))
 
     @classmethod
     def from_medoids(cls, distances: Tensor, medoids: Tensor) -> KMedoids:
@@ -86,66 +105,6 @@ class KMedoids:
         if self.medoids.device == device:
             return self
         return replace(self, medoids=self.medoids.to(device), labels=self.labels.to(device))
-
-
-def check_distances(distances: Tensor | np.ndarray) -> Tensor:
-    """Validate a distance matrix.
-
-    Args:
-        distances: ``[n, n]`` tensor or array; square, symmetric (to 1e-6 of its largest entry),
-            without negative or non-finite entries, with a zero diagonal.
-
-    Returns:
-        The matrix as a float64 tensor on its own device, made exactly symmetric.
-
-    Raises:
-        InputError: Saying which of these does not hold, and where.
-    """
-    # A copy of an array: torch takes neither read-only nor reversed ones.
-    d = distances if isinstance(distances, Tensor) else torch.from_numpy(np.array(distances, dtype=np.float64))
-    if d.dim() != 2 or d.shape[0] != d.shape[1] or d.shape[0] == 0:
-        raise InputError(f"distances: expected a square matrix [n, n] with n ≥ 1, got shape {tuple(d.shape)}.")
-    d = d.to(torch.float64)
-    with few_threads(d):
-        if _is_clean(d):
-            return d.clone().fill_diagonal_(0)
-        _raise_for_entries(d)
-        return (d + d.T).div_(2).fill_diagonal_(0)
-
-
-def _is_clean(d: Tensor) -> bool:
-    """Whether nothing about the entries needs a change, or a closer look."""
-    low, high = (float(x) for x in d.aminmax())  # NaN if any entry is
-    return low >= 0 and high < np.inf and _is_symmetric(d) and float(d.diagonal().max()) <= 1e-6 * high
-
-
-def _is_symmetric(d: Tensor) -> bool:
-    if d.is_cuda:
-        return torch.equal(d, d.T)
-    # Tiles that stay in a core's cache: a whole transposed matrix does not.
-    a, size = d.numpy(), 128
-    starts = range(0, len(a), size)
-    return all(
-        np.array_equal(a[i : i + size, j : j + size], a[j : j + size, i : i + size].T)
-        for i in starts
-        for j in starts
-        if i <= j
-    )
-
-
-def _raise_for_entries(d: Tensor) -> None:
-    for is_bad, what in (
-        (~torch.isfinite(d), "finite"),
-        (d < 0, "non-negative"),
-        ((d - d.T).abs() > 1e-6 * d.max(), "symmetric"),
-        (torch.diag(d.diagonal() > 1e-6 * d.max()), "zero on the diagonal"),
-    ):
-        if is_bad.any():
-            i, j = is_bad.nonzero()[0].tolist()
-            raise InputError(
-                f"distances: expected every entry to be {what}, got D[{i}, {j}] = {float(d[i, j]):g} and "
-                f"D[{j}, {i}] = {float(d[j, i]):g}."
-            )
 
 
 def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native") -> KMedoids:
@@ -248,7 +207,9 @@ class GrowingPath:
         Returns:
             It, on the device of the matrix.
         """
-        return KMedoids.from_medoids(self._d, torch.from_numpy(self.medoids(k)[0])).to(self._device)
+        if k == len(self._d):
+            return KMedoids.from_medoids(self._d, torch.arange(k)).to(self._device)
+        return KMedoids.from_assignment(self._solved(k)).to(self._device)
 
     def medoids(self, k: int) -> tuple[Indices, Floats]:
         """The medoids for one k, and how far away they are.
@@ -256,16 +217,18 @@ class GrowingPath:
         Returns:
             ``[k]``, ascending; ``[n]``, the distance of every point to the nearest.
         """
-        n = len(self._d)
-        if k == n:
-            return np.arange(n), np.zeros(n)
+        if k == len(self._d):
+            return np.arange(k), np.zeros(k)
+        state = self._solved(k)
+        return np.sort(state.medoids), state.d1
+
+    def _solved(self, k: int) -> Assignment:
         if k not in self._states:
             with few_threads(self._d):
                 for before, after in pairwise(self._steps_to(k)):
                     if after not in self._states:
                         self._go_on(before, after)
-        state = self._states[k]
-        return np.sort(state.medoids), state.d1
+        return self._states[k]
 
     def _steps_to(self, k: int) -> list[int]:
         """What the solution for k grows from, and k itself, ascending."""
