@@ -32,6 +32,8 @@ TOLERANCE = 1e-11
 _DRIFT = 1e-14
 # Elements of D that are worked on at once.
 _BLOCK = 2**16
+# Up to so many points the sums are counted anew each time: for few, following them costs more.
+_SMALL = 256
 
 
 @contextmanager
@@ -90,9 +92,22 @@ class Assignment:
         other.is_touched = self.is_touched.copy()
         return other
 
+    def best_swap(self, point: int, deviation: float) -> tuple[int, float]:
+        """The slot to swap a point into, and by how much that changes the total deviation, which is given.
+
+        Returns:
+            Slot, that of the lowest medoid on ties; change.
+        """
+        row = self.d[point]
+        kept = np.minimum(row, self.d1)
+        rise = np.bincount(self.own, np.minimum(row, self.d2) - kept, len(self.medoids))
+        slots = (rise <= rise.min() + TOLERANCE * deviation).nonzero()[0]
+        slot = slots[0] if len(slots) == 1 else slots[self.medoids[slots].argmin()]
+        return int(slot), float(np.add.reduce(kept - self.d1) + rise[slot])
+
     def add(self, point: int) -> None:
         """Make a point a medoid, in a new last slot."""
-        self.medoids = np.concatenate((self.medoids, np.array([point])))
+        self.medoids = np.concatenate((self.medoids, (point,)))
         self._offer(point, len(self.medoids) - 1)
 
     def replace(self, slot: int, point: int) -> None:
@@ -103,39 +118,30 @@ class Assignment:
         self._offer(point, slot)
         self._reassign(lost)
 
-    def remove(self, slot: int) -> None:
-        """Take a slot away; later ones move up."""
-        lost = ((self.own == slot) | (self.second == slot)).nonzero()[0]
-        self.medoids = np.concatenate((self.medoids[:slot], self.medoids[slot + 1 :]))
-        self.own -= self.own > slot
-        self.second -= self.second > slot
-        self.is_touched[:] = True
-        self._reassign(lost)
-
     def _offer(self, point: int, slot: int) -> None:
+        """Assign points to a new medoid where it is nearer than the second nearest."""
         row = self.d[point]
-        moved = (row < self.d2).nonzero()[0]
-        self.is_touched[moved] = True
-        to, before = row[moved], self.d1[moved]
-        is_nearest = to < before
-        nearest = moved[is_nearest]
-        self.second[moved] = slot
-        self.second[nearest] = self.own[nearest]
-        self.own[nearest] = slot
-        self.d1[moved] = np.minimum(to, before)
-        self.d2[moved] = np.maximum(to, before)
+        is_second, is_nearest = row < self.d2, row < self.d1
+        self.is_touched |= is_second
+        self.second[is_second] = slot
+        np.copyto(self.second, self.own, where=is_nearest)
+        self.own[is_nearest] = slot
+        np.minimum(self.d2, row, out=self.d2)
+        np.maximum(self.d2, self.d1, out=self.d2)
+        np.minimum(self.d1, row, out=self.d1)
 
     def _reassign(self, points: Indices) -> None:
         """Find the nearest two of given points anew."""
         self.is_touched[points] = True
-        are_all = len(points) == len(self.d)
-        rows = self.d[self.medoids].T.copy() if are_all else self.d[points[:, None], self.medoids]
+        if len(points) == len(self.d):
+            distances = self.d.take(self.medoids, 0).T.copy()
+        else:
+            distances = self.d.take(points, 0).take(self.medoids, 1)
         at = np.arange(len(points))
-        own = rows.argmin(1)
-        self.own[points], self.d1[points] = own, rows[at, own]
-        rows[at, own] = np.inf
-        second = rows.argmin(1)
-        self.second[points], self.d2[points] = second, rows[at, second]
+        for own, nearest in ((self.own, self.d1), (self.second, self.d2)):
+            best = distances.argmin(1)
+            own[points], nearest[points] = best, distances[at, best]
+            distances[at, best] = np.inf
 
 
 class SwapTable:
@@ -164,32 +170,23 @@ class SwapTable:
         self._rise = torch.zeros(capacity, n, dtype=torch.float64)
         self._own = np.zeros(n, np.int64)
         self._near = np.zeros((2, n))
+        self._is_small = n <= _SMALL
+        # Lower bounds of the least rise of every point, but for the slots in which it has changed (None: all).
+        self._least = np.zeros(n)
+        self._changed: Indices | None = None
 
-    def copy(self, capacity: int) -> SwapTable:
-        """A table, with an assignment of its own, in the same state.
-
-        Returns:
-            The copy.
-        """
-        other = SwapTable.__new__(SwapTable)
-        other.__dict__.update(self.__dict__)
-        other.assignment = self.assignment.copy()
-        other._shared, other._shared_d1 = self._shared.copy(), self._shared_d1.copy()
-        other._own, other._near = self._own.copy(), self._near.copy()
-        other._rise = torch.zeros(capacity, len(self._shared), dtype=torch.float64)
-        k = len(self.assignment.medoids)
-        other._rise[:k] = self._rise[:k]
-        return other
-
-    def move_to(self, medoids: Indices) -> None:
+    def move_to(self, assignment: Assignment) -> None:
         """Go over to other medoids; cheaper than a new table where they share most slots with those of now."""
-        state = Assignment(self.assignment.d, medoids)
-        state.is_touched = (state.own != self._own) | (state.d1 != self._near[0]) | (state.d2 != self._near[1])
-        self.assignment = state
-        self._follow_rise()
+        self.assignment = state = assignment.copy()
+        if not self._is_small:
+            state.is_touched = (state.own != self._own) | (state.d1 != self._near[0]) | (state.d2 != self._near[1])
 
     def _follow_shared(self) -> Floats:
         now = self.assignment.d1
+        if self._is_small:
+            self._shared = torch.minimum(self._distances, torch.from_numpy(now)[:, None]).numpy().sum(0)
+            self._shared -= now.sum()
+            return self._shared
         points = (now != self._shared_d1).nonzero()[0]
         if len(points):
             before, after = self._shared_d1[points], now[points]
@@ -210,6 +207,7 @@ class SwapTable:
         state.is_touched[points] = False
         if 2 * len(points) > len(self._own):
             # Cheaper than to follow them, and nothing of what rounding has left so far stays.
+            self._changed = None
             self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
             self._rise.zero_()
             for block in self._blocks(len(self._own)):
@@ -219,6 +217,8 @@ class SwapTable:
         own = np.array((self._own[points], state.own[points]))
         near = np.array((self._near[:, points], (state.d1[points], state.d2[points]))).swapaxes(0, 1)
         self._own[points], self._near[:, points] = own[1], near[:, 1]
+        if self._changed is not None:
+            self._changed = np.union1d(self._changed, own)
         for block in self._blocks(len(points)):
             rows = self._distances.index_select(0, torch.from_numpy(points[block]))
             self._count(rows, own[:, block].ravel(), near[:, :, block])
@@ -237,28 +237,95 @@ class SwapTable:
         size = max(1, _BLOCK // len(self._own))
         return [slice(i, i + size) for i in range(0, n_points, size)]
 
-    def best_addition(self) -> int:
-        """The point whose addition lowers TD most; the lowest index on ties."""
-        shared = self._follow_shared().copy()
-        shared[self.assignment.medoids] = np.inf
-        return self._first_smallest(shared)
+    def add(self, n_points: int) -> None:
+        """Make those points medoids that lower TD most.
 
-    def best_swap(self) -> tuple[int, int, float]:
-        """Slot and point of the swap that lowers TD most, and the change it makes.
+        Args:
+            n_points: How many at most, at least one. The first lowers TD most (the lowest index on ties); others at
+                least half as much as they would have alone.
+        """
+        state, tolerance = self.assignment, self._tolerance()
+        shared = self._follow_shared().copy()
+        shared[state.medoids] = np.inf
+        first = _first_smallest(shared, tolerance)
+        state.add(first)
+        if n_points == 1:
+            return
+        shared[first] = np.inf
+        for point in _ascending(shared, (shared < -tolerance).nonzero()[0], tolerance)[: 4 * n_points].tolist():
+            if np.add.reduce(np.minimum(state.d[point] - state.d1, 0)) <= shared[point] / 2:
+                state.add(point)
+                n_points -= 1
+                if n_points == 1:
+                    return
+
+    def promising(self, least: float) -> Indices:
+        """The points that would lower TD if they were swapped for the right medoid.
+
+        Args:
+            least: What a swap must lower TD by.
 
         Returns:
-            Slot, point and change; on ties the lowest point, and for it the lowest medoid.
+            The best first; by index on ties.
         """
-        medoids, rise = self.assignment.medoids, self._follow_rise().numpy()
-        change = rise[: len(medoids)].min(0)
-        change += self._follow_shared()
-        change[medoids] = np.inf
-        point = self._first_smallest(change)
-        by_index = medoids.argsort()
-        slot = int(by_index[self._first_smallest(rise[by_index, point])])
-        return slot, point, float(change[point])
+        change = self._changes_of_few() if self._is_small else self._changes(least)
+        change[self.assignment.medoids] = np.inf
+        return _ascending(change, (change < -least).nonzero()[0], self._tolerance())
 
-    def _first_smallest(self, values: Floats) -> int:
-        """Index of the first value that is the smallest but for rounding, so that every machine agrees."""
-        tolerance = max(TOLERANCE * float(self.assignment.d1.sum()), self._drift)
-        return int((values <= values.min() + tolerance).argmax())
+    def _changes_of_few(self) -> Floats:
+        """What the best swap of every point would change."""
+        state, d = self.assignment, self._distances
+        kept = torch.minimum(d, torch.from_numpy(state.d1)[:, None])
+        change: Floats = kept.numpy().sum(0)
+        change -= state.d1.sum()
+        rise = torch.zeros(len(state.medoids), len(d), dtype=d.dtype)
+        to_second = torch.minimum(d, torch.from_numpy(state.d2)[:, None])
+        rise.index_add_(0, torch.from_numpy(state.own), to_second.sub_(kept))
+        change += rise.numpy().min(0)
+        return change
+
+    def _changes(self, least: float) -> Floats:
+        """What the best swap of every point would change, exact where it lowers TD by more than least."""
+        self._follow_rise()
+        shared = self._follow_shared()
+        return self._least_rises(-least - shared) + shared
+
+    def _least_rises(self, enough: Floats) -> Floats:
+        """The least rise of every point over all slots, exact where it is less than enough; else a lower bound."""
+        rise = self._rise.numpy()[: len(self.assignment.medoids)]
+        if self._changed is None:
+            self._least = rise.min(0)
+        else:
+            changed = self._changed[self._changed < len(rise)]
+            if len(changed):
+                np.minimum(self._least, rise.take(changed, 0).min(0), out=self._least)
+            points = (self._least < enough).nonzero()[0]
+            if 4 * len(points) > len(enough):
+                self._least = rise.min(0)
+            else:
+                self._least[points] = rise.take(points, 1).min(0)
+        self._changed = np.zeros(0, np.int64)
+        return self._least
+
+    def _tolerance(self) -> float:
+        return max(TOLERANCE * float(self.assignment.d1.sum()), self._drift)
+
+
+def _first_smallest(values: Floats, tolerance: float) -> int:
+    """Index of the first value that is the smallest but for rounding, so that every machine agrees."""
+    return int((values <= values.min() + tolerance).argmax())
+
+
+def _ascending(values: Floats, indices: Indices, tolerance: float) -> Indices:
+    """Indices by ascending value; by index where values differ by rounding alone."""
+    if len(indices) < 2:
+        return indices
+    at = values[indices]
+    order = at.argsort(kind="stable")
+    at = at[order]
+    is_more = at[1:] - at[:-1] > tolerance
+    if not is_more.all():
+        rank = np.zeros(len(indices), np.int64)
+        is_more.cumsum(out=rank[1:])
+        order = order[np.lexsort((indices[order], rank))]
+    return indices[order]

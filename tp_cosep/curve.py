@@ -6,19 +6,21 @@ curve, (MSS(k) − lo) / (1 − lo) − (k − 2) / (n − 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from tp_cosep.assignment import Floats, Indices
 from tp_cosep.knee import KneeMethod, difference_curve
 from tp_cosep.medoids import GrowingPath, KMedoids, check_backend, checkpoints_for
-from tp_cosep.silhouette import mean_simplified_silhouette
+from tp_cosep.silhouette import row_sum, silhouette_of
 
 __all__ = ["Curve"]
 
-# Heights that differ by less are all looked at more closely.
-_PLATEAU = 0.002
+# Beside heights that are by less below the highest, gaps are halved until they are no wider than a share of n.
+_PLATEAUS = {0.002: 50, 0.02: 16}
 
 
 class Curve:
@@ -32,26 +34,31 @@ class Curve:
 
     def __init__(self, d: Tensor, *, form: str, backend: str) -> None:
         self._d = d
-        self._matrix = d.cpu()
+        self._matrix = d.cpu().numpy()
         self._form = form
-        self._solve: Callable[[int], KMedoids]
-        solver = check_backend(backend)
-        if backend == "native":
-            self._solve = GrowingPath(d).solve
-        else:
-            self._solve = lambda k: solver(d, [k])[0]
-        self._solutions: dict[int, KMedoids] = {}
+        self._backend = check_backend(backend)
+        self._path = GrowingPath(d) if backend == "native" else None
+        self._found: dict[int, tuple[Indices, Floats]] = {}
         self._mss: dict[int, float] = {}
+        self._summed, self._sum = np.zeros(len(d), dtype=bool), np.zeros(len(d))
 
     def solution(self, k: int) -> KMedoids:
         """The k-medoids solution for k.
 
         Returns:
-            It, the same one each time.
+            It, on the device of the matrix.
         """
-        if k not in self._solutions:
-            self._solutions[k] = self._solve(k)
-        return self._solutions[k]
+        return KMedoids.from_medoids(self._d, torch.from_numpy(self._solved(k)[0]).to(self._d.device))
+
+    def _solved(self, k: int) -> tuple[Indices, Floats]:
+        """Medoids, ascending, and the distance of every point to its own."""
+        if k not in self._found:
+            if self._path is not None:
+                self._found[k] = self._path.medoids(k)
+            else:
+                medoids = self._backend(self._d, [k])[0].medoids.cpu().numpy()
+                self._found[k] = medoids, self._matrix[medoids].min(0)
+        return self._found[k]
 
     def mss(self, k: int) -> float:
         """MSS of the solution for k.
@@ -60,20 +67,40 @@ class Curve:
             It, at most 1.
         """
         if k not in self._mss:
-            solution = self.solution(k)
-            self._mss[k] = mean_simplified_silhouette(
-                self._matrix, solution.medoids.cpu(), solution.labels.cpu(), form=self._form
-            )
+            self._mss[k] = self._silhouette(k, self._form)
         return self._mss[k]
 
-    def ks_for(self, knee: KneeMethod) -> list[int]:
+    def represented(self, k: int) -> float:
+        """The mean of 1 − a/b of those that are no medoids in the solution for k, see :mod:`tp_cosep.silhouette`."""
+        # Over non-medoids alone it is GB-AFS's form of the silhouette (a ≤ b but for ties).
+        return self._silhouette(k, "gb-afs")
+
+    def _silhouette(self, k: int, form: str) -> float:
+        medoids, nearest = self._solved(k)
+        # The sum over the medoids' rows is that of the k before, but for the medoids in which they differ.
+        now = np.zeros(len(nearest), dtype=bool)
+        now[medoids] = True
+        come, gone = (now & ~self._summed).nonzero()[0], (self._summed & ~now).nonzero()[0]
+        if len(come) + len(gone) < k:
+            self._sum += row_sum(self._matrix, come)
+            self._sum -= row_sum(self._matrix, gone)
+        else:
+            self._sum = row_sum(self._matrix, medoids)
+        self._summed = now
+        return silhouette_of(self._matrix, medoids, nearest, self._sum, form=form)
+
+    def ks_for(self, knee: KneeMethod, *, fine: bool = True) -> list[int]:
         """The k at which the curve has to be known for a knee.
 
         All of 2 … n (1 if n is 1) for n ≤ 32, for Kneedle's first knee and for a polynomial through the curve.
         Otherwise the checkpoints of :class:`tp_cosep.medoids.GrowingPath`, up to the k where even MSS = 1 would be
-        lower over the diagonal than the highest found, and n, the end of the curve; then the gaps beside the
-        highest are halved until both k next to it have been tried, and those beside points that are less than 0.002
-        lower until they are no wider than a hundredth of n.
+        lower over the diagonal than the highest found, and n, the end of the curve. Then gaps are halved: those beside
+        the highest and the lowest point until both k next to it have been tried; those beside points that are less
+        than 0.002 lower than the highest until they are no wider than n/50, less than 0.02 lower until n/16.
+
+        Args:
+            knee: How it is found.
+            fine: Whether gaps are halved.
 
         Returns:
             Ascending.
@@ -83,34 +110,33 @@ class Curve:
         if n <= 32 or is_any_needed:
             return list(range(min(2, n), n + 1))
         tried = self._coarse(n)
-        while gaps := self._gaps(tried):
+        while fine and (gaps := self._gaps(tried)):
             tried = sorted({*tried, *gaps})
         return tried
 
     def _coarse(self, n: int) -> list[int]:
         tried: list[int] = []
-        lowest, highest = 1.0, 0.0
+        highest = at = 0.0
         for k in checkpoints_for(n)[1:-1]:
-            room = 1 - (k - 2) / (n - 2)
-            if room < highest:
+            # One more beyond the highest, so that the gap behind it ends at a checkpoint.
+            if 1 - (k - 2) / (n - 2) < highest and at < tried[-1]:
                 break
             tried.append(k)
-            mss = self.mss(k)
-            if mss < lowest:
-                lowest = mss
-                highest = max(difference_curve([*tried, n], [*map(self.mss, tried), 1.0]))
-            elif lowest < 1:
-                highest = max(highest, (mss - lowest) / (1 - lowest) - 1 + room)
+            height = difference_curve([*tried, n], [*map(self.mss, tried), 1.0])[:-1]
+            highest, at = height.max(), tried[int(height.argmax())]
         return [*tried, n]
 
     def _gaps(self, tried: list[int]) -> list[int]:
-        """The middles of the gaps beside the highest point, and of wider ones beside points almost as high."""
-        height = difference_curve(tried, [self.mss(k) for k in tried])
-        highest = height.max()
-        is_high = height >= highest - _PLATEAU
-        middles = []
+        """The middles of the gaps that are to be halved; the next checkpoint where there is one in a gap."""
+        mss = [self.mss(k) for k in tried]
+        height = difference_curve(tried, mss)
+        ends = {int(height.argmax()), int(np.argmin(mss))}
+        checkpoints, middles = checkpoints_for(tried[-1]), []
         for i, (a, b) in enumerate(pairwise(tried)):
-            narrow = 1 if highest in height[i : i + 2] else max(1, tried[-1] // 100)
-            if b - a > narrow and is_high[i : i + 2].any():
-                middles.append((a + b) // 2)
+            below = height.max() - height[i : i + 2].max()
+            widths = [tried[-1] // share for plateau, share in _PLATEAUS.items() if below <= plateau]
+            narrow = 1 if ends & {i, i + 1} else max(1, min(widths, default=b))
+            if b - a > narrow:
+                checkpoint = next(k for k in checkpoints if k > a)
+                middles.append(checkpoint if checkpoint < b else (a + b) // 2)
         return middles

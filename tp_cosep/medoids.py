@@ -13,12 +13,14 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tp_cosep.assignment import TOLERANCE, Assignment, Indices, SwapTable, few_threads
+from tp_cosep.assignment import TOLERANCE, Assignment, Floats, Indices, SwapTable, few_threads
+from tp_cosep.distances import check_distances
 from tp_cosep.errors import InputError, MissingDependencyError
 
 __all__ = [
@@ -31,6 +33,13 @@ __all__ = [
     "k_medoids",
     "k_medoids_path",
 ]
+
+# Up to so many points every number of medoids is a checkpoint, and every swap is the best one of all.
+_FEW = 32
+# One more point is added at once for every so many medoids.
+_SHARE = 4
+# Once points have been swapped in, the promises of others are old: after so many broken ones the table is asked anew.
+_IN_VAIN = 6
 
 Backend = Callable[[Tensor, Sequence[int]], "list[KMedoids]"]
 
@@ -96,52 +105,6 @@ class KMedoids:
         if self.medoids.device == device:
             return self
         return replace(self, medoids=self.medoids.to(device), labels=self.labels.to(device))
-
-
-def check_distances(distances: Tensor | np.ndarray) -> Tensor:
-    """Validate a distance matrix.
-
-    Args:
-        distances: ``[n, n]`` tensor or array; square, symmetric (to 1e-6 of its largest entry),
-            without negative or non-finite entries, with a zero diagonal.
-
-    Returns:
-        The matrix as a float64 tensor on its own device, made exactly symmetric.
-
-    Raises:
-        InputError: Saying which of these does not hold, and where.
-    """
-    # A copy of an array: torch takes neither read-only nor reversed ones.
-    d = distances if isinstance(distances, Tensor) else torch.from_numpy(np.array(distances, dtype=np.float64))
-    if d.dim() != 2 or d.shape[0] != d.shape[1] or d.shape[0] == 0:
-        raise InputError(f"distances: expected a square matrix [n, n] with n ≥ 1, got shape {tuple(d.shape)}.")
-    d = d.to(torch.float64)
-    with few_threads(d):
-        if _is_clean(d):
-            return d.clone().fill_diagonal_(0)
-        _raise_for_entries(d)
-        return (d + d.T).div_(2).fill_diagonal_(0)
-
-
-def _is_clean(d: Tensor) -> bool:
-    """Whether nothing about the entries needs a change, or a closer look."""
-    low, high = (float(x) for x in d.aminmax())  # NaN if any entry is
-    return low >= 0 and high < np.inf and torch.equal(d, d.T) and float(d.diagonal().max()) <= 1e-6 * high
-
-
-def _raise_for_entries(d: Tensor) -> None:
-    for is_bad, what in (
-        (~torch.isfinite(d), "finite"),
-        (d < 0, "non-negative"),
-        ((d - d.T).abs() > 1e-6 * d.max(), "symmetric"),
-        (torch.diag(d.diagonal() > 1e-6 * d.max()), "zero on the diagonal"),
-    ):
-        if is_bad.any():
-            i, j = is_bad.nonzero()[0].tolist()
-            raise InputError(
-                f"distances: expected every entry to be {what}, got D[{i}, {j}] = {float(d[i, j]):g} and "
-                f"D[{j}, {i}] = {float(d[j, i]):g}."
-            )
 
 
 def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native") -> KMedoids:
@@ -219,9 +182,9 @@ class GrowingPath:
     """k-medoids for any k of one matrix, each found from the same sequence of solutions.
 
     *Checkpoints* are numbers of medoids that depend on n alone. The solution at a checkpoint grows from that
-    at the one before: the points that lower TD most become medoids, one by one (PAM's BUILD), then swaps are made,
-    the best first, until none lowers TD. Any other k branches off from the last checkpoint below it in the same way,
-    and nothing grows from it; so the solution for k does not depend on what else was asked for.
+    at the one before: points that lower TD most become medoids (PAM's BUILD, several at a time), then swaps are made
+    until none lowers TD. Between two checkpoints every k has a place in the tree of halved gaps: the middle of a gap
+    grows from the gap's lower end in the same way. So the solution for k does not depend on what else was asked for.
 
     Args:
         d: ``[n, n]``, as :func:`check_distances` returns it.
@@ -234,8 +197,9 @@ class GrowingPath:
         self._checkpoints = checkpoints or checkpoints_for(len(d))
         sums = self._d.sum(0).numpy()
         first = np.flatnonzero(sums <= sums.min() * (1 + TOLERANCE))[:1]
-        self._medoids: dict[int, Indices] = {1: first}  # converged, by checkpoint
-        self._at, self._table = 0, SwapTable(Assignment(self._d.numpy(), first), 1)
+        self._table = SwapTable(Assignment(self._d.numpy(), first), 1)
+        self._at = 1
+        self._states = {1: self._table.assignment.copy()}  # converged, by k
 
     def solve(self, k: int) -> KMedoids:
         """The solution for one k.
@@ -245,56 +209,101 @@ class GrowingPath:
         """
         if k == len(self._d):
             return KMedoids.from_medoids(self._d, torch.arange(k)).to(self._device)
-        with few_threads(self._d):
-            position = bisect_right(self._checkpoints, k) - 1
-            self._go_to(position)
-            table = self._table
-            if k != self._checkpoints[position]:
-                table = table.copy(k)
-                _grow(table, k)
-            return KMedoids.from_assignment(table.assignment).to(self._device)
+        return KMedoids.from_assignment(self._solved(k)).to(self._device)
 
-    def _go_to(self, position: int) -> None:
-        """Have the table of the solution at a checkpoint."""
-        known = min(position, len(self._medoids) - 1)  # as far as this has ever come
-        if not known <= self._at <= position:
-            self._table.move_to(self._medoids[self._checkpoints[known]])
-            self._at = known
-        while self._at < position:
-            self._at += 1
-            k = self._checkpoints[self._at]
-            _grow(self._table, k)
-            self._medoids[k] = self._table.assignment.medoids
+    def medoids(self, k: int) -> tuple[Indices, Floats]:
+        """The medoids for one k, and how far away they are.
+
+        Returns:
+            ``[k]``, ascending; ``[n]``, the distance of every point to the nearest.
+        """
+        if k == len(self._d):
+            return np.arange(k), np.zeros(k)
+        state = self._solved(k)
+        return np.sort(state.medoids), state.d1
+
+    def _solved(self, k: int) -> Assignment:
+        if k not in self._states:
+            with few_threads(self._d):
+                for before, after in pairwise(self._steps_to(k)):
+                    if after not in self._states:
+                        self._go_on(before, after)
+        return self._states[k]
+
+    def _steps_to(self, k: int) -> list[int]:
+        """What the solution for k grows from, and k itself, ascending."""
+        ks = self._checkpoints
+        position = bisect_right(ks, k) - 1
+        steps = [*ks[: position + 1]]
+        if steps[-1] != k:
+            low, high = ks[position], ks[position + 1]
+            while low != k:
+                middle = (low + high) // 2
+                if middle <= k:
+                    low = middle
+                    steps.append(middle)
+                else:
+                    high = middle
+        return steps
+
+    def _go_on(self, before: int, k: int) -> None:
+        """Solve for k from a solved number before it."""
+        if self._at != before:
+            self._table.move_to(self._states[before])
+        _grow(self._table, k)
+        self._at = k
+        self._states[k] = self._table.assignment.copy()
 
 
 def checkpoints_for(n: int) -> list[int]:
     """Numbers of medoids at which :class:`GrowingPath` swaps to convergence.
 
     Returns:
-        1 … n, all for n ≤ 64, else in steps of k/16.
+        1 … n, all for n ≤ 32, else 1, 2 and from there in steps of k/3, at least 2.
     """
-    ks = [1]
+    if n <= _FEW:
+        return list(range(1, n + 1))
+    ks = [1, 2]
     while ks[-1] < n:
-        ks.append(ks[-1] + (1 if n <= 64 else max(1, ks[-1] // 16)))
-    return [min(k, n) for k in ks]
+        ks.append(min(ks[-1] + max(2, ks[-1] // 3), n))
+    return ks
 
 
 def _grow(table: SwapTable, k: int) -> None:
-    """Add points until there are k medoids, then make the best swap until none lowers TD."""
-    assignment = table.assignment
-    while len(assignment.medoids) < k:
-        assignment.add(table.best_addition())
-    while k < len(assignment.d):
-        slot, point, change = table.best_swap()
-        deviation = assignment.d1.sum()
-        if not change < -TOLERANCE * deviation:
-            return
-        out = int(assignment.medoids[slot])
-        assignment.replace(slot, point)
-        if not assignment.d1.sum() < deviation:
-            # The table's sums have drifted by rounding, or the gain is at its edge: nothing to gain here.
-            assignment.replace(slot, out)
-            return
+    """Add points until there are k medoids, then swap until no swap lowers TD."""
+    state = table.assignment
+    while len(state.medoids) < k:
+        at_once = max(1, len(state.medoids) // _SHARE)
+        table.add(min(at_once, k - len(state.medoids)))
+    while k < len(state.d) and _swap(table):
+        pass
+
+
+def _swap(table: SwapTable) -> bool:
+    """Make swaps that lower TD, those first that promise most.
+
+    Returns:
+        Whether there were any.
+    """
+    state = table.assignment
+    deviation = float(state.d1.sum())
+    in_vain, has_swapped = 0, False
+    for point in table.promising(TOLERANCE * deviation).tolist():
+        slot, change = state.best_swap(point, deviation)
+        if change < -TOLERANCE * deviation:
+            before = int(state.medoids[slot])
+            state.replace(slot, point)
+            now = float(state.d1.sum())
+            if now < deviation:
+                deviation, in_vain, has_swapped = now, 0, True
+                if len(state.d) <= _FEW:
+                    return True
+                continue
+            state.replace(slot, before)  # a gain at the edge of rounding
+        in_vain += 1
+        if in_vain >= _IN_VAIN and has_swapped:
+            break
+    return has_swapped
 
 
 def _native(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:

@@ -6,6 +6,7 @@ Letters: D ``[n, n]`` distances, TD(S) = Σ_i min_{j ∈ S} D_ij the total devia
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from tp_cosep.curve import Curve
 from tp_cosep.errors import InputError
 from tp_cosep.knee import Knee, KneeMethod, find_knee, guarded_count
 from tp_cosep.medoids import KMedoids, check_distances
-from tp_cosep.silhouette import mean_simplified_silhouette
 
 __all__ = ["ChannelSelection", "select_channels"]
 
@@ -34,9 +34,11 @@ class ChannelSelection:
         labels: For every component the position of its cluster in ``medoids``.
         k: Number of clusters, and of components kept; where a pruner ranked several layers for one ratio,
             ``keep_idxs`` has what that left, and k is CoSeP's own count.
-        ks: The numbers of clusters that were tried, ascending.
+        ks: The numbers of clusters that were tried, ascending: fewer, and none between checkpoints (see
+            :class:`tp_cosep.medoids.GrowingPath`), where the count was given.
         mss: Mean Simplified Silhouette of each of them.
-        knee_k: Where the knee of ``mss`` is, whether or not it decided k; ``None`` if there is none.
+        knee_k: Where the knee of ``mss`` is, whether or not it decided k (then it is a checkpoint, for more than 32
+            components); ``None`` if there is none.
         knee_strength: Height of the knee over the straight line, 0 … 1; 0 if there is none.
         scores: ``[n_channels]`` float64 on the CPU, higher = keep, no two components equal. The ``k`` best
             are exactly the selection; any other number of the best is the selection nested around it.
@@ -142,7 +144,7 @@ def select_channels(
     knee = knee or KneeMethod()
     with few_threads(d):
         curve = Curve(d, form=mss_form, backend=backend)
-        ks = curve.ks_for(knee)
+        ks = curve.ks_for(knee, fine=n_keep is None)
         mss = [curve.mss(k) for k in ks]
         found = find_knee(ks, mss, knee)
         k = n_keep if n_keep is not None else _count(d, curve, found, knee)
@@ -174,10 +176,7 @@ def _count(d: Tensor, curve: Curve, knee: Knee, method: KneeMethod) -> int:
         return len(d)
     if method.rule != "guarded" or knee.k == len(d):
         return knee.k
-    at_knee = curve.solution(knee.k)
-    # Over non-medoids alone the mean of 1 − a/b is GB-AFS's form of the silhouette (a ≤ b but for ties).
-    represented = mean_simplified_silhouette(d, at_knee.medoids, at_knee.labels, form="gb-afs")
-    return guarded_count(len(d), knee.k, represented)
+    return guarded_count(len(d), knee.k, curve.represented(knee.k))
 
 
 def _rounded(k: int, step: int, n: int, curve: Curve) -> int:
@@ -241,43 +240,50 @@ def nested_scores(d: Tensor, keep: Tensor) -> Tensor:
 
 def _drop_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
     """Kept components from the cheapest to lose to the dearest, and what each loss costs."""
-    left = Assignment(d, keep)
-    order, costs = [], []
-    while len(left.medoids) > 1:
-        loss = np.bincount(left.own, weights=left.d2 - left.d1, minlength=len(left.medoids))
+    left, k = Assignment(d, keep), len(keep)
+    own, second, d1, d2 = left.own, left.second, left.d1, left.d2
+    distances, gone = d.take(keep, 0).T.copy(), np.zeros(k)
+    order, costs = np.empty(k, np.int64), np.empty(k)
+    for i in range(k - 1):
+        loss = np.bincount(own, d2 - d1, k) + gone
         cheapest = int(loss.argmin())
-        order.append(left.medoids[cheapest])
-        costs.append(loss[cheapest])
-        left.remove(cheapest)
+        order[i], costs[i] = cheapest, loss[cheapest]
+        gone[cheapest] = np.inf
+        lost = ((own == cheapest) | (second == cheapest)).nonzero()[0]
+        rows, at = distances.take(lost, 0) + gone, np.arange(len(lost))
+        for slots, nearest in ((own, d1), (second, d2)):
+            best = rows.argmin(1)
+            slots[lost], nearest[lost] = best, rows[at, best]
+            rows[at, best] = np.inf
     # Nothing stands in for the last one: losing it costs everything.
-    order.append(left.medoids[0])
-    costs.append(d.sum(0).min())
-    return np.array(order), np.array(costs)
+    order[-1], costs[-1] = gone.argmin(), d.sum(0).min()
+    return keep[order], costs
 
 
 def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
     """Other components from the most to the least helpful, and what each gains when it is added."""
-    nearest = d[keep].min(0)
-    gain = _gains(d, nearest)
-    gain[keep] = -np.inf
-    n_others = len(d) - len(keep)
-    order, gains = np.empty(n_others, np.int64), np.empty(n_others)
-    for i in range(n_others):
-        best = int(gain.argmax())
-        order[i], gains[i] = best, max(gain[best], 0.0)
-        gain[best] = -np.inf
-        # Only points that are now nearer to a kept one change the gains: few, late in the order.
-        row = d[best]
-        moved = (row < nearest).nonzero()[0]
-        rows = d[moved]
-        gain -= _gains(rows, nearest[moved])
-        nearest[moved] = row[moved]
-        gain += _gains(rows, nearest[moved])
-    return order, gains
-
-
-def _gains(rows: Floats, nearest: Floats) -> Floats:
-    """By how much every component is nearer than the nearest kept one, summed over some points ``[m, n]``."""
-    gain = nearest[:, None] - rows
-    total: Floats = np.maximum(gain, 0, out=gain).sum(0)
-    return total
+    nearest = d.take(keep, 0).min(0)
+    gain = np.zeros(len(d))
+    for start in range(0, len(d), 32):
+        further = nearest[start : start + 32, None] - d[start : start + 32]
+        gain += np.maximum(further, 0, out=further).sum(0)
+    is_kept = np.zeros(len(d), dtype=bool)
+    is_kept[keep] = True
+    # Gains only shrink as components are added: one that is still the largest after it was counted anew is the largest.
+    heap = [(-g, i) for i, g in enumerate(gain.tolist()) if not is_kept[i]]
+    heapify(heap)
+    order, gains = [], []
+    newest = -1  # the one whose gain has been counted since the last addition
+    while heap:
+        negative, best = heap[0]
+        further = nearest - d[best]
+        if best != newest and negative < 0:
+            newest = best
+            heapreplace(heap, (-float(np.maximum(further, 0).sum()), best))
+            continue
+        heappop(heap)
+        order.append(best)
+        gains.append(-negative)
+        nearest -= np.maximum(further, 0)
+        newest = -1
+    return np.array(order, np.int64), np.array(gains)
