@@ -14,8 +14,6 @@ from torch import nn
 
 N_CLASSES = 7  # of no other layer's width, so that a head is told by it
 
-Heads = Callable[[nn.Module], dict[nn.Module, int]]
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -25,25 +23,23 @@ class Architecture:
     library: str
     build: Callable[[], nn.Module]  # random weights, always the same
     size: int  # side of the square input
-    ignored: tuple[str, ...]  # fnmatch patterns of modules to leave alone: the head first, then what cannot be pruned
-    heads: Heads | None = None  # query, key and value layers of a model → their number of heads
+    ignored: tuple[str, ...] = ()  # fnmatch patterns of modules to leave alone, since the rest cannot be reached else
+    cause: str = ""  # why they have to be
     unprunable: str | None = None  # why Torch-Pruning cannot prune the family at all, whatever is left alone
+
+    @property
+    def key(self) -> str:
+        """Library and name."""
+        return f"{self.library}:{self.name}"
 
     def ignored_layers(self, model: nn.Module) -> list[nn.Module]:
         """The modules of the model that the patterns name."""
         return [m for n, m in model.named_modules() if n and any(fnmatch(n, p) for p in self.ignored)]
 
 
-def qkv_heads(model: nn.Module) -> dict[nn.Module, int]:
-    """Every layer that makes queries, keys or values, fused or not, with the number of heads of its owner."""
-    heads: dict[nn.Module, int] = {}
-    for owner in model.modules():
-        n_heads = getattr(owner, "num_heads", None)
-        for name in ("qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj"):
-            layer = getattr(owner, name, None)
-            if isinstance(n_heads, int) and isinstance(layer, nn.Linear | nn.Conv2d):
-                heads[layer] = n_heads
-    return heads
+ENDLESS = "Torch-Pruning's group building does not come to an end"
+ZERO = "Torch-Pruning divides by zero: it takes every 5-d expand for grouped-query attention"
+SLOW = "Torch-Pruning needs minutes to build the group"
 
 
 def _seeded(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Callable[[], nn.Module]:
@@ -142,26 +138,16 @@ def _mvitv2() -> nn.Module:
 
 
 ARCHITECTURES = [
-    Architecture("alexnet", "torchvision", _seeded(_narrow, "alexnet"), 64, ("classifier.6",)),
-    Architecture("convnext", "torchvision", _seeded(_from_torchvision, "convnext_tiny"), 32, ("classifier.2",)),
-    Architecture("densenet", "torchvision", _seeded(_from_torchvision, "densenet121"), 32, ("classifier",)),
-    Architecture("efficientnet", "torchvision", _seeded(_from_torchvision, "efficientnet_b0"), 32, ("classifier.1",)),
+    Architecture("alexnet", "torchvision", _seeded(_narrow, "alexnet"), 64),
+    Architecture("convnext", "torchvision", _seeded(_from_torchvision, "convnext_tiny"), 32),
+    Architecture("densenet", "torchvision", _seeded(_from_torchvision, "densenet121"), 32),
+    Architecture("efficientnet", "torchvision", _seeded(_from_torchvision, "efficientnet_b0"), 32),
+    Architecture("efficientnet_v2", "torchvision", _seeded(_from_torchvision, "efficientnet_v2_s"), 32),
     Architecture(
-        "efficientnet_v2", "torchvision", _seeded(_from_torchvision, "efficientnet_v2_s"), 32, ("classifier.1",)
+        "googlenet", "torchvision", _seeded(_from_torchvision, "googlenet", aux_logits=False, init_weights=False), 32
     ),
     Architecture(
-        "googlenet",
-        "torchvision",
-        _seeded(_from_torchvision, "googlenet", aux_logits=False, init_weights=False),
-        32,
-        ("fc",),
-    ),
-    Architecture(
-        "inception",
-        "torchvision",
-        _seeded(_from_torchvision, "inception_v3", aux_logits=False, init_weights=False),
-        75,
-        ("fc",),
+        "inception", "torchvision", _seeded(_from_torchvision, "inception_v3", aux_logits=False, init_weights=False), 75
     ),
     Architecture(
         "maxvit",
@@ -169,33 +155,31 @@ ARCHITECTURES = [
         _seeded(_maxvit),
         64,
         ("classifier.5", "stem.*", "blocks.*.MBconv.*", "*.to_qkv", "*.merge", "*.attn_layer.0"),
+        ENDLESS,
     ),
-    Architecture("mnasnet", "torchvision", _seeded(_from_torchvision, "mnasnet0_5"), 32, ("classifier.1",)),
-    Architecture("mobilenet_v2", "torchvision", _seeded(_from_torchvision, "mobilenet_v2"), 32, ("classifier.1",)),
-    Architecture(
-        "mobilenet_v3", "torchvision", _seeded(_from_torchvision, "mobilenet_v3_small"), 32, ("classifier.3",)
-    ),
-    Architecture("regnet_x", "torchvision", _seeded(_from_torchvision, "regnet_x_400mf"), 32, ("fc",)),
-    Architecture("regnet_y", "torchvision", _seeded(_from_torchvision, "regnet_y_400mf"), 32, ("fc",)),
-    Architecture("resnet", "torchvision", _seeded(_from_torchvision, "resnet18"), 32, ("fc",)),
-    Architecture("resnext", "torchvision", _seeded(_from_torchvision, "resnext50_32x4d"), 32, ("fc",)),
-    Architecture("wide_resnet", "torchvision", _seeded(_wide_resnet), 32, ("fc",)),
+    Architecture("mnasnet", "torchvision", _seeded(_from_torchvision, "mnasnet0_5"), 32),
+    Architecture("mobilenet_v2", "torchvision", _seeded(_from_torchvision, "mobilenet_v2"), 32),
+    Architecture("mobilenet_v3", "torchvision", _seeded(_from_torchvision, "mobilenet_v3_small"), 32),
+    Architecture("regnet_x", "torchvision", _seeded(_from_torchvision, "regnet_x_400mf"), 32),
+    Architecture("regnet_y", "torchvision", _seeded(_from_torchvision, "regnet_y_400mf"), 32),
+    Architecture("resnet", "torchvision", _seeded(_from_torchvision, "resnet18"), 32),
+    Architecture("resnext", "torchvision", _seeded(_from_torchvision, "resnext50_32x4d"), 32),
+    Architecture("wide_resnet", "torchvision", _seeded(_wide_resnet), 32),
     Architecture(
         "shufflenet_v2",
         "torchvision",
         _seeded(_from_torchvision, "shufflenet_v2_x0_5"),
         32,
-        ("fc",),
         unprunable="tracing divides by 0 in update_reshape_index_mapping (5-d view of the channel shuffle)",
     ),
-    Architecture("squeezenet", "torchvision", _seeded(_from_torchvision, "squeezenet1_1"), 32, ("classifier.1",)),
+    Architecture("squeezenet", "torchvision", _seeded(_from_torchvision, "squeezenet1_1"), 32),
     Architecture(
         "swin",
         "torchvision",
         _seeded(_swin, "SwinTransformerBlock", "PatchMerging"),
         32,
         ("head", "features.0.0", "*.reduction", "*.mlp.3"),
-        qkv_heads,
+        ENDLESS,
     ),
     Architecture(
         "swin_v2",
@@ -203,145 +187,76 @@ ARCHITECTURES = [
         _seeded(_swin, "SwinTransformerBlockV2", "PatchMergingV2"),
         32,
         ("head", "features.0.0", "*.reduction", "*.mlp.3", "*.cpb_mlp.*"),
-        qkv_heads,
+        ENDLESS,
     ),
-    Architecture("vgg", "torchvision", _seeded(_narrow, "vgg11"), 32, ("classifier.6",)),
-    Architecture("vgg_bn", "torchvision", _seeded(_narrow, "vgg11_bn"), 32, ("classifier.6",)),
-    Architecture("vit", "torchvision", _seeded(_vit), 32, ("heads.head", "conv_proj")),
-    Architecture("resnet", "timm", _seeded(_from_timm, "resnet10t"), 32, ("fc",)),
-    Architecture("resnetv2", "timm", _seeded(_from_timm, "resnetv2_18"), 32, ("head.fc",)),
-    Architecture("resnetv2_bit", "timm", _seeded(_from_timm, "resnetv2_50x1_bit"), 32, ("head.fc",)),
-    Architecture("resnest", "timm", _seeded(_from_timm, "resnest14d"), 32, ("fc", "*.conv2.*")),
-    Architecture("res2net", "timm", _seeded(_from_timm, "res2net50_14w_8s"), 32, ("fc", "layer*.conv1")),
-    Architecture("regnet", "timm", _seeded(_from_timm, "regnetx_002"), 32, ("head.fc",)),
-    Architecture("regnetz", "timm", _seeded(_from_timm, "regnetz_b16"), 32, ("head.fc",)),
-    Architecture(
-        "densenet", "timm", _seeded(_from_timm, "densenet121", block_config=(2, 2, 2, 2)), 32, ("classifier",)
-    ),
-    Architecture("dla", "timm", _seeded(_from_timm, "dla46_c"), 32, ("fc",)),
-    Architecture("dpn", "timm", _seeded(_from_timm, "dpn48b"), 32, ("classifier", "*.c1x1_w_*.conv")),
-    Architecture("ese_vovnet", "timm", _seeded(_from_timm, "ese_vovnet19b_slim_dw"), 32, ("head.fc",)),
-    Architecture("hrnet", "timm", _seeded(_from_timm, "hrnet_w18_small"), 32, ("classifier",)),
-    Architecture("ghostnet", "timm", _seeded(_from_timm, "ghostnet_050"), 32, ("classifier",)),
-    Architecture("ghostnetv2", "timm", _seeded(_from_timm, "ghostnetv2_100"), 64, ("classifier",)),
-    Architecture("ghostnetv3", "timm", _seeded(_from_timm, "ghostnetv3_050"), 64, ("classifier",)),
-    Architecture("mobilenetv3", "timm", _seeded(_from_timm, "mobilenetv3_small_050"), 32, ("classifier",)),
-    Architecture("mobilenetv4", "timm", _seeded(_from_timm, "mobilenetv4_conv_small_035"), 32, ("classifier",)),
+    Architecture("vgg", "torchvision", _seeded(_narrow, "vgg11"), 32),
+    Architecture("vgg_bn", "torchvision", _seeded(_narrow, "vgg11_bn"), 32),
+    Architecture("vit", "torchvision", _seeded(_vit), 32),
+    Architecture("resnet", "timm", _seeded(_from_timm, "resnet10t"), 32),
+    Architecture("resnetv2", "timm", _seeded(_from_timm, "resnetv2_18"), 32),
+    Architecture("resnetv2_bit", "timm", _seeded(_from_timm, "resnetv2_50x1_bit"), 32),
+    Architecture("resnest", "timm", _seeded(_from_timm, "resnest14d"), 32, ("fc", "*.conv2.*"), SLOW),
+    Architecture("res2net", "timm", _seeded(_from_timm, "res2net50_14w_8s"), 32),
+    Architecture("regnet", "timm", _seeded(_from_timm, "regnetx_002"), 32),
+    Architecture("regnetz", "timm", _seeded(_from_timm, "regnetz_b16"), 32),
+    Architecture("densenet", "timm", _seeded(_from_timm, "densenet121", block_config=(2, 2, 2, 2)), 32),
+    Architecture("dla", "timm", _seeded(_from_timm, "dla46_c"), 32),
+    Architecture("dpn", "timm", _seeded(_from_timm, "dpn48b"), 32),
+    Architecture("ese_vovnet", "timm", _seeded(_from_timm, "ese_vovnet19b_slim_dw"), 32),
+    Architecture("hrnet", "timm", _seeded(_from_timm, "hrnet_w18_small"), 32),
+    Architecture("ghostnet", "timm", _seeded(_from_timm, "ghostnet_050"), 32),
+    Architecture("ghostnetv2", "timm", _seeded(_from_timm, "ghostnetv2_100"), 64),
+    Architecture("ghostnetv3", "timm", _seeded(_from_timm, "ghostnetv3_050"), 64),
+    Architecture("mobilenetv3", "timm", _seeded(_from_timm, "mobilenetv3_small_050"), 32),
+    Architecture("mobilenetv4", "timm", _seeded(_from_timm, "mobilenetv4_conv_small_035"), 32),
     Architecture(
         "mobilenetv4_hybrid",
         "timm",
         _seeded(_from_timm, "mobilenetv4_hybrid_medium"),
         64,
         ("classifier", "conv_stem", "*.pw_proj.conv", "*.attn.*", "blocks.0.*"),
+        ENDLESS,
     ),
-    Architecture("efficientnet", "timm", _seeded(_from_timm, "test_efficientnet"), 32, ("classifier",)),
-    Architecture("mixnet", "timm", _seeded(_from_timm, "mixnet_s"), 32, ("classifier", "*.conv_dw*", "*.conv_pwl*")),
-    Architecture(
-        "efficientvit_mit", "timm", _seeded(_from_timm, "efficientvit_b0"), 32, ("head.classifier.4", "*.qkv.conv")
-    ),
+    Architecture("efficientnet", "timm", _seeded(_from_timm, "test_efficientnet"), 32),
+    Architecture("mixnet", "timm", _seeded(_from_timm, "mixnet_s"), 32),
+    Architecture("efficientvit_mit", "timm", _seeded(_from_timm, "efficientvit_b0"), 32),
     Architecture(
         "efficientvit_msra",
         "timm",
         _seeded(_from_timm, "efficientvit_m0"),
         64,
         ("head.linear", "*.mixer.*", "*.pw2.conv", "*.dw*", "patch_embed.*", "*downsample*"),
+        ENDLESS,
     ),
-    Architecture("convnext", "timm", _seeded(_from_timm, "test_convnext"), 32, ("head.fc",)),
-    Architecture("convnextv2", "timm", _seeded(_from_timm, "test_convnext2"), 32, ("head.fc",)),
-    Architecture("repvgg", "timm", _seeded(_from_timm, "repvgg_a0"), 32, ("head.fc",)),
-    Architecture("nfnet", "timm", _seeded(_from_timm, "test_nfnet"), 32, ("head.fc", "*conv*")),
-    Architecture("xception", "timm", _seeded(_from_timm, "xception41"), 32, ("head.fc",)),
-    Architecture("inception_v4", "timm", _seeded(_from_timm, "inception_v4"), 75, ("last_linear",)),
-    Architecture("inception_next", "timm", _seeded(_from_timm, "inception_next_atto"), 32, ("head.fc2",)),
+    Architecture("convnext", "timm", _seeded(_from_timm, "test_convnext"), 32),
+    Architecture("convnextv2", "timm", _seeded(_from_timm, "test_convnext2"), 32),
+    Architecture("repvgg", "timm", _seeded(_from_timm, "repvgg_a0"), 32),
+    Architecture("nfnet", "timm", _seeded(_from_timm, "test_nfnet"), 32),
+    Architecture("xception", "timm", _seeded(_from_timm, "xception41"), 32),
+    Architecture("inception_v4", "timm", _seeded(_from_timm, "inception_v4"), 75),
+    Architecture("inception_next", "timm", _seeded(_from_timm, "inception_next_atto"), 32),
+    Architecture("metaformer", "timm", _seeded(_from_timm, "poolformerv2_s12"), 32),
+    Architecture("poolformer", "timm", _seeded(_from_timm, "poolformer_s12"), 32),
+    Architecture("caformer", "timm", _seeded(_from_timm, "caformer_s18"), 32),
+    Architecture("mlp_mixer", "timm", _seeded(_mixer), 64),
+    Architecture("resmlp", "timm", _seeded(_mixer, "ResBlock", norm_layer="Affine"), 64),
+    Architecture("gmlp", "timm", _seeded(_mixer, "SpatialGatingBlock", mlp_layer="GatedMlp", mlp_ratio=6), 64),
+    Architecture("vit", "timm", _seeded(_from_timm, "test_vit", img_size=64), 64),
+    Architecture("vit_rope", "timm", _seeded(_from_timm, "vit_small_patch16_rope_224", img_size=64, depth=2), 64),
+    Architecture("deit", "timm", _seeded(_from_timm, "deit_tiny_patch16_224", img_size=64, depth=2), 64),
     Architecture(
-        "metaformer", "timm", _seeded(_from_timm, "poolformerv2_s12"), 32, ("head.fc", "stem.conv", "*.downsample.conv")
+        "deit_distilled", "timm", _seeded(_from_timm, "deit_tiny_distilled_patch16_224", img_size=64, depth=2), 64
     ),
-    Architecture(
-        "poolformer", "timm", _seeded(_from_timm, "poolformer_s12"), 32, ("head.fc", "stem.conv", "*.downsample.conv")
-    ),
-    Architecture(
-        "caformer",
-        "timm",
-        _seeded(_from_timm, "caformer_s18"),
-        32,
-        ("head.fc.fc2", "stem.conv", "*.downsample.conv", "*.qkv"),
-        qkv_heads,
-    ),
-    Architecture("mlp_mixer", "timm", _seeded(_mixer), 64, ("head", "stem.proj")),
-    Architecture("resmlp", "timm", _seeded(_mixer, "ResBlock", norm_layer="Affine"), 64, ("head", "stem.proj")),
-    Architecture(
-        "gmlp",
-        "timm",
-        _seeded(_mixer, "SpatialGatingBlock", mlp_layer="GatedMlp", mlp_ratio=6),
-        64,
-        ("head", "*.gate.proj"),
-    ),
-    Architecture("vit", "timm", _seeded(_from_timm, "test_vit", img_size=64), 64, ("head", "*.qkv"), qkv_heads),
-    Architecture(
-        "vit_rope",
-        "timm",
-        _seeded(_from_timm, "vit_small_patch16_rope_224", img_size=64, depth=2),
-        64,
-        ("head", "*.qkv"),
-        qkv_heads,
-    ),
-    Architecture(
-        "deit",
-        "timm",
-        _seeded(_from_timm, "deit_tiny_patch16_224", img_size=64, depth=2),
-        64,
-        ("head", "*.qkv"),
-        qkv_heads,
-    ),
-    Architecture(
-        "deit_distilled",
-        "timm",
-        _seeded(_from_timm, "deit_tiny_distilled_patch16_224", img_size=64, depth=2),
-        64,
-        ("head", "head_dist", "*.qkv"),
-        qkv_heads,
-    ),
-    Architecture(
-        "deit3",
-        "timm",
-        _seeded(_from_timm, "deit3_small_patch16_224", img_size=64, depth=2),
-        64,
-        ("head", "*.qkv"),
-        qkv_heads,
-    ),
+    Architecture("deit3", "timm", _seeded(_from_timm, "deit3_small_patch16_224", img_size=64, depth=2), 64),
     Architecture(
         "beit",
         "timm",
         _seeded(_from_timm, "beit_base_patch16_224", img_size=64, depth=2, embed_dim=192, num_heads=3),
         64,
-        ("head",),
-        qkv_heads,
     ),
-    Architecture(
-        "eva",
-        "timm",
-        _seeded(_from_timm, "eva02_tiny_patch14_224", img_size=56, depth=2),
-        56,
-        ("head", "patch_embed.proj"),
-        qkv_heads,
-        unprunable="attention hides qkv from tracing by F.linear, and hidden layers feed a chunk (SwiGLU)",
-    ),
-    Architecture(
-        "cait",
-        "timm",
-        _seeded(_from_timm, "cait_xxs24_224", img_size=64, depth=2),
-        64,
-        ("head", "patch_embed.proj", "*.attn.qkv", "*.attn.k"),
-        qkv_heads,
-    ),
-    Architecture(
-        "xcit",
-        "timm",
-        _seeded(_from_timm, "xcit_nano_12_p16_224", img_size=64, depth=2),
-        64,
-        ("head", "patch_embed.*", "*.mlp.fc2", "*.qkv", "cls_attn_blocks.*.attn.k"),
-        qkv_heads,
-    ),
+    Architecture("eva", "timm", _seeded(_from_timm, "eva02_tiny_patch14_224", img_size=56, depth=2), 56),
+    Architecture("cait", "timm", _seeded(_from_timm, "cait_xxs24_224", img_size=64, depth=2), 64),
+    Architecture("xcit", "timm", _seeded(_from_timm, "xcit_nano_12_p16_224", img_size=64, depth=2), 64),
     Architecture(
         "swin",
         "timm",
@@ -349,45 +264,29 @@ ARCHITECTURES = [
             _from_timm, "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(1, 1, 1, 1), embed_dim=48
         ),
         64,
-        ("head.fc", "patch_embed.proj", "*.downsample.reduction"),
-        qkv_heads,
     ),
     Architecture(
         "swinv2",
         "timm",
         _seeded(_from_timm, "swinv2_tiny_window8_256", img_size=64, window_size=4, depths=(1, 1, 1, 1), embed_dim=48),
         64,
-        ("head.fc", "patch_embed.proj", "*.downsample.reduction"),
-        qkv_heads,
     ),
     Architecture(
         "swinv2_cr",
         "timm",
         _seeded(_from_timm, "swinv2_cr_tiny_ns_224", img_size=64, depths=(1, 1, 1, 1), embed_dim=48),
         64,
-        ("head.fc", "patch_embed.proj", "*.downsample.reduction", "*.qkv"),
-        qkv_heads,
     ),
-    Architecture(
-        "pit", "timm", _seeded(_from_timm, "pit_ti_224", img_size=64), 64, ("head", "*.mlp.fc2", "*.qkv"), qkv_heads
-    ),
-    Architecture(
-        "levit",
-        "timm",
-        _seeded(_from_timm, "levit_128s", img_size=64),
-        64,
-        ("head*.linear", "*.mlp.ln2.linear", "*.qkv.linear", "*.kv.linear"),
-    ),
-    Architecture(
-        "tiny_vit", "timm", _seeded(_from_timm, "tiny_vit_5m_224"), 224, ("head.fc", "*.qkv", "*.mlp.fc2"), qkv_heads
-    ),
+    Architecture("pit", "timm", _seeded(_from_timm, "pit_ti_224", img_size=64), 64),
+    Architecture("levit", "timm", _seeded(_from_timm, "levit_128s", img_size=64), 64),
+    Architecture("tiny_vit", "timm", _seeded(_from_timm, "tiny_vit_5m_224"), 224),
     Architecture(
         "maxvit",
         "timm",
         _seeded(_from_timm, "test_maxvit", img_size=64),
         64,
         ("head.fc", "stem.*", "*.conv3_1x1", "*.shortcut.*", "*.attn.*", "*.mlp.fc2"),
-        qkv_heads,
+        ENDLESS,
     ),
     Architecture(
         "coatnet",
@@ -395,62 +294,42 @@ ARCHITECTURES = [
         _seeded(_from_timm, "test_coatnet", img_size=64),
         64,
         ("head.fc", "stem.*", "*.conv3_1x1", "*.shortcut.*", "*.attn.*", "*.mlp.fc2"),
-        qkv_heads,
+        ENDLESS,
     ),
-    Architecture(
-        "maxxvit",
-        "timm",
-        _seeded(_from_timm, "maxxvit_rmlp_nano_rw_256", img_size=64),
-        64,
-        ("head.fc", "*.qkv", "*.fc2"),
-        qkv_heads,
-    ),
-    Architecture("mobilevit", "timm", _seeded(_from_timm, "mobilevit_xxs"), 64, ("head.fc", "*.qkv"), qkv_heads),
+    Architecture("maxxvit", "timm", _seeded(_from_timm, "maxxvit_rmlp_nano_rw_256", img_size=64), 64),
+    Architecture("mobilevit", "timm", _seeded(_from_timm, "mobilevit_xxs"), 64),
     Architecture(
         "mobilevitv2",
         "timm",
         _seeded(_from_timm, "mobilevitv2_050"),
         64,
         ("head.fc", "*.attn.*", "*.mlp.fc2", "*.conv_proj*", "*.conv_1x1*", "*.conv3_1x1*", "stem*"),
+        SLOW,
     ),
+    Architecture("edgenext", "timm", _seeded(_from_timm, "edgenext_xx_small"), 64),
+    Architecture("fastvit", "timm", _seeded(_from_timm, "fastvit_t8"), 64),
+    Architecture("mobileone", "timm", _seeded(_from_timm, "mobileone_s0"), 32),
+    Architecture("sknet", "timm", _seeded(_from_timm, "skresnet18"), 32),
+    Architecture("selecsls", "timm", _seeded(_from_timm, "selecsls42"), 32),
+    Architecture("hgnet", "timm", _seeded(_from_timm, "hgnetv2_b0"), 32),
     Architecture(
-        "edgenext",
-        "timm",
-        _seeded(_from_timm, "edgenext_xx_small"),
-        64,
-        ("head.fc", "*.qkv", "stem*", "*.mlp.fc2", "*.downsample*"),
-        qkv_heads,
+        "rexnet", "timm", _seeded(_from_timm, "rexnet_100"), 32, ("head.fc", "stem.conv", "*.conv_pwl.conv"), ENDLESS
     ),
-    Architecture("fastvit", "timm", _seeded(_from_timm, "fastvit_t8"), 64, ("head.fc", "*.mlp.fc2")),
-    Architecture("mobileone", "timm", _seeded(_from_timm, "mobileone_s0"), 32, ("head.fc",)),
-    Architecture("sknet", "timm", _seeded(_from_timm, "skresnet18"), 32, ("fc", "conv1", "layer*.downsample.*")),
-    Architecture("selecsls", "timm", _seeded(_from_timm, "selecsls42"), 32, ("fc",)),
-    Architecture("hgnet", "timm", _seeded(_from_timm, "hgnetv2_b0"), 32, ("head.fc",)),
-    Architecture("rexnet", "timm", _seeded(_from_timm, "rexnet_100"), 32, ("head.fc", "stem.conv", "*.conv_pwl.conv")),
-    Architecture(
-        "tresnet",
-        "timm",
-        _seeded(_from_timm, "tresnet_m", layers=[1, 1, 1, 1]),
-        64,
-        ("head.fc", "body.layer[12].*.conv1.conv", "body.layer[34].*.conv2.conv"),
-    ),
-    Architecture("cspnet", "timm", _seeded(_from_timm, "cspresnet50"), 32, ("head.fc", "*.conv_exp.conv")),
+    Architecture("tresnet", "timm", _seeded(_from_timm, "tresnet_m", layers=[1, 1, 1, 1]), 64),
+    Architecture("cspnet", "timm", _seeded(_from_timm, "cspresnet50"), 32),
     Architecture(
         "darknet",
         "timm",
         _seeded(_from_timm, "cs3darknet_s"),
         32,
-        ("head.fc",),
         unprunable="tracing adds None in update_concat_index_mapping (chunk, then concatenation)",
     ),
-    Architecture("cspnext", "timm", _seeded(_from_timm, "cspnext_tiny"), 32, ("head.fc",)),
+    Architecture("cspnext", "timm", _seeded(_from_timm, "cspnext_tiny"), 32),
     Architecture(
         "davit",
         "timm",
         _seeded(_from_timm, "davit_tiny", depths=(1, 1, 1, 1), embed_dims=(48, 96, 192, 384), num_heads=(3, 6, 12, 24)),
         64,
-        ("head.fc",),
-        qkv_heads,
     ),
     Architecture(
         "focalnet",
@@ -458,6 +337,7 @@ ARCHITECTURES = [
         _seeded(_from_timm_class, "focalnet", "FocalNet", embed_dim=48, depths=(1, 1, 1, 1)),
         64,
         ("head.fc", "*.mlp.fc2", "*.proj", "*.f", "*.h", "*.focal_layers.*"),
+        ENDLESS,
     ),
     Architecture(
         "volo",
@@ -474,8 +354,6 @@ ARCHITECTURES = [
             use_mix_token=False,
         ),
         64,
-        ("head", "aux_head", "patch_embed.proj", "network.1.proj", "*.attn.attn", "*.qkv", "*.kv"),
-        qkv_heads,
     ),
     Architecture(
         "crossvit",
@@ -493,74 +371,44 @@ ARCHITECTURES = [
             mlp_ratio=(4, 4, 1),
         ),
         48,
-        ("head.0", "head.1", "*.mlp.fc2", "*.qkv", "*.attn.wv", "*.fusion.*.attn.proj"),
-        qkv_heads,
     ),
-    Architecture(
-        "twins_pcpvt",
-        "timm",
-        _seeded(_from_timm, "twins_pcpvt_small", img_size=64, depths=(1, 1, 1, 1)),
-        64,
-        ("head",),
-        qkv_heads,
-    ),
+    Architecture("twins_pcpvt", "timm", _seeded(_from_timm, "twins_pcpvt_small", img_size=64, depths=(1, 1, 1, 1)), 64),
     Architecture(
         "twins_svt",
         "timm",
         _seeded(_from_timm, "twins_svt_small", img_size=64, depths=(1, 1, 1, 1)),
         64,
         ("head", "patch_embeds.*", "*.proj", "*.fc2", "*.qkv", "pos_block*"),
-        qkv_heads,
+        ZERO,
     ),
-    Architecture(
-        "pvt_v2",
-        "timm",
-        _seeded(_from_timm, "pvt_v2_b0"),
-        64,
-        ("head", "patch_embed.proj", "*.downsample.proj", "*.attn.kv", "*.attn.sr"),
-        qkv_heads,
-    ),
+    Architecture("pvt_v2", "timm", _seeded(_from_timm, "pvt_v2_b0"), 64),
     Architecture(
         "convmixer",
         "timm",
         _seeded(_from_timm_class, "convmixer", "ConvMixer", dim=64, depth=2, kernel_size=7, patch_size=7),
         32,
-        ("head",),
     ),
-    Architecture("lcnet", "timm", _seeded(_from_timm, "lcnet_035"), 32, ("classifier",)),
-    Architecture("tinynet", "timm", _seeded(_from_timm, "tinynet_e"), 32, ("classifier",)),
-    Architecture("hardcorenas", "timm", _seeded(_from_timm, "hardcorenas_a"), 32, ("classifier",)),
+    Architecture("lcnet", "timm", _seeded(_from_timm, "lcnet_035"), 32),
+    Architecture("tinynet", "timm", _seeded(_from_timm, "tinynet_e"), 32),
+    Architecture("hardcorenas", "timm", _seeded(_from_timm, "hardcorenas_a"), 32),
     Architecture(
         "visformer",
         "timm",
         _seeded(_from_timm, "visformer_tiny", img_size=64),
         64,
         ("head", "*.attn.*", "*.mlp.conv3", "patch_embed*", "stem*"),
-        qkv_heads,
+        ENDLESS,
     ),
-    Architecture(
-        "efficientformer",
-        "timm",
-        _seeded(_from_timm, "efficientformer_l1"),
-        224,
-        ("head", "head_dist", "stem.*", "*.mlp.fc2", "*.qkv"),
-        qkv_heads,
-    ),
+    Architecture("efficientformer", "timm", _seeded(_from_timm, "efficientformer_l1"), 224),
     Architecture(
         "efficientformer_v2",
         "timm",
         _seeded(_from_timm, "efficientformerv2_s0", img_size=64),
         64,
         ("head", "head_dist", "stem.*", "*.token_mixer.*", "*.mlp.fc2.*", "*.downsample.*"),
-        qkv_heads,
+        ENDLESS,
     ),
-    Architecture(
-        "sequencer2d",
-        "timm",
-        _seeded(_from_timm, "sequencer2d_s", img_size=64, layers=(1, 1, 1, 1)),
-        64,
-        ("head.fc", "stem.proj", "*.rnn_tokens.*", "*.downsample*", "*.fc"),
-    ),
+    Architecture("sequencer2d", "timm", _seeded(_from_timm, "sequencer2d_s", img_size=64, layers=(1, 1, 1, 1)), 64),
     Architecture(
         "nest",
         "timm",
@@ -576,72 +424,44 @@ ARCHITECTURES = [
         ),
         64,
         ("head", "patch_embed.proj", "*.mlp.fc2", "*.pool.conv", "*.qkv", "*.attn.proj"),
-        qkv_heads,
+        ENDLESS,
     ),
-    Architecture("mvitv2", "timm", _seeded(_mvitv2), 64, ("head.fc",), qkv_heads),
-    Architecture(
-        "convit",
-        "timm",
-        _seeded(_from_timm, "convit_tiny", img_size=64, depth=3),
-        64,
-        ("head", "patch_embed.proj", "*.mlp.fc2", "*.qk"),
-        qkv_heads,
-    ),
-    Architecture(
-        "coat",
-        "timm",
-        _seeded(_from_timm, "coat_lite_tiny", img_size=64),
-        64,
-        ("head", "patch_embed*.proj", "*.qkv"),
-        qkv_heads,
-    ),
+    Architecture("mvitv2", "timm", _seeded(_mvitv2), 64),
+    Architecture("convit", "timm", _seeded(_from_timm, "convit_tiny", img_size=64, depth=3), 64),
+    Architecture("coat", "timm", _seeded(_from_timm, "coat_lite_tiny", img_size=64), 64),
     Architecture(
         "gcvit",
         "timm",
         _seeded(_from_timm, "gcvit_xxtiny", img_size=64),
         64,
         ("head.fc", "stem*", "*.proj", "*.fc2", "*.qkv", "*.reduction", "*conv*"),
-        qkv_heads,
+        ZERO,
     ),
-    Architecture("repvit", "timm", _seeded(_from_timm, "repvit_m0_9"), 32, ("head.head.l", "head.head_dist.l")),
-    Architecture("repghost", "timm", _seeded(_from_timm, "repghostnet_050"), 32, ("classifier",)),
-    Architecture("starnet", "timm", _seeded(_from_timm, "starnet_s050"), 32, ("head",)),
-    Architecture("fasternet", "timm", _seeded(_from_timm, "fasternet_t0"), 32, ("classifier", "*.partial_conv3")),
+    Architecture("repvit", "timm", _seeded(_from_timm, "repvit_m0_9"), 32),
+    Architecture("repghost", "timm", _seeded(_from_timm, "repghostnet_050"), 32),
+    Architecture("starnet", "timm", _seeded(_from_timm, "starnet_s050"), 32),
+    Architecture("fasternet", "timm", _seeded(_from_timm, "fasternet_t0"), 32),
     Architecture(
         "shvit",
         "timm",
         _seeded(_from_timm, "shvit_s1"),
         64,
-        ("head.l",),
         unprunable="tracing divides by 0 in update_reshape_index_mapping (3-d view of the attention)",
     ),
-    Architecture("mambaout", "timm", _seeded(_from_timm, "test_mambaout"), 32, ("head.fc", "*.fc1")),
-    Architecture("rdnet", "timm", _seeded(_from_timm, "rdnet_tiny"), 32, ("head.fc",)),
+    Architecture("mambaout", "timm", _seeded(_from_timm, "test_mambaout"), 32),
+    Architecture("rdnet", "timm", _seeded(_from_timm, "rdnet_tiny"), 32),
     Architecture(
         "hiera",
         "timm",
         _seeded(_from_timm, "hiera_tiny_224", img_size=64),
         64,
         ("head.fc", "patch_embed*", "*.proj", "*.fc2", "*.qkv"),
+        ZERO,
     ),
+    Architecture("nextvit", "timm", _seeded(_from_timm, "nextvit_small"), 64),
+    Architecture("tnt", "timm", _seeded(_from_timm, "tnt_s_legacy_patch16_224", img_size=64, depth=2), 64),
     Architecture(
-        "nextvit",
-        "timm",
-        _seeded(_from_timm, "nextvit_small"),
-        64,
-        ("head.fc", "*.e_mhsa.*", "*.patch_embed.*", "*.projection.*", "stem*"),
-        qkv_heads,
-    ),
-    Architecture(
-        "tnt",
-        "timm",
-        _seeded(_from_timm, "tnt_s_legacy_patch16_224", img_size=64, depth=2),
-        64,
-        ("head", "*.qk"),
-        qkv_heads,
-    ),
-    Architecture(
-        "botnet", "timm", _seeded(_from_timm, "botnet26t_256", img_size=64), 64, ("head.fc", "*.self_attn.*"), qkv_heads
+        "botnet", "timm", _seeded(_from_timm, "botnet26t_256", img_size=64), 64, ("head.fc", "*.self_attn.*"), ENDLESS
     ),
     Architecture(
         "lambda_resnet",
@@ -649,39 +469,29 @@ ARCHITECTURES = [
         _seeded(_from_timm, "lambda_resnet26t"),
         64,
         ("head.fc", "*.self_attn.*", "*.conv1_1x1.conv"),
-        qkv_heads,
+        ENDLESS,
     ),
-    Architecture("swiftformer", "timm", _seeded(_from_timm, "swiftformer_xs"), 64, ("head", "head_dist")),
-    Architecture(
-        "vitamin", "timm", _seeded(_from_timm, "vitamin_small_224", img_size=64), 64, ("head", "*.qkv"), qkv_heads
-    ),
-    Architecture("vovnet", "timm", _seeded(_from_timm, "vovnet39a"), 32, ("head.fc",)),
-    Architecture("senet", "timm", _seeded(_from_timm, "legacy_seresnet18"), 32, ("last_linear",)),
-    Architecture("byobnet", "timm", _seeded(_from_timm, "test_byobnet"), 32, ("head.fc",)),
-    Architecture("xception_legacy", "timm", _seeded(_from_timm, "legacy_xception"), 75, ("fc",)),
+    Architecture("swiftformer", "timm", _seeded(_from_timm, "swiftformer_xs"), 64),
+    Architecture("vitamin", "timm", _seeded(_from_timm, "vitamin_small_224", img_size=64), 64),
+    Architecture("vovnet", "timm", _seeded(_from_timm, "vovnet39a"), 32),
+    Architecture("senet", "timm", _seeded(_from_timm, "legacy_seresnet18"), 32),
+    Architecture("byobnet", "timm", _seeded(_from_timm, "test_byobnet"), 32),
+    Architecture("xception_legacy", "timm", _seeded(_from_timm, "legacy_xception"), 75),
     Architecture(
         "efficientvim",
         "timm",
         _seeded(_from_timm, "efficientvim_m1"),
         64,
-        ("heads.0", "heads.1", "heads.2", "heads.3", "*.mixer.*"),
         unprunable="building a group does not end: views of the state-space mixer taken for flattening",
     ),
-    Architecture("cpubone", "timm", _seeded(_from_timm, "cpubone_nano"), 64, ("head.classifier.linear", "*.pwise")),
+    Architecture("cpubone", "timm", _seeded(_from_timm, "cpubone_nano"), 64),
     Architecture(
-        "naflexvit",
-        "timm",
-        _seeded(_from_timm, "naflexvit_base_patch16_gap", depth=2, embed_dim=192, num_heads=3),
-        64,
-        ("head", "*.mlp.fc2", "*.qkv"),
-        qkv_heads,
+        "naflexvit", "timm", _seeded(_from_timm, "naflexvit_base_patch16_gap", depth=2, embed_dim=192, num_heads=3), 64
     ),
     Architecture(
         "vitdet_samvit",
         "timm",
         _seeded(_from_timm, "samvit_base_patch16_224", img_size=64, depth=2, embed_dim=192, num_heads=3),
         64,
-        ("head.fc",),
-        qkv_heads,
     ),
 ]

@@ -40,7 +40,7 @@ def mobilenet_v2() -> nn.Module:
 
 
 def crops(images: torch.Tensor, labels: torch.Tensor, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """n random crops of each photograph, at least three quarters of it wide, some mirrored: several samples per class."""
+    """n random crops of each photograph, three quarters of it wide or more, some mirrored."""
     generator = torch.Generator().manual_seed(seed)
     views = []
     for _ in range(n):

@@ -81,8 +81,8 @@ class OutputCheck:
         shapes = [tuple(t.shape) for t in outputs]
         if shapes != self._shapes:
             raise PruningError(
-                f"layer {name!r}: pruning its group changed the output from {self._shapes} to {shapes}; the model is as "
-                f"it was; {_ADVICE}."
+                f"layer {name!r}: pruning its group changed the output from {self._shapes} to {shapes}; the model is "
+                f"as it was; {_ADVICE}."
             )
         difference = _largest_difference(outputs, without)
         if difference > _TOLERANCES.get(outputs[0].dtype if outputs else torch.float32, 0.05):
