@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,20 @@ from tp_cosep import attention_heads  # noqa: E402
 RECORDS = ROOT / "benchmarks" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
 LIMIT = 600
+#: Of Torch-Pruning 1.6.1 with torch 2.13, found by reading it where a family failed.
+CAUSES = [
+    "- *More channels than the layer has; shapes that do not fit; group building without end; division by zero",
+    "  while tracing:* the reshape rule asks a view for `_saved_self_sizes`, which torch calls",
+    "  `_saved_self_sym_sizes`; so its check of the number of dimensions never runs, any view may be taken for a",
+    "  flattening, and channels are multiplied on every pass. The offsets of `chunk` take an old way likewise.",
+    "- *More channels than the layer has* also where something with one channel, or one entry per head or token, is",
+    "  multiplied onto all channels: elementwise operations are taken to join equal channels.",
+    "- *Division by zero while grouping:* every expansion of a 5-d tensor is taken for grouped-query attention.",
+    "- *split_with_sizes, view and shape errors in the model's own code:* sizes written down at construction;",
+    "  `adapt=` can correct them where the code reads them from an attribute.",
+    "- *weight should contain n elements:* parameters inside subclasses of convolutions are taken to be handled.",
+    "- *Layers that are not reached:* code that calls `F.linear` with a module's weight hides it from the trace.",
+]
 
 
 def record(architecture: Architecture) -> dict[str, Any]:
@@ -155,6 +170,7 @@ def table() -> str:
             lines.append(f"- **{a.key}**: in `ignored_layers` are {patterns}: {a.cause}.")
         for reason, n in Counter(short(reason) for reason in r["half"]["left"].values()).most_common():
             lines.append(f"- **{a.key}**: {n} group{'s' * (n > 1)}: {reason}")
+    lines += ["", "## Causes upstream", "", *CAUSES]
     lines += ["", "## What cannot be pruned at all", ""]
     lines += [f"- **{a.key}**: {a.unprunable}." for a in ARCHITECTURES if a.unprunable]
     return "\n".join(lines) + "\n"
@@ -167,7 +183,7 @@ def short(reason: str) -> str:
         reason = reason.split("': ", 1)[1]
     for advice in ("; put one of them", "; the model is as it was", "; put it into"):
         reason = reason.split(advice)[0]
-    return reason[:220]
+    return re.sub(r"\b\d+(\.\d+)?\b", "n", reason[:220])
 
 
 def main() -> None:
