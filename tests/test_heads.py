@@ -1,6 +1,7 @@
 """Attention heads in models: where they are found, that the right ones go, and what the model is told."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -813,3 +814,33 @@ def test_the_attention_written_here_is_attention():
     q, k, v = attention.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)
     expected = F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2)
     assert attention(x) == pytest.approx(attention.proj(expected), abs=1e-5)
+
+
+def test_attention_groups_are_pruned_before_the_next_is_asked_for():
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 4}
+    model, (x, y) = timm.create_model("vit_tiny_patch16_224", **options).eval(), images(12, size=32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+        pruner = CoSePPruner(
+            model,
+            x[:1],
+            CoSePSelector(spatial=1).fit(model, [(x, y)], progress=False),
+            pruning_ratio=0.5,
+            prune_num_heads=True,
+            head_pruning_ratio=0.5,
+        )
+        groups = list(pruner.step(interactive=True))
+    weight = model.blocks[0].attn.qkv.weight
+    late = next(g for g in groups if g[0].dep.target.module is model.blocks[0].attn.proj)
+    with pytest.raises(PruningError, match="was to be pruned before the next one was asked for"):
+        late.prune()
+    assert model.blocks[0].attn.qkv.weight is weight
+
+
+def test_what_cannot_be_ranked_or_taken_apart_is_refused():
+    model, x = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval(), torch.randn(4, 5, 16)
+    with pytest.raises(InputError, match="got a MultiheadAttention"):
+        CoSePPruner(model, x, CoSePSelector(), num_heads={model.self_attn: 4})
+    with pytest.raises(InputError, match="compares heads only"):
+        CoSePPruner(model, x, CoSePSelector(metric="attention-js"), pruning_ratio=0.5, global_pruning=True)

@@ -13,6 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from tp_cosep.attention import ATTENTION_JS
 from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
@@ -122,6 +123,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             )
         if not automatic and pruning_ratio is not None and not 0 <= pruning_ratio <= 1:
             raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
+        if not automatic and importance.metric == ATTENTION_JS and (global_pruning or options.get("isomorphic")):
+            raise InputError(
+                "CoSePPruner: metric='attention-js' compares heads only, it cannot rank channels of several layers; "
+                "use head_pruning_ratio= without global_pruning or isomorphic."
+            )
         if on_failure not in ("raise", "skip"):
             raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
         if layerwise and loader is None:
@@ -235,9 +241,14 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _attempt(self, group: Any, entry: GroupPlan, *, prune: bool) -> Iterator[Any]:
         left = replace(entry, selection=None, reason="the caller did not prune it")
-        native = group.prune
+        native, is_due = group.prune, True
 
         def prune_and_record(idxs: list[int] | None = None, record_history: bool = True) -> None:
+            if entry.heads and not is_due:
+                raise PruningError(
+                    f"layer {entry.name!r}: its group was to be pruned before the next one was asked for: whole heads "
+                    "and their dimensions are groups of their own, one after the other."
+                )
             n_now, n_then = self._n_channels(group), entry.selection.n_channels if entry.selection else 0
             if n_now != n_then:
                 raise PruningError(
@@ -266,6 +277,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     "(round_to, num_heads), or leave such groups alone with on_failure='skip'."
                 ) from error
         yield group
+        is_due = False
         if len(self.plan) == n_entries:
             self._record(left)
             return
@@ -408,6 +420,12 @@ def _check_heads(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> None:
     for layer, n in num_heads.items():
         if layer not in names:
             raise InputError(f"num_heads: expected modules of the model, got a {type(layer).__name__} that is not.")
+        if isinstance(layer, nn.MultiheadAttention):
+            raise InputError(
+                f"layer {names[layer]!r}: expected layers that make queries, keys and values, got a "
+                "MultiheadAttention, whose heads Torch-Pruning cannot take apart; leave it out of num_heads: the same "
+                "dimensions go in each of them."
+            )
         width = getattr(layer, "out_features", getattr(layer, "out_channels", None))
         if n < 1 or (width is not None and width % n):
             raise InputError(f"layer {names[layer]!r}: expected num_heads to divide its {width} channels, got {n}.")
