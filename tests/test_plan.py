@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from fitted import fitted, widths
-from models import KINDS, assert_same_state, assert_untouched, build, fingerprint, images, initialise
+from models import KINDS, assert_same_state, assert_untouched, build, fingerprint, images, initialise, vectors
 from torch import nn
 
 from tp_cosep import ChannelSelection, CoSePPruner, GroupPlan, InputError, PruningError, PruningPlan
@@ -341,3 +341,26 @@ def test_what_a_plan_says():
     assert str(PruningPlan()) == "empty plan"
     assert plan.options == {"pruning_ratio": 0.5, "global_pruning": False, "layerwise": False}
     assert {g.name: (g.side, g.layers) for g in plan} == {n: ("out", (n,)) for n in ("fc1", "fc2", "fc3", "head")}
+
+
+def test_a_plan_that_needs_a_size_corrected_says_so():
+    class Reshaping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width, self.fc1, self.fc2 = 12, nn.Linear(20, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.fc2(self.fc1(x).reshape(len(x), self.width))
+
+    def adapt(net):
+        net.width = net.fc1.out_features
+
+    model, (x, y) = initialise(Reshaping()), vectors()
+    fresh = copy.deepcopy(model)
+    pruner = CoSePPruner(model, x[:1], fitted(model, x, y), pruning_ratio=0.5, adapt=adapt)
+    pruner.step()
+    before = fingerprint(fresh)
+    with pytest.raises(PruningError, match=r"does not run on example_inputs after the plan was applied .*adapt="):
+        pruner.plan.apply(fresh, x[:1])
+    assert_untouched(fresh, before)
+    assert_same_state(pruner.plan.apply(fresh, x[:1], adapt=adapt).state_dict(), model.state_dict())

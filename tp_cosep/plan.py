@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_cosep.batches import evaluating, run_model
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.selection import ChannelSelection
 from tp_cosep.snapshot import restored_on_error
@@ -103,7 +104,8 @@ class PruningPlan:
 
         Raises:
             InputError: If a layer of the plan is missing or has another number of channels.
-            PruningError: If Torch-Pruning cannot prune a group. In every case the model is as it was.
+            PruningError: If Torch-Pruning cannot prune a group, or the model does not run after it. In
+                every case the model is as it was.
         """
         with restored_on_error(model):
             parameters = dict(model.named_parameters())
@@ -119,6 +121,15 @@ class PruningPlan:
                     _prune(graph, model, group, group.selection)
                     if adapt is not None:
                         adapt(model)
+            try:
+                with evaluating(model):
+                    (trace_options.get("forward_fn") or run_model)(model, example_inputs)
+            except Exception as error:
+                raise PruningError(
+                    f"plan: the model does not run on example_inputs after the plan was applied "
+                    f"({type(error).__name__}: {error}); the model is as it was. If the plan was made with adapt=, "
+                    "pass the same function here."
+                ) from error
         return model
 
     def save(self, path: str | os.PathLike[str]) -> None:
