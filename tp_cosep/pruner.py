@@ -84,6 +84,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         InputError: If the options contradict each other.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
         >>> x, y = torch.randn(40, 1, 8, 8), torch.arange(40) % 3
         >>> selector = CoSePSelector().fit(model, [(x, y)])
