@@ -87,7 +87,7 @@ class BatchReader:
         is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if not is_pair and not (self.predicted and self.target_fn is None):
             raise InputError(
-                f"batch {i}: expected a pair (inputs, labels), got {describe(batch)}; pass target_fn=, a function "
+                f"batch {i}: expected a pair (inputs, labels), got {_describe(batch)}; pass target_fn=, a function "
                 "that turns a batch into such a pair."
             )
         inputs, labels = batch if is_pair else (batch, None)
@@ -96,7 +96,7 @@ class BatchReader:
     def labels(self, outputs: Any, given: Any, i: int) -> Tensor:
         """Labels ``[samples]`` on the model's device: those given, or the model's own predictions."""
         if self.predicted:
-            return logits(outputs, i).argmax(1)
+            return _logits(outputs, i).argmax(1)
         try:
             labels = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -132,13 +132,13 @@ class BatchReader:
         return inputs
 
 
-def describe(batch: Any) -> str:
+def _describe(batch: Any) -> str:
     if isinstance(batch, (tuple, list)):
         return f"a {type(batch).__name__} of {len(batch)}"
     return f"a {type(batch).__name__}"
 
 
-def logits(outputs: Any, i: int) -> Tensor:
+def _logits(outputs: Any, i: int) -> Tensor:
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits")
     elif hasattr(outputs, "logits"):

@@ -268,7 +268,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             InputError: If the moments do not fit the layers.
         """
         self.check_fitted()
-        view = view or read_group(full_group(group), None, self.num_heads)
+        view = view or read_group(group, None, self.num_heads)
         return None if self.metric == ATTENTION_JS else self.space.distances(view)
 
     def layers_of(self, view: GroupView) -> tuple[str, ...]:
