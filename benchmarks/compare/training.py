@@ -1,0 +1,145 @@
+"""Training and fine-tuning: the same code for both, one recipe for all networks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+import json
+import os
+import time
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.compare.data import Images, augmented
+from benchmarks.compare.networks import build
+
+__all__ = ["Recipe", "accuracy", "checkpoint", "train", "trained"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with Nesterov momentum, one cycle of the learning rate, bf16 products.
+
+    Attributes:
+        epochs: Passes over the training images.
+        rate: The highest learning rate.
+        warm_up: Share of the steps until it is reached.
+        batch: Images per step.
+        momentum: Of SGD.
+        weight_decay: Of all parameters.
+    """
+
+    epochs: float
+    rate: float
+    warm_up: float = 0.25
+    batch: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+def train(
+    model: nn.Module, images: Images, recipe: Recipe, seed: int, *, state_path: Path | None = None, log: bool = False
+) -> None:
+    """Train in place.
+
+    Args:
+        model: The network; left in eval mode.
+        images: The data; only the training part is looked at.
+        recipe: How.
+        seed: Of the order of the images and their augmentation.
+        state_path: Where to keep the state after every epoch; a run that was interrupted goes on from there.
+        log: Print a line after every epoch.
+    """
+    n = len(images.train)
+    n_steps = round(recipe.epochs * n / recipe.batch)
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.rate, total_steps=n_steps + 1, pct_start=recipe.warm_up, cycle_momentum=False
+    )
+    step = 0
+    if state_path is not None and state_path.is_file():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        step = state["step"]
+    model.train()
+    device = next(model.parameters()).device
+    per_epoch, start = -(-n // recipe.batch), time.perf_counter()
+    while step < n_steps:
+        # The order is a function of the seed and the epoch alone, so that a resumed run sees what it would have seen.
+        generator = torch.Generator().manual_seed(1000 * seed + step // per_epoch)
+        total = torch.zeros((), device=device)
+        for idxs in torch.randperm(n, generator=generator).split(recipe.batch)[: n_steps - step]:
+            x = images.standardised(augmented(images.train[idxs], generator)).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = cross_entropy(model(x).float(), images.train_labels[idxs].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+            step += 1
+        if state_path is not None:
+            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step}
+            torch.save({"model": model.state_dict(), **state}, state_path.with_suffix(".new"))
+            os.replace(state_path.with_suffix(".new"), state_path)
+        if log:
+            print(f"step {step}/{n_steps}  loss {total / per_epoch:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, part: str = "test", batch: int = 500) -> float:
+    """Share of images whose label is the arg max of the output.
+
+    Args:
+        model: The network, in eval mode.
+        images: The data.
+        part: ``"test"``, or ``"validation"``, the last tenth of the training images.
+        batch: Images at once.
+    """
+    x, y = images.test, images.test_labels
+    if part == "validation":
+        held_out = len(images.train) // 10
+        x, y = images.train[-held_out:], images.train_labels[-held_out:]
+    model.eval()
+    device = next(model.parameters()).device
+    right = 0
+    for a, b in zip(x.split(batch), y.split(batch), strict=True):
+        right += int((model(images.standardised(a).to(device)).argmax(1).cpu() == b).sum())
+    return right / len(y)
+
+
+def checkpoint(network: str, data: str, seed: int) -> Path:
+    """Where the weights of a trained network are kept."""
+    return Path(__file__).parent / "checkpoints" / f"{network}-{data}-{seed}.safetensors"
+
+
+def trained(network: str, images: Images, seed: int) -> nn.Module:
+    """A trained network from its checkpoint."""
+    path = checkpoint(network, images.name, seed)
+    model = build(network, int(images.train_labels.max()) + 1, images.train.shape[1])
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    return model.eval()
+
+
+def train_checkpoint(network: str, images: Images, seed: int, recipe: Recipe, scratch: Path, **facts: Any) -> float:
+    """Train a network from random weights and keep it, with the recipe and its accuracy, as a checkpoint."""
+    torch.manual_seed(seed)
+    model = build(network, int(images.train_labels.max()) + 1, images.train.shape[1])
+    path = checkpoint(network, images.name, seed)
+    state_path = scratch / f"{path.stem}.pt"
+    train(model, images, recipe, seed, state_path=state_path, log=True)
+    top1 = accuracy(model, images)
+    path.parent.mkdir(exist_ok=True)
+    record = {"recipe": json.dumps(asdict(recipe)), "test_accuracy": f"{top1:.4f}", "seed": str(seed), **facts}
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, record)
+    state_path.unlink()
+    return top1

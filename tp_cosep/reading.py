@@ -1,0 +1,210 @@
+"""What a convolution or a linear layer reads, as rows of features, and its weights in the same order.
+
+Contract: features are ``[channel, tap]`` in row-major order, over the channels of one channel group; maps are
+``[groups, features, outputs, positions]``. With *taps together* a feature is a channel, and the kernel's taps are positions
+at which the same features are read with other weights; with taps apart every tap of every channel is a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["Reading", "reading_of"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a layer reads its input.
+
+    Attributes:
+        layer: The layer.
+        taps_apart: Whether every tap of a kernel has features of its own.
+        repeat: Inputs of a linear layer that belong to one channel, next to each other (a flattened map).
+    """
+
+    layer: nn.Module
+    taps_apart: bool = False
+    repeat: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Channel groups of a grouped convolution."""
+        return int(getattr(self.layer, "groups", 1))
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return bool(getattr(self.layer, "transposed", False))
+
+    @property
+    def n_channels(self) -> int:
+        """Channels that the layer reads, in all channel groups."""
+        layer = self.layer
+        n: int = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features // self.repeat  # type: ignore
+        return n
+
+    @property
+    def features_per_channel(self) -> int:
+        """Features of one channel."""
+        return prod(self.layer.kernel_size) if self.taps_apart else 1  # type: ignore[arg-type]
+
+    @property
+    def n_features(self) -> int:
+        """Features, in all channel groups."""
+        return self.n_channels * self.features_per_channel
+
+    @property
+    def takes_constant(self) -> bool:
+        """Whether a constant in an input is a constant in the output: not where kernels overlap by turns."""
+        return not self.is_transposed
+
+    def features_of(self, channels: Sequence[int] | Tensor) -> Tensor:
+        """Features of some channels, ascending by channel."""
+        q = self.features_per_channel
+        channels = torch.as_tensor(channels, dtype=torch.int64)
+        return (channels[:, None] * q + torch.arange(q)).flatten()
+
+    def maps(self, weight: Tensor) -> Tensor:
+        """Weights as ``[groups, features, outputs per group, positions]`` float64, a copy."""
+        w = weight.detach().to(torch.float64)
+        if isinstance(self.layer, nn.Linear):
+            w = w.unflatten(1, (-1, self.repeat))
+        w = w.flatten(2).unflatten(0, (self.groups, -1))  # [groups, outputs, channels, taps], or transposed
+        w = w if self.is_transposed else w.transpose(1, 2)
+        if not self.taps_apart:
+            return w.clone()
+        return w.transpose(2, 3).flatten(1, 2).unsqueeze(3).clone()
+
+    def weight(self, maps: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`maps`, in shape and type of ``like``."""
+        if self.taps_apart:
+            maps = maps[..., 0].unflatten(1, (-1, self.features_per_channel)).transpose(2, 3)
+        w = maps if self.is_transposed else maps.transpose(1, 2)
+        return w.flatten(0, 1).reshape(like.shape).to(like.dtype)
+
+    def sampler(self, shape: torch.Size, n: int, generator: torch.Generator) -> _Sampler:
+        """Draw what is to be read of an input.
+
+        Args:
+            shape: Of the layer's input.
+            n: Rows per sample, at most; all there are if these are fewer.
+            generator: For the draw, on the CPU.
+        """
+        if isinstance(self.layer, nn.Linear):
+            return _of_rows(shape, self.repeat, n, generator)
+        return _of_maps(self, shape, n, generator)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Positions of an input that are read: ``x[sample, :, position]``, or zero.
+
+    Attributes:
+        n_samples: Samples.
+        repeat: Of a linear layer: inputs that belong to one channel; 0 for a convolution.
+        samples: ``[rows]``.
+        positions: ``[rows, taps]``, of each row.
+        inside: ``[rows, taps]``, where they are within the map; ``None`` if all are.
+        padding: For padding with other values than zeros: the arguments of ``pad``.
+    """
+
+    n_samples: int
+    repeat: int
+    samples: Tensor
+    positions: Tensor
+    inside: Tensor | None = None
+    padding: tuple[list[int], str] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows ``[rows, channels × taps]`` of an input."""
+        if self.padding is not None:
+            x = pad(x, *self.padding)
+        if self.repeat:
+            x = x.reshape(self.n_samples, -1, x.shape[-1] // self.repeat, self.repeat)
+            x = x.transpose(2, 3).flatten(1, 2)
+        else:
+            x = x.flatten(2).transpose(1, 2)
+        device = x.device
+        rows = x[self.samples.to(device)[:, None], self.positions.to(device)]  # [rows, taps, channels]
+        if self.inside is not None:
+            rows = rows * self.inside.to(device)[:, :, None]
+        return rows.transpose(1, 2).flatten(1)
+
+
+def _of_rows(shape: torch.Size, repeat: int, n: int, generator: torch.Generator) -> _Sampler:
+    """Of a linear layer's input ``[samples, ..., features]``."""
+    n_samples = shape[0] if len(shape) > 1 else 1
+    n_rows = prod(shape[:-1]) // max(n_samples, 1)
+    samples, positions = _drawn(n_samples, n_rows * repeat, n, generator)
+    return _Sampler(n_samples, repeat, samples, positions[:, None])
+
+
+def _of_maps(reading: Reading, shape: torch.Size, n: int, generator: torch.Generator) -> _Sampler:
+    """Of a convolution's input ``[samples, channels, ...]``: whatever its kernel sees, padding included."""
+    conv = reading.layer
+    assert isinstance(conv, _ConvNd)
+    sizes = list(shape[2:])
+    n_dims = len(sizes)
+    if reading.is_transposed:
+        samples, positions = _drawn(shape[0], prod(sizes), n, generator)
+        return _Sampler(shape[0], 0, samples, positions[:, None])
+    around = conv._reversed_padding_repeated_twice  # of the last dimension first, both sides of each
+    before = [around[2 * (n_dims - 1 - i)] for i in range(n_dims)]
+    after = [around[2 * (n_dims - 1 - i) + 1] for i in range(n_dims)]
+    padding = None
+    if conv.padding_mode != "zeros":
+        padding = (list(around), conv.padding_mode)
+        sizes = [size + a + b for size, a, b in zip(sizes, before, after, strict=True)]
+        before = after = [0] * n_dims
+    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    n_out = [
+        (size + a + b - d * (k - 1) - 1) // s + 1
+        for size, a, b, d, k, s in zip(sizes, before, after, dilation, kernel, stride, strict=True)
+    ]
+    taps = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
+    if reading.taps_apart:
+        samples, outs = _drawn(shape[0], prod(n_out), n, generator)
+        out_at, tap_at = outs[:, None], torch.arange(len(taps))[None]
+    else:
+        samples, pairs = _drawn(shape[0], prod(n_out) * len(taps), n, generator)
+        out_at, tap_at = (pairs // len(taps))[:, None], (pairs % len(taps))[:, None]
+    position = torch.zeros(torch.broadcast_shapes(out_at.shape, tap_at.shape), dtype=torch.int64)
+    inside = torch.ones_like(position, dtype=torch.bool)
+    for i, at in enumerate(torch.unravel_index(out_at, tuple(n_out))):
+        place = at * stride[i] + taps[tap_at, i] * dilation[i] - before[i]
+        inside &= (place >= 0) & (place < sizes[i])
+        position = position * sizes[i] + place.clamp(0, sizes[i] - 1)
+    return _Sampler(shape[0], 0, samples, position, None if bool(inside.all()) else inside, padding)
+
+
+def _drawn(n_samples: int, n_of: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Samples and places of rows: n places of each sample, or all of them."""
+    if n_of <= n:
+        places = torch.arange(n_of).repeat(n_samples)
+        n = n_of
+    else:
+        places = torch.randint(n_of, (n_samples * n,), generator=generator)
+    return torch.arange(n_samples).repeat_interleave(n), places
+
+
+def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -> Reading | None:
+    """How a layer reads, if it is one whose weights can be refitted.
+
+    Returns:
+        ``None`` for layers of other types, and for depthwise convolutions, which mix no channels.
+    """
+    if isinstance(layer, nn.Linear):
+        return Reading(layer, repeat=repeat)
+    if not isinstance(layer, _ConvNd) or (layer.groups > 1 and layer.groups == layer.in_channels):
+        return None
+    reading = Reading(layer)
+    is_apart = taps_apart and not reading.is_transposed and prod(layer.kernel_size) > 1
+    return replace(reading, taps_apart=is_apart)

@@ -1,0 +1,78 @@
+"""Estimating the statistics of BatchNorm layers anew, for the activations that they see now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tp_cosep.batches import BatchReader, evaluating, progress_bar, run_model
+from tp_cosep.errors import InputError
+from tp_cosep.snapshot import restored_on_error
+
+__all__ = ["recalibrate"]
+
+
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
+    progress: bool = True,
+) -> int:
+    """Replace the running statistics of all BatchNorm layers by averages over the batches of a loader.
+
+    Pruning and refitting change what reaches a normalisation; its running mean and variance are then those of
+    another model. Every layer sees here what it sees in training: activations normalised by the statistics of
+    their batch. The averages are cumulative, every batch counting once, whatever the layers' momentum is.
+    Use batches as large as those of the training.
+
+    Args:
+        model: The model; weights, momentum and modes stay as they are, and dropout is off.
+        loader: Batches of inputs, or of inputs and labels.
+        target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Number of layers that were estimated; 0, and nothing is run, if the model has none that keep statistics.
+
+    Raises:
+        InputError: If the loader gives no batch, or the statistics come out NaN or infinite; the old ones stay.
+
+    Example:
+        >>> model = nn.BatchNorm1d(1)
+        >>> recalibrate(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+        1
+        >>> model.running_mean, model.running_var, model.momentum
+        (tensor([4.]), tensor([2.]), 0.1)
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    if not norms:
+        return 0
+    reader = BatchReader(model, target_fn, predicted=True)
+    momenta = {m: m.momentum for m in norms.values()}
+    with restored_on_error(model), evaluating(model):
+        try:
+            for m in norms.values():
+                m.reset_running_stats()
+                m.momentum = None  # a cumulative average
+                m.training = True
+            n_batches = 0
+            for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
+                run_model(model, reader.split(batch, i)[0])
+                n_batches += 1
+        finally:
+            for m, momentum in momenta.items():
+                m.momentum = momentum
+        if not n_batches:
+            raise InputError("recalibrate: expected at least one batch, the loader gave none.")
+        for name, m in norms.items():
+            if not bool(torch.isfinite(m.running_mean).all() and torch.isfinite(m.running_var).all()):
+                raise InputError(
+                    f"layer {name!r}: its statistics came out NaN or infinite; check the inputs and the weights, or "
+                    "give it batches of more than one value per channel."
+                )
+    return len(norms)
