@@ -1,257 +1,549 @@
-"""Repairing a model while Torch-Pruning prunes it: what reads a group learns to do without its channels."""
+"""Repair while Torch-Pruning prunes: the layers that read a group learn to do without the channels that go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tp_cosep.batches import BatchReader, evaluating, progress_bar, run_model
-from tp_cosep.compensation import fit_linear, without
+from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.compensation import LinearFit, from_others, without
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.groups import module_names, prunable_groups, read_group
-from tp_cosep.reading import Reading, reading_of
-from tp_cosep.recalibration import recalibrate
+from tp_cosep.groups import Member, module_names, prunable_groups, read_group
+from tp_cosep.heads import attention_heads
+from tp_cosep.reading import Reading, n_outputs, reading_of
 from tp_cosep.second_moments import SecondMoments
+from tp_cosep.snapshot import restored_on_error
 from tp_cosep.tracing import ROOT_TYPES, trace
 
+__all__ = ["MODES", "Compensator", "Repair"]
+
+#: One fit per group on what was measured of the unpruned model, or another one on what the pruned model computes.
 MODES = ("one-shot", "sequential")
+
+# Positions per sample that are measured by default: a kernel's neighbours tell little that is new.
+_FEWEST_POSITIONS, _MOST_POSITIONS = 4, 16
 
 
 @dataclass(frozen=True)
 class Repair:
+    """What became of one layer that read channels of a group.
+
+    Attributes:
+        name: The layer.
+        n_gone: Inputs that it lost.
+        error: The share of what these inputs contributed to its outputs that could not be made up for, in
+            [0, 1], estimated on data that was not fitted to; in sequential mode the share of its outputs that is
+            lost. ``None`` if it was left alone.
+        ridge: The ridge strength that was chosen, the largest of all channel groups.
+        reason: Why it was left alone.
+    """
+
     name: str
     n_gone: int
-    error: float | None
-    ridge: float | None
+    error: float | None = None
+    ridge: float | None = None
     reason: str = ""
 
 
-@dataclass
-class _State:
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that reads, and what is known of it.
+
+    Attributes:
+        name: Its name.
+        reading: How it reads.
+        moments: Of the features that it has left.
+        inputs: Original indices of the channels that it has left.
+        outputs: Original indices of its outputs that are left.
+        losing_inputs: Positions in ``inputs`` of what a group is about to remove.
+        losing_outputs: Positions in ``outputs``, likewise.
+    """
+
+    name: str
     reading: Reading
     moments: SecondMoments
     inputs: Tensor
     outputs: Tensor
-    pending: dict[str, list[int]] = field(default_factory=dict)
+    losing_inputs: frozenset[int] = field(default_factory=frozenset)
+    losing_outputs: frozenset[int] = field(default_factory=frozenset)
+
+    def staying(self) -> Tensor:
+        """Positions in ``inputs`` of what stays."""
+        return torch.tensor([i for i in range(len(self.inputs)) if i not in self.losing_inputs], dtype=torch.int64)
+
+    def settled(self) -> _Reader:
+        """What it is after the group was pruned, or was not: the layer itself shows it."""
+        inputs, outputs, moments = self.inputs, self.outputs, self.moments
+        staying = self.staying()
+        if self.losing_inputs and self.reading.n_channels == len(staying):
+            inputs, moments = inputs[staying], moments.of(self.reading.features_of(staying))
+        left = torch.tensor([i for i in range(len(outputs)) if i not in self.losing_outputs], dtype=torch.int64)
+        if self.losing_outputs and n_outputs(self.reading.layer) == len(left):
+            outputs = outputs[left]
+        return _Reader(self.name, self.reading, moments, inputs, outputs)
 
 
 class Compensator:
-    def __init__(self, model, example_inputs, *, mode="one-shot", max_positions=32, taps_apart=False, ridge=None,
-                 recalibrate=False, seed=0, constant=True):
+    """Refits the layers that read a Torch-Pruning group, in closed form and without labels, just before it is pruned.
+
+    It serves any importance and any pruner::
+
+        compensator = Compensator(model, example_inputs).fit(loader)
+        for group in pruner.step(interactive=True):
+            compensator(group)
+            group.prune()
+
+    What a reader loses is predicted from what it keeps, by ridge regression on the second moments of its inputs
+    (:mod:`tp_cosep.compensation`), so its outputs change as little as any weights allow. If a removed channel is a
+    linear combination of kept ones, they do not change. The constant part goes into the bias; a convolution
+    without one that is followed by BatchNorm alone has it taken from the running mean, any other gets a bias.
+
+    A kernel's taps have coefficients of their own (padding included) up to ``max_features`` features, which
+    repairs much more; beyond that all taps of a channel share them, which near borders leaves an error where a
+    channel has a constant part, and padding counts as zeros that are read as often as they are. Inputs of a
+    linear layer behind a flattened map likewise.
+
+    Convolutions of any kernel, stride, dilation and number of channel groups, transposed ones (without a constant), and
+    linear layers are refitted. Depthwise convolutions mix no channels and stay; other readers (``MultiheadAttention``,
+    recurrent layers, your own) and attention logits are left alone, and :attr:`repairs` says so.
+
+    Args:
+        model: The model, unpruned.
+        example_inputs: For tracing.
+        mode: ``"one-shot"`` fits to inputs of the unpruned model. ``"sequential"`` goes on to measure, before each
+            group, what its readers see in the pruned model, and fits that to the outputs of the original:
+            ``min ‖W x − W′ x′‖²``, so that errors do not pile up. It keeps a copy of the model, and every group costs
+            two passes over the loader, which has to give the same data again.
+        max_positions: Positions per sample of a convolution's map (or rows of a linear layer) that are measured, drawn
+            by chance; by default as many as make that cost about half of the layer's own products, from 4 to 16.
+        max_features: See above.
+        ridge: Ridge strength in units of an input's variance; by default the one that does best on held-out data.
+        memory_budget: Bytes that the second moments may take.
+        seed: Of the positions.
+        forward_fn: As for the pruner.
+
+    Attributes:
+        repairs: One :class:`Repair` per reader of every group so far.
+        new_biases: Names of the layers that were given a bias.
+
+    Raises:
+        InputError: If an option is unknown or out of range.
+
+    Example:
+        >>> import torch_pruning as tp
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> x = torch.randn(200, 8)
+        >>> with torch.no_grad():  # the second half repeats the first, scaled
+        ...     _ = model[0].weight[8:].copy_(2 * model[0].weight[:8])
+        ...     _ = model[0].bias[8:].copy_(2 * model[0].bias[:8])
+        >>> before = model(x)
+        >>> compensator = Compensator(model, x[:1]).fit([x])
+        >>> graph = tp.DependencyGraph().build_dependency(model, x[:1])
+        >>> group = graph.get_pruning_group(model[0], tp.prune_linear_out_channels, list(range(8, 16)))
+        >>> repairs = compensator(group)
+        >>> group.prune()
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        mode: str = "one-shot",
+        max_positions: int | None = None,
+        max_features: int = 2304,
+        ridge: float | None = None,
+        memory_budget: int = 2**32,
+        seed: int = 0,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise InputError(f"Compensator: expected mode of {list(MODES)}, got {mode!r}.")
+        if max_positions is not None and max_positions < 1:
+            raise InputError(f"Compensator: expected max_positions ≥ 1 or None, got {max_positions!r}.")
+        if ridge is not None and not ridge > 0:
+            raise InputError(f"Compensator: expected ridge > 0 or None, got {ridge!r}.")
         self.model = model
         self.example_inputs = example_inputs
         self.mode = mode
         self.max_positions = max_positions
-        self.taps_apart = taps_apart
+        self.max_features = max_features
         self.ridge = ridge
-        self.recalibrate = recalibrate
+        self.memory_budget = memory_budget
         self.seed = seed
-        self.constant = constant
+        self.forward_fn = forward_fn
         self.repairs: list[Repair] = []
-        self._states: dict[nn.Module, _State] = {}
+        self.new_biases: list[str] = []
+        self._readers: dict[nn.Module, _Reader] = {}
+        self._attention: set[nn.Module] = set()
+        self._original: dict[nn.Module, nn.Module] = {}
+        self._batches: Callable[[], Iterator[Any]] | None = None
 
-    def fit(self, loader: Iterable[Any], target_fn=None, progress=True):
-        graph = trace(self.model, self.example_inputs)
-        self._names = dict(graph._module2name)
-        readings: dict[nn.Module, Reading] = {}
-        for group in prunable_groups(graph, (), ROOT_TYPES):
-            view = read_group(group)
-            for m in view.readers:
-                repeat = _repeat(m)
-                r = reading_of(m.layer, taps_apart=self.taps_apart, repeat=repeat)
-                if r is not None:
-                    readings[m.layer] = r
-        device = next(self.model.parameters()).device
-        self._states = {}
-        for layer, r in readings.items():
-            n_out = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
-            self._states[layer] = _State(r, SecondMoments(r.n_features, device), torch.arange(r.n_channels), torch.arange(n_out))
-        self.loader = loader
-        self.target_fn = target_fn
-        generator = torch.Generator().manual_seed(self.seed)
-        for inputs in self._batches():
-            with watching({l: None for l in self._states}, lambda layer, x: self._states[layer].moments.update(
-                    self._states[layer].reading.sampler(x.shape, self.max_positions, generator)(x))):
-                with evaluating(self.model):
-                    run_model(self.model, inputs)
+    @property
+    def is_fitted(self) -> bool:
+        """Whether anything was measured."""
+        return self._batches is not None
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
+        progress: bool = True,
+    ) -> Compensator:
+        """Measure the inputs of all layers that read prunable channels, in one pass and in eval mode.
+
+        Args:
+            loader: Batches of inputs, or of inputs and labels, which are not looked at. Some hundred samples do
+                for small networks; a layer with n features wants more than n positions of all samples.
+            target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
+            progress: Show a progress bar on a terminal.
+
+        Returns:
+            The compensator itself.
+
+        Raises:
+            InputError: If the loader gives nothing or can be read only once in sequential mode, the second moments
+                need more than ``memory_budget``, or inputs are NaN or infinite.
+        """
+        if self.mode == "sequential" and iter(loader) is loader:
+            raise InputError(
+                "Compensator: mode='sequential' reads the data again for every group; pass a DataLoader or a list of "
+                f"batches, got a {type(loader).__name__} that can be read once."
+            )
+        reader = BatchReader(self.model, target_fn, predicted=True)
+
+        def batches() -> Iterator[Any]:
+            for i, batch in enumerate(progress_bar(loader, loader, "second moments", shown=progress)):
+                yield reader.split(batch, i)[0]
+
+        readers = self._found()
+        self._check_memory(readers)
+        self._measure(batches(), readers)
+        self._readers, self._batches = {r.reading.layer: r for r in readers}, batches
+        self._attention = set(attention_heads(self.model))
         if self.mode == "sequential":
-            self._original = deepcopy(self.model)
-            self._twins = dict(zip(self.model.modules(), self._original.modules(), strict=True))
+            original = deepcopy(self.model)
+            self._original = dict(zip(self.model.modules(), original.modules(), strict=True))
         return self
 
-    def _batches(self):
-        reader = BatchReader(self.model, self.target_fn, predicted=True)
-        for i, batch in enumerate(self.loader):
-            yield reader.split(batch, i)[0]
+    def _found(self) -> list[_Reader]:
+        """All layers that can be refitted and read channels of a group."""
+        options = {} if self.forward_fn is None else {"forward_fn": self.forward_fn}
+        graph = trace(self.model, self.example_inputs, **options)
+        found: dict[nn.Module, _Reader] = {}
+        for group in prunable_groups(graph, (), ROOT_TYPES):
+            for member in read_group(group).readers:
+                reading = reading_of(member.layer)
+                if reading is None or member.layer in found:
+                    continue
+                is_apart = reading.n_features_apart <= self.max_features
+                reading = reading_of(member.layer, taps_apart=is_apart, repeat=1 if is_apart else _repeat(member))
+                assert reading is not None
+                moments = SecondMoments(0)
+                inputs, outputs = torch.arange(reading.n_channels), torch.arange(n_outputs(member.layer))
+                found[member.layer] = _Reader(member.name, reading, moments, inputs, outputs)
+        return list(found.values())
+
+    def _check_memory(self, readers: Sequence[_Reader]) -> None:
+        sizes = sorted(((16 * (r.reading.n_features + 1) ** 2, r.name) for r in readers), reverse=True)
+        needed = sum(size for size, _ in sizes)
+        if needed > self.memory_budget:
+            largest = ", ".join(f"{name!r} {size / 2**20:,.0f} MiB" for size, name in sizes[:3])
+            raise InputError(
+                f"Compensator: the second moments need {needed / 2**20:,.0f} MiB, the memory_budget is "
+                f"{self.memory_budget / 2**20:,.0f} MiB (the largest: {largest}); raise memory_budget, or lower "
+                "max_features to share coefficients between the taps of kernels."
+            )
+
+    def _measure(self, batches: Iterable[Any], readers: Sequence[_Reader]) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        layers = {r.reading.layer: r for r in readers}
+        for r in readers:
+            device = next(r.reading.layer.parameters()).device
+            r.moments.folds = SecondMoments(r.reading.n_features, device).folds
+
+        def take(layer: nn.Module, x: Tensor) -> None:
+            reader = layers[layer]
+            with _named(reader.name):
+                n = self.max_positions or _affordable(reader.reading, x.shape)
+                reader.moments.update(reader.reading.sampler(x.shape, n, generator)(x))
+
+        n_seen = 0
+        with evaluating(self.model), _on_inputs(layers, take):
+            for inputs in batches:
+                if n_samples(inputs) != 0:
+                    self._run(self.model, inputs)
+                    n_seen += 1
+        if not n_seen:
+            raise InputError("Compensator: expected at least one batch, the loader gave none.")
+
+    def _run(self, model: nn.Module, inputs: Any) -> None:
+        (self.forward_fn or run_model)(model, inputs)
 
     @torch.no_grad()
-    def __call__(self, group):
-        names = module_names(group)
-        graph = group._DG
-        self._settle()
-        reads: dict[nn.Module, set[int]] = {}
+    def __call__(self, group: Any) -> list[Repair]:
+        """Refit what reads a group; call it just before ``group.prune()``.
+
+        Weights of inputs that go become zero, so the model is consistent also if the group is not pruned.
+
+        Args:
+            group: A group of a graph of this model.
+
+        Returns:
+            One entry per reader; they are also added to :attr:`repairs`.
+
+        Raises:
+            NotFittedError: Before :meth:`fit`.
+            InputError: If the model is not the one that was measured. It stays as it was.
+        """
+        if not self.is_fitted:
+            raise NotFittedError("Compensator: no data seen yet; call fit(loader) first.")
+        self._readers = {layer: r.settled() for layer, r in self._readers.items()}
+        losing, left_alone = self._losing(group)
+        sequential = self.mode == "sequential" and bool(losing)
+        with restored_on_error(self.model) if sequential else nullcontext():
+            repairs = self._one_shot(group, losing)
+            self._readers.update(losing)
+            if sequential:
+                repairs = self._from_pruned(group, losing)
+        self.repairs += [*repairs, *left_alone]
+        return [*repairs, *left_alone]
+
+    def saved(self) -> Compensator:
+        """A copy that later groups do not change; the model is not copied."""
+        saved = copy(self)
+        saved.repairs, saved.new_biases, saved._readers = [*self.repairs], [*self.new_biases], dict(self._readers)
+        return saved
+
+    def _losing(self, group: Any) -> tuple[dict[nn.Module, _Reader], list[Repair]]:
+        """The readers of a group with what they lose, and those that are left alone."""
+        graph, names = group._DG, module_names(group)
+        inputs: dict[nn.Module, set[int]] = {}
+        left_alone = []
         for dep, idxs in group:
             layer = dep.target.module
             if layer not in names or not idxs:
                 continue
-            if layer in self._states or layer in self._original_bn():
-                pass
-            if graph.is_in_channel_pruning_fn(dep.handler) and layer in self._states:
-                reads.setdefault(layer, set()).update(idxs)
-            if graph.is_out_channel_pruning_fn(dep.handler) and layer in self._states:
-                self._states[layer].pending["out"] = sorted(set(idxs))
-        repairs = []
-        for layer, idxs in reads.items():
-            repairs.append(self._one_shot(graph, layer, sorted(idxs)))
-        if self.mode == "sequential" and reads:
-            if self.recalibrate:
-                recalibrate(self.model, self.loader)
-            self._sequential(graph, reads)
-            if self.recalibrate:
-                recalibrate(self.model, self.loader)
-        self.repairs += repairs
-        return repairs
+            is_in, is_out = (f(dep.handler) for f in (graph.is_in_channel_pruning_fn, graph.is_out_channel_pruning_fn))
+            known = self._readers.get(layer)
+            if is_out and known is not None:
+                self._readers[layer] = replace(known, losing_outputs=known.losing_outputs | set(idxs))
+            if is_out and layer in self._attention:
+                reason = "products of queries and keys are not refitted, only what reads the values"
+                left_alone.append(Repair(names[layer], len(idxs), reason=reason))
+            if not is_in or is_out:  # what is both treats every channel by itself
+                continue
+            if known is not None:
+                inputs.setdefault(layer, set()).update(idxs)
+            elif reason := _why_not(layer):
+                left_alone.append(Repair(names[layer], len(idxs), reason=reason))
+        losing = dict[nn.Module, _Reader]()
+        for layer, gone in inputs.items():
+            known = self._readers[layer]
+            if known.reading.n_channels != len(known.inputs):
+                raise InputError(
+                    f"layer {known.name!r}: measured with {len(known.inputs)} input channels, it has "
+                    f"{known.reading.n_channels}; call fit() again after pruning without the compensator."
+                )
+            channels = frozenset(i // known.reading.repeat for i in gone)
+            losing[layer] = replace(self._readers[layer], losing_inputs=channels)
+        return losing, left_alone
 
-    def _original_bn(self):
-        return ()
+    def _one_shot(self, group: Any, losing: Mapping[nn.Module, _Reader]) -> list[Repair]:
+        refitted = []
+        for layer, known in losing.items():
+            reading = known.reading
+            maps = reading.maps(_weight(layer))
+            n_local = maps.shape[1]
+            gone = reading.features_of(sorted(known.losing_inputs)).to(maps.device)
+            constants, fits = [], []
+            for i in range(reading.groups):
+                block = torch.arange(i * n_local, (i + 1) * n_local)
+                here = gone[(gone >= block[0]) & (gone <= block[-1])] - i * n_local
+                folds = known.moments.of(block).folds
+                if not float(folds[:, -1, -1].sum()):
+                    raise InputError(f"layer {known.name!r}: the calibration data never reached it.")
+                maps[i], constant, fit = without(
+                    maps[i], folds, here, constant=reading.takes_constant, ridge=self.ridge
+                )
+                constants.append(constant)
+                fits.append(fit)
+            refitted.append((known, maps, torch.cat(constants), fits))
+        for known, maps, constant, _ in refitted:
+            layer = known.reading.layer
+            _weight(layer).copy_(known.reading.weight(maps, _weight(layer)))
+            self._add_constant(group._DG, known, constant)
+        return [_repair(known, fits) for known, _, _, fits in refitted]
 
-    def _settle(self):
-        for layer, s in self._states.items():
-            gone = s.pending.pop("in", None)
-            if gone is not None:
-                keep = torch.tensor([i for i in range(len(s.inputs)) if i not in set(gone)])
-                if s.reading.n_channels == len(keep):
-                    s.inputs = s.inputs[keep]
-                    s.moments = s.moments.of(s.reading.features_of(keep).to(s.moments.folds.device))
-            gone = s.pending.pop("out", None)
-            if gone is not None:
-                keep = torch.tensor([i for i in range(len(s.outputs)) if i not in set(gone)])
-                n_out = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
-                if n_out == len(keep):
-                    s.outputs = s.outputs[keep]
+    def _from_pruned(self, group: Any, losing: Mapping[nn.Module, _Reader]) -> list[Repair]:
+        """Fit what the readers see in the pruned model to what they computed in the original."""
+        assert self._batches is not None
+        sums: dict[nn.Module, list[SecondMoments]] = {layer: [] for layer in losing}
+        original = self._original[self.model]
+        twins = {
+            self._original[layer]: replace(r, reading=replace(r.reading, layer=self._original[layer]))
+            for layer, r in losing.items()
+        }
+        for i, inputs in enumerate(self._batches()):
+            if n_samples(inputs) == 0:
+                continue
+            # The same positions in both models.
+            counted = {layer: twins[self._original[layer]].reading for layer in losing}
+            before = self._rows(original, inputs, twins, {t: r.reading for t, r in twins.items()}, i)
+            now = self._rows(self.model, inputs, losing, counted, i)
+            for layer, known in losing.items():
+                staying = now[layer][:, known.reading.features_of(known.staying()).to(now[layer].device)]
+                both = (x.chunk(known.reading.groups, 1) for x in (before[self._original[layer]], staying))
+                with _named(known.name):
+                    for j, pair in enumerate(zip(*both, strict=True)):
+                        x = torch.cat(pair, 1)
+                        if j == len(sums[layer]):
+                            sums[layer].append(SecondMoments(x.shape[1], x.device))
+                        sums[layer][j].update(x)
+        return [self._refit_from(group._DG, known, sums[layer]) for layer, known in losing.items()]
 
-    def _one_shot(self, graph, layer, idxs):
-        s = self._states[layer]
-        r = s.reading
-        channels = sorted({i // r.repeat for i in idxs})
-        s.pending["in"] = channels
-        maps = r.maps(layer.weight)
-        g, f = maps.shape[:2]
-        gone = r.features_of(channels).to(maps.device)
-        constants, lost, energy = [], 0.0, 0.0
-        for j in range(g):
-            local = gone[(gone >= j * f) & (gone < (j + 1) * f)] - j * f
-            part = s.moments.of(torch.arange(j * f, (j + 1) * f)).folds
-            maps[j], c, fit = without(maps[j], part, local, constant=self.constant and r.takes_constant, ridge=self.ridge)
-            constants.append(c)
-            lost += fit.lost
-            energy += fit.energy
-        layer.weight.copy_(r.weight(maps, layer.weight))
-        _add_constant(graph, layer, torch.cat(constants))
-        return Repair(self._names[layer], len(channels), lost / energy if energy else 0.0, fit.ridge)
+    def _rows(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        readers: Mapping[nn.Module, _Reader],
+        originals: Mapping[nn.Module, Reading],
+        i: int,
+    ) -> dict[nn.Module, Tensor]:
+        """What some layers of a model read of batch i, ``[rows, features]`` float64; as many rows as of the originals."""
+        generators = {layer: torch.Generator().manual_seed(self.seed + i) for layer in readers}
+        rows: dict[nn.Module, list[Tensor]] = {layer: [] for layer in readers}
 
-    def _sequential(self, graph, reads):
-        cur = {l: l for l in reads}
-        sums = {}
-        for l in reads:
-            s = self._states[l]
-            r = s.reading
-            kept = torch.tensor([i for i in range(len(s.inputs)) if i not in set(s.pending["in"])])
-            sums[l] = (r.features_of(kept), [])
-        gen = torch.Generator().manual_seed(self.seed)
-        acc = {}
-        for inputs in self._batches():
-            seeds = {l: int(torch.randint(2**40, (1,), generator=gen)) for l in reads}
-            rows = {l: [] for l in reads}
-            def rec(key, layer, x):
-                r = self._states[layer].reading
-                rows[layer].append(r.sampler(x.shape, self.max_positions, torch.Generator().manual_seed(seeds[layer]))(x).double())
-            with watching({self._twins[l]: None for l in reads}, lambda tw, x: rec("o", self._back[tw], x)), evaluating(self._original):
-                run_model(self._original, inputs)
-            with watching({l: None for l in reads}, lambda l, x: rec("c", l, x)), evaluating(self.model):
-                run_model(self.model, inputs)
-            for l, pair in rows.items():
-                x0, x1 = pair
-                x1 = x1[:, sums[l][0]]
-                z = torch.cat([x0, x1, x1.new_ones(len(x1), 1)], 1)
-                if l not in acc:
-                    acc[l] = torch.zeros(2, z.shape[1], z.shape[1], dtype=torch.float64)
-                h = len(z) // 2
-                acc[l][0] += z[:h].T @ z[:h]
-                acc[l][1] += z[h:].T @ z[h:]
-        for l, folds in acc.items():
-            s, tw = self._states[l], self._twins[l]
-            r = s.reading
-            assert r.groups == 1
-            maps0 = r.maps(tw.weight)[0][:, s.outputs]
-            n0 = len(maps0)
-            w = maps0.flatten(1)
-            fit = fit_linear(folds[:, n0:, n0:], folds[:, :n0, n0:], folds[:, :n0, :n0], w @ w.T,
-                             constant=self.constant and r.takes_constant, ridge=self.ridge)
-            maps = torch.zeros_like(r.maps(l.weight))
-            maps[0, sums[l][0]] = torch.einsum("tk,top->kop", fit.coefficients, maps0)
-            l.weight.copy_(r.weight(maps, l.weight))
-            beta = torch.einsum("t,top->o", fit.constant, maps0)
-            bn = _norm_behind(graph, l)
-            if l.bias is None and bn is not None:
-                bn0 = self._twins[bn]
-                bn.running_mean.copy_(bn0.running_mean[s.outputs] - beta)
-                bn.running_var.copy_(bn0.running_var[s.outputs])
-            else:
-                if l.bias is None:
-                    l.bias = nn.Parameter(l.weight.new_zeros(len(beta)))
-                b0 = tw.bias[s.outputs] if tw.bias is not None else 0
-                l.bias.copy_(b0 + beta)
+        def take(layer: nn.Module, x: Tensor) -> None:
+            reading = readers[layer].reading
+            n = self.max_positions or _affordable(originals[layer], x.shape)
+            rows[layer].append(reading.sampler(x.shape, n, generators[layer])(x).double())
 
-    @property
-    def _back(self):
-        return {v: k for k, v in self._twins.items()}
+        with evaluating(model), _on_inputs(readers, take):
+            self._run(model, inputs)
+        return {layer: torch.cat(parts) for layer, parts in rows.items()}
+
+    def _refit_from(self, graph: Any, known: _Reader, sums: Sequence[SecondMoments]) -> Repair:
+        layer, reading = known.reading.layer, known.reading
+        original = self._original[layer]
+        maps0, maps = reading.maps(_weight(original)), torch.zeros_like(reading.maps(_weight(layer)))
+        staying = reading.features_of(known.staying()).to(maps.device).chunk(reading.groups)
+        outputs = known.outputs.to(maps.device).chunk(reading.groups)
+        n_features, n_out = maps.shape[1], maps0.shape[2]
+        constants, fits = [], []
+        for i, moments in enumerate(sums):
+            new, constant, fit = from_others(
+                maps0[i][:, outputs[i] - i * n_out], moments.folds, constant=reading.takes_constant, ridge=self.ridge
+            )
+            maps[i, staying[i] - i * n_features] = new
+            constants.append(constant)
+            fits.append(fit)
+        _weight(layer).copy_(reading.weight(maps, _weight(layer)))
+        norm = None if layer.bias is not None else _norm_behind(graph, layer)
+        if norm is not None:
+            before = self._original[norm]
+            for name in ("running_mean", "running_var"):
+                getattr(norm, name).copy_(getattr(before, name)[known.outputs.to(maps.device)])
+        elif layer.bias is not None:
+            bias = original.bias
+            layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias[known.outputs.to(maps.device)])
+        self._add_constant(graph, known, torch.cat(constants))
+        return _repair(known, fits)
+
+    def _add_constant(self, graph: Any, known: _Reader, constant: Tensor) -> None:
+        layer = known.reading.layer
+        norm = None if layer.bias is not None else _norm_behind(graph, layer)
+        if norm is not None:
+            norm.running_mean.sub_(constant.to(norm.running_mean.dtype))
+            return
+        if layer.bias is None:
+            if not constant.any():
+                return
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(constant)), layer.weight.requires_grad)
+            self.new_biases.append(known.name)
+        layer.bias.add_(constant.to(layer.bias.dtype))
 
 
-def _repeat(member):
-    rows, ch = member.rows, member.channels
-    if not isinstance(member.layer, nn.Linear) or len(rows) != member.n_channels:
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def _repair(known: _Reader, fits: Sequence[LinearFit]) -> Repair:
+    lost, energy = sum(fit.lost for fit in fits), sum(fit.energy for fit in fits)
+    error = min(lost / energy, 1.0) if energy > 0 else 0.0
+    n_gone = len(known.losing_inputs) * known.reading.repeat
+    return Repair(known.name, n_gone, error, max(fit.ridge for fit in fits))
+
+
+def _norm_behind(graph: Any, layer: nn.Module) -> _BatchNorm | None:
+    """A BatchNorm with running statistics that is all that follows a layer, and that nothing else precedes."""
+    behind = graph.module2node[layer].outputs
+    if len(behind) != 1 or len(behind[0].inputs) != 1:
+        return None
+    norm = behind[0].module
+    return norm if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
+
+
+def _why_not(layer: nn.Module) -> str:
+    """Why a layer that reads channels is left alone; empty for one that has no weights to refit."""
+    if isinstance(layer, nn.Embedding) or next(layer.parameters(), None) is None:
+        return ""
+    if reading_of(layer) is not None:
+        return "not measured: it was not part of any group when fit() was called"
+    return f"a {type(layer).__name__} is not refitted"
+
+
+def _repeat(member: Member) -> int:
+    """Inputs of a linear layer that belong to one channel and lie next to each other; 1 if they do not."""
+    n = len(member.rows)
+    if not isinstance(member.layer, nn.Linear) or n != member.n_channels:
         return 1
-    counts = torch.bincount(ch)
-    q = int(counts[0])
-    if (counts == q).all() and torch.equal(ch.sort().values, ch) and q > 1:
-        return q
-    return 1
+    counts = torch.bincount(member.channels)
+    in_order = torch.equal(member.channels, torch.arange(len(counts)).repeat_interleave(counts))
+    return int(counts[0]) if in_order and bool((counts == counts[0]).all()) else 1
+
+
+def _affordable(reading: Reading, shape: torch.Size) -> int:
+    """Positions per sample whose second moments cost half of the layer's own products.
+
+    A position costs n² / 2 products in double precision, as much as n² in single.
+    """
+    n = reading.n_products(shape) // (2 * reading.n_features**2)
+    return min(max(n, _FEWEST_POSITIONS), _MOST_POSITIONS)
 
 
 @contextmanager
-def watching(layers, record):
-    hs = []
+def _named(name: str) -> Iterator[None]:
     try:
-        for l in layers:
-            hs.append(l.register_forward_pre_hook(lambda m, a: record(m, a[0])))
+        yield
+    except InputError as error:
+        raise InputError(f"layer {name!r}: {error}") from error
+
+
+@contextmanager
+def _on_inputs(layers: Iterable[nn.Module], take: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Call ``take(layer, input)`` whenever one of some layers is called."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(layer, args[0] if args else kwargs["input"])
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
-        for h in hs:
-            h.remove()
-
-
-def _norm_behind(graph, layer):
-    node = graph.module2node[layer]
-    if len(node.outputs) == 1 and isinstance(node.outputs[0].module, _BatchNorm):
-        norm = node.outputs[0]
-        if len(norm.inputs) == 1 and norm.module.running_mean is not None:
-            return norm.module
-    return None
-
-
-def _add_constant(graph, layer, constant):
-    bn = _norm_behind(graph, layer)
-    if layer.bias is None and bn is not None:
-        bn.running_mean.sub_(constant.to(bn.running_mean.dtype))
-        return
-    if layer.bias is None:
-        layer.bias = nn.Parameter(layer.weight.new_zeros(len(constant)))
-    layer.bias.add_(constant.to(layer.bias.dtype))
+        for handle in handles:
+            handle.remove()

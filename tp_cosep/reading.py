@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Reading", "reading_of"]
+__all__ = ["Reading", "n_outputs", "reading_of"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,24 @@ class Reading:
     def n_features(self) -> int:
         """Features, in all channel groups."""
         return self.n_channels * self.features_per_channel
+
+    @property
+    def n_features_apart(self) -> int:
+        """Features if the taps of kernels and the positions of flattened maps have their own."""
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+        return self.n_channels * (1 if self.is_transposed else prod(layer.kernel_size))  # type: ignore[arg-type]
+
+    def n_products(self, shape: torch.Size) -> int:
+        """Products that the layer takes for one sample of an input of some shape."""
+        if isinstance(self.layer, nn.Linear):
+            n_positions = prod(shape[1:-1])
+        elif self.is_transposed:
+            n_positions = prod(shape[2:])
+        else:
+            n_positions = prod(_map_sizes(self.layer, shape)[2])
+        return n_positions * self.layer.weight.numel()  # type: ignore[operator]
 
     @property
     def takes_constant(self) -> bool:
@@ -151,24 +169,12 @@ def _of_maps(reading: Reading, shape: torch.Size, n: int, generator: torch.Gener
     """Of a convolution's input ``[samples, channels, ...]``: whatever its kernel sees, padding included."""
     conv = reading.layer
     assert isinstance(conv, _ConvNd)
-    sizes = list(shape[2:])
-    n_dims = len(sizes)
     if reading.is_transposed:
-        samples, positions = _drawn(shape[0], prod(sizes), n, generator)
+        samples, positions = _drawn(shape[0], prod(shape[2:]), n, generator)
         return _Sampler(shape[0], 0, samples, positions[:, None])
-    around = conv._reversed_padding_repeated_twice  # of the last dimension first, both sides of each
-    before = [around[2 * (n_dims - 1 - i)] for i in range(n_dims)]
-    after = [around[2 * (n_dims - 1 - i) + 1] for i in range(n_dims)]
-    padding = None
-    if conv.padding_mode != "zeros":
-        padding = (list(around), conv.padding_mode)
-        sizes = [size + a + b for size, a, b in zip(sizes, before, after, strict=True)]
-        before = after = [0] * n_dims
+    sizes, before, n_out = _map_sizes(conv, shape)
+    padding = None if conv.padding_mode == "zeros" else (conv._reversed_padding_repeated_twice, conv.padding_mode)
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    n_out = [
-        (size + a + b - d * (k - 1) - 1) // s + 1
-        for size, a, b, d, k, s in zip(sizes, before, after, dilation, kernel, stride, strict=True)
-    ]
     taps = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
     if reading.taps_apart:
         samples, outs = _drawn(shape[0], prod(n_out), n, generator)
@@ -183,6 +189,27 @@ def _of_maps(reading: Reading, shape: torch.Size, n: int, generator: torch.Gener
         inside &= (place >= 0) & (place < sizes[i])
         position = position * sizes[i] + place.clamp(0, sizes[i] - 1)
     return _Sampler(shape[0], 0, samples, position, None if bool(inside.all()) else inside, padding)
+
+
+def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int], list[int]]:
+    """Sizes of a convolution's map, what zeros are put before it in each dimension, and sizes of its output.
+
+    Padding with other values than zeros counts to the map.
+    """
+    assert isinstance(layer, _ConvNd)
+    sizes, around = list(shape[2:]), layer._reversed_padding_repeated_twice  # the last dimension first, both sides
+    n = len(sizes)
+    before, after = ([around[2 * (n - 1 - i) + side] for i in range(n)] for side in (0, 1))
+    if layer.padding_mode != "zeros":
+        sizes = [size + a + b for size, a, b in zip(sizes, before, after, strict=True)]
+        before, after = [0] * n, [0] * n
+    n_out = [
+        (size + a + b - d * (k - 1) - 1) // s + 1
+        for size, a, b, d, k, s in zip(
+            sizes, before, after, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    ]
+    return sizes, before, n_out
 
 
 def _drawn(n_samples: int, n_of: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -208,3 +235,9 @@ def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -
     reading = Reading(layer)
     is_apart = taps_apart and not reading.is_transposed and prod(layer.kernel_size) > 1
     return replace(reading, taps_apart=is_apart)
+
+
+def n_outputs(layer: nn.Module) -> int:
+    """Output channels of a convolution or a linear layer."""
+    n: int = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features  # type: ignore[assignment]
+    return n

@@ -1,8 +1,6 @@
-"""Second moments of what a layer reads: sums of products of all pairs of its inputs, in float64."""
+"""Second moments of rows: sums of products of all pairs of features, in float64."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ __all__ = ["SecondMoments"]
 
 
 class SecondMoments:
-    """Σ w z zᵀ over rows, z = (x, 1): second moments, sums and the weight of all rows in one matrix.
+    """Σ z zᵀ over rows x, z = (x, 1): second moments, sums and the number of rows in one matrix.
 
     Rows are kept apart in two folds, so that whatever is fitted to one can be tried on the other.
 
@@ -41,35 +39,41 @@ class SecondMoments:
         """Length of a row."""
         return self.folds.shape[1] - 1
 
-    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows: the first half to one fold, the second half to the other, in turns where the number is odd.
+    @property
+    def n_rows(self) -> int:
+        """Rows in both folds."""
+        return int(self.folds[:, -1, -1].sum())
+
+    def update(self, x: Tensor) -> None:
+        """Add rows: one half to one fold, the other to the other, the larger half to the fold that has fewer.
 
         Args:
-            x: ``[rows, n_features]``; of one batch, so that a sample's rows lie together.
-            weights: ``[rows]``, how often each counts; once by default.
+            x: ``[rows, n_features]``; of one batch, the rows of a sample next to each other.
 
         Raises:
-            InputError: If a value is NaN or infinite, or so large that its square is.
+            InputError: If a value is NaN or infinite; the sums stay as they were.
         """
         x = x.detach().to(torch.float64)
         z = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        scaled = z if weights is None else z * weights[:, None]
-        # The fold that has seen less gets the larger half.
         behind = int(self.folds[1, -1, -1] < self.folds[0, -1, -1])
         half = (len(z) + 1) // 2
-        for fold, rows in ((behind, slice(0, half)), (1 - behind, slice(half, None))):
-            self.folds[fold].addmm_(scaled[rows].T, z[rows])
-        if not torch.isfinite(self.folds.diagonal(dim1=1, dim2=2)).all():
-            raise InputError("expected finite inputs, got NaN or infinite ones")
+        grams = _gram(z[:half]), _gram(z[half:])
+        if not all(bool(torch.isfinite(g.diagonal()).all()) for g in grams):
+            raise InputError("got NaN or infinite inputs; check the data and the weights.")
+        self.folds[behind] += grams[0]
+        self.folds[1 - behind] += grams[1]
 
-    def add_zeros(self, weight: float) -> None:
-        """Add rows of zeros, half of the weight to each fold: what a convolution reads outside of its map."""
-        self.folds[:, -1, -1] += weight / 2
-
-    def of(self, features: Sequence[int] | Tensor) -> SecondMoments:
-        """The moments of some of the features."""
-        kept = torch.as_tensor(features, device=self.folds.device)
-        idxs = torch.cat([kept, kept.new_tensor([self.n_features])])
+    def of(self, features: Tensor) -> SecondMoments:
+        """The moments of some of the features, ``[n]`` int64."""
+        idxs = torch.cat([features, features.new_tensor([self.n_features])]).to(self.folds.device)
         part = SecondMoments(0)
         part.folds = self.folds[:, idxs[:, None], idxs]
         return part
+
+
+def _gram(z: Tensor) -> Tensor:
+    if z.device.type != "cpu":
+        return z.T @ z
+    rows = z.numpy()
+    # NumPy sees that both factors are one matrix and computes half of the products.
+    return torch.from_numpy(rows.T @ rows)
