@@ -1,5 +1,6 @@
 """Complementary separability pruning (CoSeP) for Torch-Pruning."""
 
+from tp_cosep.compensator import Compensator, Repair
 from tp_cosep.errors import CoSePError, InputError, MissingDependencyError, NotFittedError, PruningError
 from tp_cosep.heads import attention_heads
 from tp_cosep.importance import CoSePSelector
@@ -7,6 +8,7 @@ from tp_cosep.knee import KneeMethod
 from tp_cosep.moments import ClassMoments
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.pruner import CoSePPruner
+from tp_cosep.recalibration import recalibrate
 from tp_cosep.selection import ChannelSelection
 
 __version__ = "0.1.0"
@@ -17,6 +19,7 @@ __all__ = [
     "CoSePError",
     "CoSePPruner",
     "CoSePSelector",
+    "Compensator",
     "GroupPlan",
     "InputError",
     "KneeMethod",
@@ -24,5 +27,7 @@ __all__ = [
     "NotFittedError",
     "PruningError",
     "PruningPlan",
+    "Repair",
     "attention_heads",
+    "recalibrate",
 ]

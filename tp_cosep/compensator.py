@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,20 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.compensation import LinearFit, from_others, without
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.groups import Member, module_names, prunable_groups, read_group
+from tp_cosep.groups import module_names
 from tp_cosep.heads import attention_heads
+from tp_cosep.readers import affordable, find_readings, named, on_inputs
 from tp_cosep.reading import Reading, n_outputs, reading_of
 from tp_cosep.second_moments import SecondMoments
 from tp_cosep.snapshot import restored_on_error
-from tp_cosep.tracing import ROOT_TYPES, trace
 
 __all__ = ["MODES", "Compensator", "Repair"]
 
 #: One fit per group on what was measured of the unpruned model, or another one on what the pruned model computes.
 MODES = ("one-shot", "sequential")
-
-# Positions per sample that are measured by default: a kernel's neighbours tell little that is new.
-_FEWEST_POSITIONS, _MOST_POSITIONS = 4, 16
 
 
 @dataclass(frozen=True)
@@ -239,21 +236,13 @@ class Compensator:
 
     def _found(self) -> list[_Reader]:
         """All layers that can be refitted and read channels of a group."""
-        options = {} if self.forward_fn is None else {"forward_fn": self.forward_fn}
-        graph = trace(self.model, self.example_inputs, **options)
-        found: dict[nn.Module, _Reader] = {}
-        for group in prunable_groups(graph, (), ROOT_TYPES):
-            for member in read_group(group).readers:
-                reading = reading_of(member.layer)
-                if reading is None or member.layer in found:
-                    continue
-                is_apart = reading.n_features_apart <= self.max_features
-                reading = reading_of(member.layer, taps_apart=is_apart, repeat=1 if is_apart else _repeat(member))
-                assert reading is not None
-                moments = SecondMoments(0)
-                inputs, outputs = torch.arange(reading.n_channels), torch.arange(n_outputs(member.layer))
-                found[member.layer] = _Reader(member.name, reading, moments, inputs, outputs)
-        return list(found.values())
+        readings = find_readings(
+            self.model, self.example_inputs, max_features=self.max_features, forward_fn=self.forward_fn
+        )
+        return [
+            _Reader(name, r, SecondMoments(0), torch.arange(r.n_channels), torch.arange(n_outputs(r.layer)))
+            for name, r in readings.items()
+        ]
 
     def _check_memory(self, readers: Sequence[_Reader]) -> None:
         sizes = sorted(((16 * (r.reading.n_features + 1) ** 2, r.name) for r in readers), reverse=True)
@@ -275,12 +264,12 @@ class Compensator:
 
         def take(layer: nn.Module, x: Tensor) -> None:
             reader = layers[layer]
-            with _named(reader.name):
-                n = self.max_positions or _affordable(reader.reading, x.shape)
+            with named(reader.name):
+                n = self.max_positions or affordable(reader.reading, x.shape)
                 reader.moments.update(reader.reading.sampler(x.shape, n, generator)(x))
 
         n_seen = 0
-        with evaluating(self.model), _on_inputs(layers, take):
+        with evaluating(self.model), on_inputs(layers, take):
             for inputs in batches:
                 if n_samples(inputs) != 0:
                     self._run(self.model, inputs)
@@ -405,7 +394,7 @@ class Compensator:
             for layer, known in losing.items():
                 staying = now[layer][:, known.reading.features_of(known.staying()).to(now[layer].device)]
                 both = (x.chunk(known.reading.groups, 1) for x in (before[self._original[layer]], staying))
-                with _named(known.name):
+                with named(known.name):
                     for j, pair in enumerate(zip(*both, strict=True)):
                         x = torch.cat(pair, 1)
                         if j == len(sums[layer]):
@@ -427,10 +416,10 @@ class Compensator:
 
         def take(layer: nn.Module, x: Tensor) -> None:
             reading = readers[layer].reading
-            n = self.max_positions or _affordable(originals[layer], x.shape)
+            n = self.max_positions or affordable(originals[layer], x.shape)
             rows[layer].append(reading.sampler(x.shape, n, generators[layer])(x).double())
 
-        with evaluating(model), _on_inputs(readers, take):
+        with evaluating(model), on_inputs(readers, take):
             self._run(model, inputs)
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
@@ -503,47 +492,3 @@ def _why_not(layer: nn.Module) -> str:
     if reading_of(layer) is not None:
         return "not measured: it was not part of any group when fit() was called"
     return f"a {type(layer).__name__} is not refitted"
-
-
-def _repeat(member: Member) -> int:
-    """Inputs of a linear layer that belong to one channel and lie next to each other; 1 if they do not."""
-    n = len(member.rows)
-    if not isinstance(member.layer, nn.Linear) or n != member.n_channels:
-        return 1
-    counts = torch.bincount(member.channels)
-    in_order = torch.equal(member.channels, torch.arange(len(counts)).repeat_interleave(counts))
-    return int(counts[0]) if in_order and bool((counts == counts[0]).all()) else 1
-
-
-def _affordable(reading: Reading, shape: torch.Size) -> int:
-    """Positions per sample whose second moments cost half of the layer's own products.
-
-    A position costs n² / 2 products in double precision, as much as n² in single.
-    """
-    n = reading.n_products(shape) // (2 * reading.n_features**2)
-    return min(max(n, _FEWEST_POSITIONS), _MOST_POSITIONS)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"layer {name!r}: {error}") from error
-
-
-@contextmanager
-def _on_inputs(layers: Iterable[nn.Module], take: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Call ``take(layer, input)`` whenever one of some layers is called."""
-
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(layer, args[0] if args else kwargs["input"])
-
-    handles = []
-    try:
-        for layer in layers:
-            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,13 +18,18 @@ from tp_cosep.heads import attention_heads, rerooted
 from tp_cosep.knee import KneeMethod
 from tp_cosep.medoids import BACKENDS
 from tp_cosep.moments import ClassMoments
-from tp_cosep.selection import ChannelSelection, select_channels
+from tp_cosep.reader_moments import ReaderMoments, collect_reader_moments
+from tp_cosep.reader_spaces import READER_SPACES, correlation_distances, layers_read, readers_of
+from tp_cosep.selection import ChannelSelection, select_by_elimination, select_channels
 from tp_cosep.separability import PairMetric, resolve_metric
 from tp_cosep.silhouette import MSS_FORMS
 from tp_cosep.spaces import Space, weight_shape
+from tp_cosep.subset import backward_elimination
 from tp_cosep.tracing import ROOT_TYPES, resolve_layers, trace
 
 __all__ = ["CoSePSelector", "ratio_for"]
+
+_REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 
 
 class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
@@ -48,8 +53,17 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             largest number that fits ``memory_budget``.
         knee: ``"guarded"``, ``"strongest"``, ``"first"``, ``"paper"`` or a :class:`tp_cosep.knee.KneeMethod`.
         mss_form: ``"paper"`` or ``"gb-afs"``, see :mod:`tp_cosep.silhouette`.
+        space: What channels are compared by. ``"separability"``: JM distances between classes, the papers' own. The
+            others look at what the layers that read a channel see, and are taken by ``tap="consumers"``:
+            ``"correlation"`` (1 − |ρ| of activations), ``"reconstruction"`` (what linear combinations of kept
+            channels can reproduce), ``"class-means"`` (the same for class means alone) and ``"joint"`` (both), see
+            :mod:`tp_cosep.reader_spaces`.
+        method: ``"k-medoids"``, or ``"column-subset"``: take away, again and again, the channel that its readers can
+            best do without once refitted (:mod:`tp_cosep.subset`). By default the first for separability and
+            correlation, the second for the other spaces.
         representative: Which member of a cluster is kept: ``"medoid"``, ``"max_norm"`` (the largest L1 norm
-            of the weights that create it) or an importance, whose best-scored member is.
+            of the weights that create it), ``"reconstruction"`` (the members that together let the readers lose
+            least) or an importance, whose best-scored member is.
         n_keep: Keep exactly this many channels of every group (at most all it has), whatever the knee.
         keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
         backend: Of the k-medoids solver, see :func:`tp_cosep.medoids.k_medoids`.
@@ -66,6 +80,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
     Attributes:
         moments: Class moments by layer name; empty before :meth:`fit`.
         attention: Attention maps by layer name, with ``metric="attention-js"``.
+        readers: What layers read, by name, with a ``space`` or ``representative`` that needs it.
 
     Raises:
         InputError: If an option is unknown or out of range.
@@ -89,6 +104,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         spatial: int | str | None = 4,
         knee: str | KneeMethod = "guarded",
         mss_form: str = "paper",
+        space: str = "separability",
+        method: str | None = None,
         representative: str | Callable[[Any], Tensor | None] = "medoid",
         n_keep: int | None = None,
         keep_ratio: float | None = None,
@@ -109,10 +126,12 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             raise InputError(f"CoSePSelector: expected mss_form of {sorted(MSS_FORMS)}, got {mss_form!r}.")
         if backend not in BACKENDS:
             raise InputError(f"CoSePSelector: expected backend of {sorted(BACKENDS)}, got {backend!r}.")
-        if not callable(representative) and representative not in ("medoid", "max_norm"):
+        if not callable(representative) and representative not in _REPRESENTATIVES:
             raise InputError(
-                f"CoSePSelector: expected representative 'medoid', 'max_norm' or an importance, got {representative!r}."
+                f"CoSePSelector: expected representative of {list(_REPRESENTATIVES)} or an importance, got "
+                f"{representative!r}."
             )
+        _check_space(space, method, metric)
         if n_keep is not None and keep_ratio is not None:
             raise InputError("CoSePSelector: expected n_keep or keep_ratio, got both.")
         if n_keep is not None and n_keep < 1:
@@ -128,14 +147,32 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         self.keep_ratio = keep_ratio
         self.backend = backend
         self.memory_budget = memory_budget
-        self.tap = tap
+        self.space_name = space
+        self.method = method or ("k-medoids" if space in ("separability", "correlation") else "column-subset")
+        self.tap = "consumers" if space in READER_SPACES else tap
         self._given_heads = num_heads
         self.num_heads = num_heads if num_heads is not None else {}
         self.scope = scope
         self.channel_dims = dict(channel_dims or {})
         self.moments: dict[str, ClassMoments] = {}
         self.attention: dict[str, Tensor] = {}
+        self.readers: dict[str, ReaderMoments] = {}
         self._shapes: dict[str, torch.Size] = {}
+
+    @classmethod
+    def published(cls, **changed: Any) -> CoSePSelector:
+        """CoSeP exactly as published (arXiv 2505.13225 v2).
+
+        Every pixel is a cell of its own, JM distances of what layers make, k-medoids for every k, Kneedle's first knee of
+        the Mean Simplified Silhouette, medoids kept.
+
+        Args:
+            **changed: Options that are to differ.
+
+        Returns:
+            A selector.
+        """
+        return cls(**{"spatial": None, "knee": "paper", **changed})
 
     def fit(
         self,
@@ -189,6 +226,26 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             self.attention = collect_attention(model, loader, self.num_heads, target_fn=target_fn, progress=progress)
             return self
         ignored = resolve_layers(model, ignored_layers, "ignored_layers")
+        by_readers = self.space_name in READER_SPACES
+        if by_readers or self.representative == "reconstruction":
+            if not by_readers and iter(loader) is loader:
+                raise InputError(
+                    "fit: representative='reconstruction' reads the data twice; pass a DataLoader or a list of batches, "
+                    f"got a {type(loader).__name__} that can be read once."
+                )
+            readers = collect_reader_moments(
+                model,
+                loader,
+                spatial=4 if self.spatial == "auto" else self.spatial,  # type: ignore[arg-type]
+                ignored=ignored,
+                layers=layers if by_readers else None,
+                target_fn=target_fn,
+                labels=labels,
+                progress=progress,
+            )
+            if by_readers:
+                self.readers = readers
+                return self
         moments = collect_moments(
             model,
             loader,
@@ -206,6 +263,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             progress=progress,
         )
         self.moments = moments
+        if self.representative == "reconstruction":
+            self.readers = readers
         shapes = {name: weight_shape(m) for name, m in measured_layers(model, self.channel_dims).items()}
         self._shapes = {name: shape for name, shape in shapes.items() if shape is not None and name in moments}
         return self
@@ -218,7 +277,9 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
     @property
     def measured(self) -> list[str]:
         """Names of the layers that were measured, in the order in which they ran."""
-        return list(self.attention if self.metric == ATTENTION_JS else self.moments)
+        if self.metric == ATTENTION_JS:
+            return list(self.attention)
+        return list(self.readers if self.space_name in READER_SPACES else self.moments)
 
     def select(
         self, group: Any, *, n_keep: int | None = None, view: GroupView | None = None, round_to: int | None = None
@@ -248,9 +309,15 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         distances = self.distances(group, view=view)
         if distances is None:
             return None
+        n_keep = n_keep if n_keep is not None else self._fixed_count(view.n_components)
+        if self.method == "column-subset":
+            readers = readers_of(view, self.readers, self.space_name)
+            elimination = backward_elimination(readers, view.n_components)
+            by_order = select_by_elimination(elimination, distances, n_keep=n_keep, knee=self.knee, round_to=round_to)
+            return by_order.expanded(view.component_of)
         selection = select_channels(
             distances,
-            n_keep=n_keep if n_keep is not None else self._fixed_count(view.n_components),
+            n_keep=n_keep,
             round_to=round_to,
             preference=self.preference(group, view),
             **self.rules,
@@ -269,12 +336,16 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         """
         self.check_fitted()
         view = view or read_group(group, None, self.num_heads)
+        if self.space_name in READER_SPACES:
+            return correlation_distances(view, self.readers, self.space_name)
         return None if self.metric == ATTENTION_JS else self.space.distances(view)
 
     def layers_of(self, view: GroupView) -> tuple[str, ...]:
         """Names of the layers whose measurements describe a group; of all that create it if none is measured."""
         if self.metric == ATTENTION_JS:
             measured = [m.name for m in view.members if m.name in self.attention]
+        elif self.space_name in READER_SPACES:
+            measured = [m.name for m in layers_read(view, self.readers)]
         else:
             measured = [m.name for m in self.space.layers_of(view)]
         return tuple(measured or (m.name for m in view.members))
@@ -366,10 +437,27 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             return min(self.n_keep, n)
         return None if self.keep_ratio is None else max(1, round(self.keep_ratio * n))
 
-    def preference(self, group: Any, view: GroupView) -> Tensor | None:
-        """What decides which member of a cluster is kept, ``[components]``; ``None`` for the medoid."""
+    def preference(self, group: Any, view: GroupView) -> Tensor | Callable[[Tensor], Tensor] | None:
+        """What decides which member of a cluster is kept: ``[components]``, or a function of the clusters' labels.
+
+        Returns:
+            ``None`` for the medoid.
+        """
         if self.representative == "medoid":
             return None
+        if self.representative == "reconstruction":
+            space = "reconstruction" if self.space_name == "separability" else self.space_name
+            readers = readers_of(view, self.readers, space)
+            if not readers:
+                return None
+
+            def last_to_go(labels: Tensor) -> Tensor:
+                order = backward_elimination(readers, view.n_components, labels.to(readers[0].covariance.device)).order
+                return torch.empty(len(order), dtype=torch.float64).scatter_(
+                    0, order, torch.arange(len(order)).double()
+                )
+
+            return last_to_go
         if self.representative == "max_norm":
             return l1_norms(view)
         assert callable(self.representative)
@@ -384,6 +472,20 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             )
         sums = torch.zeros(view.n_components, dtype=torch.float64).index_add_(0, view.component_of, scores)
         return sums / torch.bincount(view.component_of)
+
+
+def _check_space(space: str, method: str | None, metric: str | PairMetric) -> None:
+    if space != "separability" and space not in READER_SPACES:
+        raise InputError(f"CoSePSelector: expected space of {['separability', *READER_SPACES]}, got {space!r}.")
+    if method not in (None, "k-medoids", "column-subset"):
+        raise InputError(f"CoSePSelector: expected method 'k-medoids' or 'column-subset', got {method!r}.")
+    if space == "separability" and method == "column-subset":
+        raise InputError(
+            "CoSePSelector: method='column-subset' asks what readers can do without, which separability profiles do "
+            f"not tell; use it with a space of {list(READER_SPACES)}."
+        )
+    if space in READER_SPACES and metric != "jm":
+        raise InputError(f"CoSePSelector: metric={metric!r} belongs to space='separability', got space={space!r}.")
 
 
 def ratio_for(k: int, n: int) -> float:

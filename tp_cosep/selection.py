@@ -5,6 +5,7 @@ Letters: D ``[n, n]`` distances, TD(S) = Σ_i min_{j ∈ S} D_ij the total devia
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from heapq import heapify, heappop, heapreplace
 
@@ -17,8 +18,12 @@ from tp_cosep.curve import Curve
 from tp_cosep.errors import InputError
 from tp_cosep.knee import Knee, KneeMethod, find_knee, guarded_count
 from tp_cosep.medoids import KMedoids, check_distances
+from tp_cosep.subset import Elimination
 
-__all__ = ["ChannelSelection", "select_channels"]
+__all__ = ["ChannelSelection", "select_by_elimination", "select_channels"]
+
+# Column subsets: the knee is taken at its word where what is kept covers this share of the readers' outputs.
+_COVERED = 0.9
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def select_channels(
     knee: KneeMethod | None = None,
     mss_form: str = "paper",
     backend: str = "native",
-    preference: Tensor | None = None,
+    preference: Tensor | Callable[[Tensor], Tensor] | None = None,
     round_to: int | None = None,
 ) -> ChannelSelection:
     """Cluster components by k-medoids and keep one of every cluster.
@@ -149,7 +154,7 @@ def select_channels(
         found = find_knee(ks, mss, knee)
         k = n_keep if n_keep is not None else _count(d, curve, found, knee)
         if round_to is not None:
-            k = _rounded(k, round_to, n, curve)
+            k = _rounded(k, round_to, n, curve.mss)
         solution = curve.solution(k)
     keep = _representatives(solution, preference)
     kept = set(keep.tolist())
@@ -168,6 +173,70 @@ def select_channels(
     )
 
 
+def select_by_elimination(
+    elimination: Elimination,
+    distances: Tensor,
+    *,
+    n_keep: int | None = None,
+    knee: KneeMethod | None = None,
+    round_to: int | None = None,
+) -> ChannelSelection:
+    """Choose by the order in which components can be done without.
+
+    The curve in place of the Mean Simplified Silhouette is the *coverage*: the share of all costs that is avoided when
+    k are kept, 1 at k = n. A knee rule of ``"guarded"`` keeps at least as many as cover 90 %.
+
+    Args:
+        elimination: See :func:`tp_cosep.subset.backward_elimination`.
+        distances: ``[n, n]``, to say which kept component stands for one that goes.
+        n_keep: Keep exactly this many; the knee of the coverage decides if not given.
+        knee: How the knee is found.
+        round_to: As for :func:`select_channels`.
+
+    Returns:
+        The selection, its ``mss`` the coverage and its ``medoids`` what is kept.
+
+    Raises:
+        InputError: If an argument is not valid.
+    """
+    n = len(elimination.order)
+    if n_keep is not None and not 1 <= n_keep <= n:
+        raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
+    knee = knee or KneeMethod()
+    total = float(elimination.costs.sum())
+    lost = elimination.costs.cumsum(0).flip(0)  # at k = 0, 1, …, n − 1
+    coverage = [1 - float(x) / total if total > 0 else 1.0 for x in lost[1:]] + [1.0]
+    ks = range(1, n + 1)
+    found = find_knee(ks, coverage, knee)
+    k = n_keep if n_keep is not None else found.k or n
+    if n_keep is None and knee.rule == "guarded":
+        k = max(k, next(i for i in ks if coverage[i - 1] >= _COVERED))
+    if round_to is not None:
+        k = _rounded(k, round_to, n, lambda i: coverage[i - 1])
+    order = elimination.order
+    keep = order[n - k :].sort().values
+    # Costs only grow as less is left; where rounding or the constraint of clusters says otherwise, they are made to.
+    shares = (elimination.costs / total if total > 0 else elimination.costs).cummax(0).values
+    scores = torch.empty(n, dtype=torch.float64)
+    scores[order] = shares + 1e-6 * torch.arange(1, n + 1, dtype=torch.float64) / n
+    gone = order[: n - k].sort().values
+    labels = distances.cpu()[:, keep].argmin(1)
+    labels[keep] = torch.arange(k)
+    return ChannelSelection(
+        n_channels=n,
+        keep_idxs=tuple(keep.tolist()),
+        prune_idxs=tuple(gone.tolist()),
+        medoids=tuple(keep.tolist()),
+        labels=tuple(labels.tolist()),
+        k=k,
+        ks=tuple(ks),
+        mss=tuple(coverage),
+        knee_k=found.k,
+        knee_strength=found.strength,
+        scores=scores,
+    )
+
+
 def _count(d: Tensor, curve: Curve, knee: Knee, method: KneeMethod) -> int:
     """Number to keep: the knee's k, all where there is no knee, one where all components are alike."""
     if not d.any():
@@ -179,16 +248,18 @@ def _count(d: Tensor, curve: Curve, knee: Knee, method: KneeMethod) -> int:
     return guarded_count(len(d), knee.k, curve.represented(knee.k))
 
 
-def _rounded(k: int, step: int, n: int, curve: Curve) -> int:
+def _rounded(k: int, step: int, n: int, mss: Callable[[int], float]) -> int:
     """The multiple of a step next to k whose MSS differs least from that of k; all n if there is none within n."""
     multiples = [m for m in (k // step * step, -(-k // step) * step) if step <= m <= n]
     # The larger one first, so that it is taken on ties, which rounding must not decide.
-    return min(reversed(multiples), key=lambda m: round(abs(curve.mss(m) - curve.mss(k)), 12), default=n)
+    return min(reversed(multiples), key=lambda m: round(abs(mss(m) - mss(k)), 12), default=n)
 
 
-def _representatives(solution: KMedoids, preference: Tensor | None) -> Tensor:
+def _representatives(solution: KMedoids, preference: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor:
     if preference is None:
         return solution.medoids
+    if callable(preference):
+        preference = preference(solution.labels)
     preference = preference.detach().to("cpu", torch.float64)
     if preference.shape != (len(solution.labels),):
         raise InputError(

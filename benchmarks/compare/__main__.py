@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
 
+from tp_cosep._torchvision import import_torchvision
+
+import_torchvision()  # before torch_pruning, which looks for it once
+
+from benchmarks.compare.cells import REPAIRS, Cell, Records, measure
 from benchmarks.compare.data import DATA, load
-from benchmarks.compare.networks import NETWORKS
+from benchmarks.compare.methods import METHODS
 from benchmarks.compare.training import Recipe, checkpoint, train_checkpoint
 
+RECORDS = Path(__file__).parent / "records"
 #: How the networks of each data set are trained.
 RECIPES = {
     ("vgg", "cifar10"): Recipe(8, 0.2),
@@ -30,8 +37,18 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("train", help="train a network and keep its weights, unless they are there")
     part.add_argument("names", nargs="+", metavar="NETWORK-DATA-SEED", help="such as vgg-cifar10-0")
+    part = parts.add_parser("run", help="prune and measure; what is recorded already is left out")
+    part.add_argument("names", nargs="+", metavar="NETWORK-DATA-SEED")
+    part.add_argument("--methods", default=",".join(METHODS).replace(", ", "; "), help="separated by commas")
+    part.add_argument("--amounts", default="half")
+    part.add_argument("--repairs", default=",".join(REPAIRS))
+    part.add_argument("--epochs", type=float, default=0)
+    part.add_argument("--base", type=int, help="index of the trained network; that of the seed by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.part == "run":
+        run(args)
+        return
     for name in args.names:
         network, rest = name.split("-", 1)
         data, seed = rest.rsplit("-", 1)
@@ -40,6 +57,22 @@ def main() -> None:
         images = load(data, args.folder)
         top1 = train_checkpoint(network, images, int(seed), RECIPES[network, data], args.folder)
         print(f"{name}: {top1:.2%}", flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure all combinations of the arguments."""
+    for name in args.names:
+        network, rest = name.split("-", 1)
+        data, seed = rest.rsplit("-", 1)
+        images = load(data, args.folder)
+        records = Records(RECORDS / f"{network}-{data}.jsonl")
+        base = int(seed) if args.base is None else args.base
+        for amount, repair, method in itertools.product(
+            args.amounts.split(","), args.repairs.split(","), args.methods.split(",")
+        ):
+            method = method.replace("; ", ", ")
+            cell = Cell(network, data, int(seed), amount, method, repair, True, args.epochs, base=base)
+            measure(cell, images, records)
 
 
 if __name__ == "__main__":

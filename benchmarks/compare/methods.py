@@ -1,0 +1,119 @@
+"""Selections to compare: every one a Torch-Pruning importance, so that all go through the same pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tp_cosep import CoSePSelector
+from tp_cosep.groups import read_group
+
+__all__ = ["METHODS", "importance"]
+
+_Batches = list[tuple[Tensor, Tensor]]
+
+
+class _PerMember(tp.importance.Importance):
+    """Scores of the layers that make a group's channels, each scaled to mean 1, averaged."""
+
+    def score(self, layer: nn.Module) -> Tensor | None:
+        """Scores ``[channels]`` of one layer; ``None`` if it has none."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor:
+        view = read_group(group)
+        total, n = torch.zeros(view.n_channels, dtype=torch.float64), torch.zeros(view.n_channels)
+        for member in view.members:
+            scores = self.score(member.layer)
+            if scores is None:
+                continue
+            scores = scores.double() / scores.double().mean().clamp(min=1e-30)
+            total.index_add_(0, member.channels, scores[member.rows])
+            n.index_add_(0, member.channels, torch.ones(len(member.rows)))
+        return total / n.clamp(min=1)
+
+
+class Fpgm(_PerMember):
+    """Distance to the geometric median of a layer's filters (He et al. 2019): the sum of distances to all others.
+
+    Torch-Pruning's own takes distances between powers of absolute weights, which cannot tell w from −w.
+    """
+
+    def score(self, layer: nn.Module) -> Tensor | None:
+        """Sum of distances between a filter and all others."""
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            return None
+        filters = layer.weight.flatten(1)
+        return torch.cdist(filters, filters).sum(1)
+
+
+class DiagonalHessian(_PerMember):
+    """½ Σ w² E[g²] over a filter's weights: Optimal Brain Damage with the empirical Fisher diagonal.
+
+    Torch-Pruning's own forgets all samples but the last.
+    """
+
+    def __init__(self, model: nn.Module, batches: _Batches, n_samples: int = 200) -> None:
+        names = {m: name for name, m in model.named_modules()}
+        squares: dict[nn.Module, Tensor] = {}
+        x, y = torch.cat([b[0] for b in batches])[:n_samples], torch.cat([b[1] for b in batches])[:n_samples]
+        for a, b in zip(x.split(1), y.split(1), strict=True):
+            model.zero_grad()
+            cross_entropy(model(a), b).backward()
+            for m in names:
+                if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)) and m.weight.grad is not None:
+                    squares[m] = squares.get(m, 0) + m.weight.grad**2 / n_samples
+        model.zero_grad()
+        self._squares = squares
+
+    def score(self, layer: nn.Module) -> Tensor | None:
+        """½ Σ w² E[g²]."""
+        if layer not in self._squares:
+            return None
+        return (layer.weight**2 * self._squares[layer]).flatten(1 if layer.weight.dim() > 1 else 0).reshape(
+            len(layer.weight), -1
+        ).sum(1) / 2
+
+
+def _taylor(model: nn.Module, batches: _Batches) -> Any:
+    model.zero_grad()
+    for x, y in batches:
+        cross_entropy(model(x), y).backward()
+    return tp.importance.GroupTaylorImportance()
+
+
+def _selector(**options: Any) -> Callable[[nn.Module, _Batches], Any]:
+    return lambda model, batches: CoSePSelector(**options).fit(model, batches, progress=False)
+
+
+#: Importances by name: ``f(model, calibration batches)``.
+METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
+    "random": lambda model, batches: tp.importance.RandomImportance(),
+    "l1": lambda model, batches: tp.importance.GroupMagnitudeImportance(p=1),
+    "l2": lambda model, batches: tp.importance.GroupMagnitudeImportance(p=2),
+    "bn-scale": lambda model, batches: tp.importance.BNScaleImportance(),
+    "lamp": lambda model, batches: tp.importance.LAMPImportance(p=2),
+    "fpgm": lambda model, batches: Fpgm(),
+    "taylor": _taylor,
+    "hessian": DiagonalHessian,
+    "correlation": _selector(space="correlation"),
+    "cosep": _selector(),
+    "cosep, max-norm": _selector(representative="max_norm"),
+    "cosep, consumers": _selector(tap="consumers"),
+    "cosep, reconstruction": _selector(representative="reconstruction"),
+    "cosep, as published": lambda model, batches: CoSePSelector.published().fit(model, batches, progress=False),
+    "class-means": _selector(space="class-means"),
+    "reconstruction": _selector(space="reconstruction"),
+    "joint": _selector(space="joint"),
+}
+
+
+def importance(name: str, model: nn.Module, batches: _Batches) -> Any:
+    """An importance for a model, with what it needs measured on calibration data."""
+    return METHODS[name](model, batches)

@@ -1,0 +1,102 @@
+"""The layers of a model that read prunable channels by weights, and their inputs while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_cosep.errors import InputError
+from tp_cosep.groups import Member, prunable_groups, read_group
+from tp_cosep.reading import Reading, reading_of
+from tp_cosep.tracing import ROOT_TYPES, trace
+
+__all__ = ["affordable", "find_readings", "named", "on_inputs"]
+
+# Positions per sample that are measured by default: a kernel's neighbours tell little that is new.
+_FEWEST_POSITIONS, _MOST_POSITIONS = 4, 16
+
+
+def find_readings(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    max_features: int,
+    ignored: Iterable[nn.Module] = (),
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+) -> dict[str, Reading]:
+    """How every layer reads that reads channels of a group and can be refitted.
+
+    Args:
+        model: A model.
+        example_inputs: For tracing.
+        max_features: Taps of kernels, and positions of flattened maps, have features of their own up to this many.
+        ignored: Groups that contain one of these are left out.
+        forward_fn: As for the pruner.
+
+    Returns:
+        Readings by layer name.
+    """
+    options = {} if forward_fn is None else {"forward_fn": forward_fn}
+    graph = trace(model, example_inputs, **options)
+    found: dict[str, Reading] = {}
+    for group in prunable_groups(graph, ignored, ROOT_TYPES):
+        for member in read_group(group).readers:
+            reading = None if member.name in found else reading_of(member.layer)
+            if reading is None:
+                continue
+            if reading.n_features_apart <= max_features:
+                reading = reading_of(member.layer, taps_apart=True)
+            else:
+                reading = reading_of(member.layer, repeat=_repeat(member))
+            assert reading is not None
+            found[member.name] = reading
+    return found
+
+
+def _repeat(member: Member) -> int:
+    """Inputs of a linear layer that belong to one channel and lie next to each other; 1 if they do not."""
+    n = len(member.rows)
+    if not isinstance(member.layer, nn.Linear) or n != member.n_channels:
+        return 1
+    counts = torch.bincount(member.channels)
+    in_order = torch.equal(member.channels, torch.arange(len(counts)).repeat_interleave(counts))
+    return int(counts[0]) if in_order and bool((counts == counts[0]).all()) else 1
+
+
+def affordable(reading: Reading, shape: torch.Size) -> int:
+    """Positions per sample whose second moments cost half of the layer's own products, within 4 … 16.
+
+    A position costs n² / 2 products in double precision, as much as n² in single.
+    """
+    n = reading.n_products(shape) // (2 * reading.n_features**2)
+    return min(max(n, _FEWEST_POSITIONS), _MOST_POSITIONS)
+
+
+@contextmanager
+def on_inputs(layers: Iterable[nn.Module], take: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Call ``take(layer, input)`` whenever one of some layers is called."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(layer, args[0] if args else kwargs["input"])
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Say in errors which layer they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"layer {name!r}: {error}") from error

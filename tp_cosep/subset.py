@@ -1,0 +1,136 @@
+"""Which inputs linear readers can best do without: backward elimination of columns.
+
+Readers compute ``y = W x``. If some of x are left out and W is refitted to the rest, the outputs lose
+``Σ_o (w_o − ŵ_o)ᵀ C (w_o − ŵ_o)``, C being the covariance of x. Losing one block b more costs, exactly,
+
+    tr( (P_bb)⁻¹ K_bb ),    P = C⁻¹,  K = W Wᵀ  (of what is left, refitted),
+
+after which ``G = (P_bb)⁻¹ P_b``, ``P ← P − P_·b G`` and ``W ← W − Gᵀ W_b``. Taking away what costs least, again and again, is
+Optimal Brain Surgeon (Hassibi & Stork 1993) for whole columns, and the mirror image of greedy column-subset selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Elimination", "Reader", "backward_elimination"]
+
+# Added to the covariance, as shares of each variance and of the mean variance: copies of a channel stay invertible.
+_RIDGE, _FLOOR = 1e-4, 1e-10
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What one reader of a group sees.
+
+    Attributes:
+        covariance: ``[f, f]`` of its inputs, C.
+        costs: ``[f, f]``, K = Σ_o w_o w_oᵀ over its outputs, each scaled by what an error there costs.
+        components: ``[f]`` int64, the component that each input goes with; −1 for inputs that stay.
+    """
+
+    covariance: Tensor
+    costs: Tensor
+    components: Tensor
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """An order in which components go.
+
+    Attributes:
+        order: ``[n]`` int64, components from the first to go to the last.
+        costs: ``[n]`` float64, what losing each of them then cost.
+    """
+
+    order: Tensor
+    costs: Tensor
+
+
+def backward_elimination(readers: Sequence[Reader], n_components: int, clusters: Tensor | None = None) -> Elimination:
+    """Take away, again and again, the component that the readers can best do without once refitted.
+
+    Args:
+        readers: What reads the components; costs add up.
+        n_components: Number of components, n.
+        clusters: ``[n]`` int64; the last member of a cluster goes only when every cluster has a single one left.
+
+    Returns:
+        All components in the order in which they go; of equally cheap ones the highest index goes first.
+
+    Example:
+        >>> x = torch.randn(500, 3, dtype=torch.float64)
+        >>> x = torch.cat([x, x[:, :1] + x[:, 1:2]], 1)  # the last one is the sum of the first two
+        >>> reader = Reader(x.T.cov(), torch.eye(4, dtype=torch.float64), torch.arange(4))
+        >>> elimination = backward_elimination([reader], 4)
+        >>> int(elimination.order[0]) in (0, 1, 3), bool(elimination.costs[0] < 0.01)
+        (True, True)
+    """
+    states = [_State(reader, n_components) for reader in readers]
+    device = readers[0].covariance.device
+    alive = torch.ones(n_components, dtype=torch.bool, device=device)
+    order, costs = [], []
+    members = None if clusters is None else torch.bincount(clusters).tolist()
+    labels = None if clusters is None else clusters.tolist()
+    for _ in range(n_components):
+        cost = torch.stack([state.costs() for state in states]).sum(0).masked_fill(~alive, torch.inf)
+        if members is not None and labels is not None and max(members) > 1:
+            last = torch.tensor([members[label] == 1 for label in labels], device=device)
+            cost = cost.masked_fill(last, torch.inf)
+        # argmin takes any of equal ones; the lowest index is to stay.
+        goes = int((cost == cost.min()).nonzero()[-1])
+        order.append(goes)
+        costs.append(float(cost[goes]))
+        alive[goes] = False
+        if members is not None and labels is not None:
+            members[labels[goes]] -= 1
+        for state in states:
+            state.remove(goes)
+    return Elimination(torch.tensor(order), torch.tensor(costs, dtype=torch.float64))
+
+
+class _State:
+    """P and K of one reader; where components differ in their number of inputs, inert inputs fill them up."""
+
+    def __init__(self, reader: Reader, n_components: int) -> None:
+        c = reader.covariance
+        variance = c.diagonal()
+        # A channel that never moves costs nothing, and stays invertible by the floor.
+        c = c + torch.diag(_RIDGE * variance + _FLOOR * variance.mean() + torch.finfo(c.dtype).tiny)
+        counts = torch.bincount(reader.components[reader.components >= 0], minlength=n_components)
+        width, f = int(counts.max()), len(c)
+        self._inverse = torch.eye(f + width, dtype=c.dtype, device=c.device)
+        self._inverse[:f, :f] = torch.linalg.inv(c)
+        self._k = torch.zeros_like(self._inverse)
+        self._k[:f, :f] = reader.costs
+        own = [(reader.components == i).nonzero()[:, 0] for i in range(n_components)]
+        inert = torch.arange(f, f + width, device=c.device)
+        self._blocks = torch.stack([torch.cat([b, inert[: width - len(b)]]) for b in own])
+
+    def costs(self) -> Tensor:
+        """What losing each component costs now, ``[n]``."""
+        rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
+        p, k = self._inverse[rows, columns], self._k[rows, columns]
+        if p.shape[1] == 1:
+            return (k / p)[:, 0, 0].clamp(min=0)
+        return torch.linalg.solve(p, k).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0)
+
+    def remove(self, component: int) -> None:
+        block = self._blocks[component]
+        p_b = self._inverse[block]
+        g = torch.linalg.solve(p_b[:, block], p_b)  # [b, f]
+        k_b = self._k[block]
+        self._inverse -= p_b.T @ g
+        # W − Gᵀ W_b, and K of it.
+        self._k -= g.T @ k_b
+        self._k -= self._k[:, block] @ g
+        # What went has no weights; a unit in the inverse keeps its block invertible.
+        self._k[block] = 0
+        self._k[:, block] = 0
+        self._inverse[block] = 0
+        self._inverse[:, block] = 0
+        self._inverse[block, block] = 1
