@@ -1,9 +1,9 @@
 """Least squares for a layer that lost inputs: what it can still compute from those that are left.
 
-A layer computes ``y = W x + c``. Where its inputs x become other ones, x′, the best that it can do is to predict x from
-them: ``x ≈ A x′ + b`` by least squares gives ``W′ = W A`` and ``c′ = c + W b``, which minimises
-``E ‖W x + c − W′ x′ − c′‖²``, for every W at once. When inputs only go, x′ being the part of x that stays, the rows of A
-that belong to x′ are the identity, and nothing changes at all if what goes is a linear function of what stays.
+A layer computes ``y = W x + c``. Where its inputs x become other ones, x′, the best that it can do is to predict x
+from them: ``x ≈ A x′ + b`` by least squares gives ``W′ = W A`` and ``c′ = c + W b``, which minimises
+``E ‖W x + c − W′ x′ − c′‖²``, for every W at once. When inputs only go, x′ being the part of x that stays, the rows
+of A that belong to x′ are the identity, and nothing changes at all if what goes is a linear function of what stays.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ class _Spectrum:
 
     def coefficients(self, ridge: float) -> Tensor:
         """A(λ), ``[m, p]``."""
-        return (self._targets / (self._values + ridge)) @ self._basis.T
+        a: Tensor = (self._targets / (self._values + ridge)) @ self._basis.T
+        return a
 
     def errors(self, xx: Tensor, tx: Tensor, tt: Tensor, metric: Tensor, ridges: tuple[float, ...]) -> Tensor:
         """E (t − t̂)ᵀ M (t − t̂) under other moments, for every ridge strength."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from tp_cosep.readers import affordable, find_readings, named, on_inputs
 from tp_cosep.reading import Reading, n_outputs, reading_of
 from tp_cosep.second_moments import SecondMoments
 from tp_cosep.snapshot import restored_on_error
+from tp_cosep.surgery import add_biases
 
 __all__ = ["MODES", "Compensator", "Repair"]
 
@@ -309,11 +310,14 @@ class Compensator:
         self.repairs += [*repairs, *left_alone]
         return [*repairs, *left_alone]
 
-    def saved(self) -> Compensator:
-        """A copy that later groups do not change; the model is not copied."""
-        saved = copy(self)
-        saved.repairs, saved.new_biases, saved._readers = [*self.repairs], [*self.new_biases], dict(self._readers)
-        return saved
+    def saved(self) -> Callable[[], None]:
+        """Remember what is known now; the function that is returned puts it back, for a model that is put back too."""
+        repairs, new_biases, readers = [*self.repairs], [*self.new_biases], dict(self._readers)
+
+        def restore() -> None:
+            self.repairs, self.new_biases, self._readers = repairs, new_biases, readers
+
+        return restore
 
     def _losing(self, group: Any) -> tuple[dict[nn.Module, _Reader], list[Repair]]:
         """The readers of a group with what they lose, and those that are left alone."""
@@ -331,7 +335,8 @@ class Compensator:
             if is_out and layer in self._attention:
                 reason = "products of queries and keys are not refitted, only what reads the values"
                 left_alone.append(Repair(names[layer], len(idxs), reason=reason))
-            if not is_in or is_out:  # what is both treats every channel by itself
+            # What is both treats every channel by itself, but for attention.
+            if not is_in or (is_out and not isinstance(layer, nn.MultiheadAttention)):
                 continue
             if known is not None:
                 inputs.setdefault(layer, set()).update(idxs)
@@ -410,7 +415,7 @@ class Compensator:
         originals: Mapping[nn.Module, Reading],
         i: int,
     ) -> dict[nn.Module, Tensor]:
-        """What some layers of a model read of batch i, ``[rows, features]`` float64; as many rows as of the originals."""
+        """What some layers of a model read of batch i, ``[rows, features]`` float64, at the originals' positions."""
         generators = {layer: torch.Generator().manual_seed(self.seed + i) for layer in readers}
         rows: dict[nn.Module, list[Tensor]] = {layer: [] for layer in readers}
 
@@ -424,8 +429,9 @@ class Compensator:
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
     def _refit_from(self, graph: Any, known: _Reader, sums: Sequence[SecondMoments]) -> Repair:
-        layer, reading = known.reading.layer, known.reading
-        original = self._original[layer]
+        reading = known.reading
+        layer: Any = reading.layer
+        original: Any = self._original[layer]
         maps0, maps = reading.maps(_weight(original)), torch.zeros_like(reading.maps(_weight(layer)))
         staying = reading.features_of(known.staying()).to(maps.device).chunk(reading.groups)
         outputs = known.outputs.to(maps.device).chunk(reading.groups)
@@ -451,15 +457,15 @@ class Compensator:
         return _repair(known, fits)
 
     def _add_constant(self, graph: Any, known: _Reader, constant: Tensor) -> None:
-        layer = known.reading.layer
-        norm = None if layer.bias is not None else _norm_behind(graph, layer)
+        layer: Any = known.reading.layer
+        norm: Any = None if layer.bias is not None else _norm_behind(graph, layer)
         if norm is not None:
             norm.running_mean.sub_(constant.to(norm.running_mean.dtype))
             return
         if layer.bias is None:
             if not constant.any():
                 return
-            layer.bias = nn.Parameter(layer.weight.new_zeros(len(constant)), layer.weight.requires_grad)
+            add_biases(self.model, [known.name])
             self.new_biases.append(known.name)
         layer.bias.add_(constant.to(layer.bias.dtype))
 

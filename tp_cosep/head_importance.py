@@ -61,12 +61,18 @@ def select_heads(
         if distances is None:
             selections.append(None)
             continue
-        preference = selector.preference(group, view)
+        preference = _preference(selector, group, view)
         chosen = heads_of_layer(
             distances, n_sharing=n // n_shared, n_keep=count, preference=preference, **selector.rules
         )
         selections.append(chosen.expanded(view.component_of))
     return selections
+
+
+def _preference(selector: CoSePSelector, group: Any, view: GroupView) -> Tensor | None:
+    """What decides which head of a cluster is kept; the medoid where only clusters of channels can tell."""
+    preference = selector.preference(group, view)
+    return None if callable(preference) else preference
 
 
 def _select_in_model(
@@ -86,7 +92,7 @@ def _select_in_model(
     distances = _distances(selector, [views[i] for i in known]) if known else None
     if distances is None:
         return selections
-    preferences = [p for i in known if (p := selector.preference(groups[i], views[i])) is not None]
+    preferences = [p for i in known if (p := _preference(selector, groups[i], views[i])) is not None]
     parts = heads_of_model(
         distances,
         [views[i].n_components for i in known],

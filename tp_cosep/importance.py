@@ -163,8 +163,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
     def published(cls, **changed: Any) -> CoSePSelector:
         """CoSeP exactly as published (arXiv 2505.13225 v2).
 
-        Every pixel is a cell of its own, JM distances of what layers make, k-medoids for every k, Kneedle's first knee of
-        the Mean Simplified Silhouette, medoids kept.
+        Every pixel is a cell of its own, JM distances of what layers make, k-medoids for every k, Kneedle's first
+        knee of the Mean Simplified Silhouette, medoids kept.
 
         Args:
             **changed: Options that are to differ.
@@ -230,8 +230,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         if by_readers or self.representative == "reconstruction":
             if not by_readers and iter(loader) is loader:
                 raise InputError(
-                    "fit: representative='reconstruction' reads the data twice; pass a DataLoader or a list of batches, "
-                    f"got a {type(loader).__name__} that can be read once."
+                    "fit: representative='reconstruction' reads the data twice; pass a DataLoader or a list of "
+                    f"batches, got a {type(loader).__name__} that can be read once."
                 )
             readers = collect_reader_moments(
                 model,
@@ -442,6 +442,9 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
 
         Returns:
             ``None`` for the medoid.
+
+        Raises:
+            InputError: If an importance gives scores of another shape.
         """
         if self.representative == "medoid":
             return None

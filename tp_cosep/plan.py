@@ -16,7 +16,7 @@ from tp_cosep.batches import evaluating, run_model
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.selection import ChannelSelection
 from tp_cosep.snapshot import restored_on_error
-from tp_cosep.surgery import group_of, pruned
+from tp_cosep.surgery import add_biases, group_of, pruned
 from tp_cosep.tracing import trace
 
 __all__ = ["GroupPlan", "PruningPlan"]
@@ -63,11 +63,14 @@ class PruningPlan:
         groups: One entry per visit; iterative pruning visits a group several times.
         options: The options that led here, for the reader.
         ignored_params: Names of parameters outside of layers that the groups leave alone.
+        new_biases: Names of layers that were given a bias by a :class:`tp_cosep.Compensator`; :meth:`apply` gives
+            them one of zeros, for weights to be loaded into.
     """
 
     groups: tuple[GroupPlan, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     ignored_params: tuple[str, ...] = ()
+    new_biases: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -116,6 +119,7 @@ class PruningPlan:
                 )
             ignored = [parameters[name] for name in self.ignored_params]
             graph = trace(model, example_inputs, ignored_params=ignored, **trace_options)
+            add_biases(model, self.new_biases)
             for group in self.groups:
                 if group.selection is not None and group.selection.prune_idxs:
                     _prune(graph, model, group, group.selection)
@@ -143,6 +147,7 @@ class PruningPlan:
             "version": _VERSION,
             "options": self.options,
             "ignored_params": self.ignored_params,
+            "new_biases": self.new_biases,
             "groups": [_group_to_json(group) for group in self.groups],
         }
         target = Path(path)
@@ -178,7 +183,8 @@ class PruningPlan:
             )
         try:
             groups = tuple(_group_from_json(group) for group in document["groups"])
-            return cls(groups, dict(document["options"]), tuple(document.get("ignored_params", ())))
+            names = (tuple(document.get(key, ())) for key in ("ignored_params", "new_biases"))
+            return cls(groups, dict(document["options"]), *names)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"plan {str(path)!r}: damaged, {type(error).__name__}: {error}.") from error
 

@@ -17,12 +17,14 @@ from tp_cosep.attention import ATTENTION_JS
 from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
+from tp_cosep.compensator import Compensator
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, head_parameters
 from tp_cosep.importance import CoSePSelector
 from tp_cosep.plan import GroupPlan, PruningPlan
+from tp_cosep.recalibration import recalibrate
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.surgery import group_of, pruned
 from tp_cosep.tracing import resolve_layers, resolve_ratios, trace, trace_options, tracing
@@ -74,11 +76,17 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             read the removed channels; a difference means that Torch-Pruning has mixed up channels, and counts as a
             failure. Groups with layers that look at all channels at once (LayerNorm, attention) are not compared. Turn
             it off for models that do so by other means, such as a mean over channels.
+        compensate: Refit what reads a group just before it is pruned, see :class:`Compensator`: ``True`` or a mode,
+            ``"one-shot"`` or ``"sequential"``, with the data of ``loader``; or a compensator of your own for this
+            model, fitted or not. After fine-tuning it measures anew before it is used again.
+        recalibrate: Estimate BatchNorm statistics anew on ``loader`` after each step (each group with ``layerwise``),
+            before fine-tuning, see :func:`tp_cosep.recalibrate`.
         fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``.
         **options: Every other keyword of ``tp.pruner.BasePruner``.
 
     Attributes:
         plan: What was kept in each group and why; grows with every step.
+        compensator: The compensator, with its ``repairs``; ``None`` without one.
 
     Raises:
         InputError: If the options contradict each other.
@@ -108,6 +116,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         adapt: Callable[[nn.Module], object] | None = None,
         on_failure: str = "raise",
         verify: bool = True,
+        compensate: bool | str | Compensator = False,
+        recalibrate: bool = False,
         fit_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -133,6 +143,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
+        if recalibrate and loader is None:
+            raise InputError("CoSePPruner: recalibrate=True runs the model on calibration data; pass loader=.")
+        self.compensator = _compensator(compensate, model, example_inputs, loader, options.get("forward_fn"))
+        self.recalibrate = recalibrate
+        self._is_stale = False
         self.example_inputs = example_inputs
         self.automatic = automatic
         self.loader = loader
@@ -209,14 +224,16 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     self._fit()
                 for group in self._prune():
                     yield from self._visit(group, prune=prune)
-                    if self.layerwise and self.fine_tune is not None:
-                        self.fine_tune(self.model)
+                    if self.layerwise:
+                        self._finish()
                 for entry in (*self._pending.values(), *self._left):
                     self._record(entry.without(()))
                 self._pending.clear()
                 self._record_unvisited()
-                if not self.layerwise and self.fine_tune is not None:
-                    self.fine_tune(self.model)
+                if not self.layerwise:
+                    self._finish()
+                if self.compensator is not None:
+                    self.plan = replace(self.plan, new_biases=tuple(self.compensator.new_biases))
         except BaseException as error:
             # An interactive caller who stops early keeps what was pruned so far.
             if not isinstance(error, GeneratorExit):
@@ -227,6 +244,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Prune a group, or let the caller; with ``on_failure="skip"`` take a failure back and go on."""
         entry = self._with_heads_left(self._pending.pop(self._key(group)))
         plan, num_heads, channel_groups = self.plan, dict(self.num_heads), dict(self.out_channel_groups)
+        put_back = None if self.compensator is None else self.compensator.saved()
         try:
             with restored_on_error(self.model) if self.on_failure == "skip" else nullcontext():
                 yield from self._attempt(group, entry, prune=prune)
@@ -234,6 +252,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if self.on_failure != "skip":
                 raise
             self.plan = plan
+            if put_back is not None:
+                put_back()
             for now, before in ((self.num_heads, num_heads), (self.out_channel_groups, channel_groups)):
                 now.clear()
                 now.update(before)
@@ -257,8 +277,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     "prune the groups of one step in the order in which they come."
                 )
             gone = list(group[0].idxs if idxs is None else idxs)
+            going = group
+            if idxs is not None:
+                going = group_of(self.DG, group[0].dep.target.module, entry.side, gone, entry.heads)
+            self._compensate(going)
             if self.verify and not entry.heads:
-                going = group if idxs is None else group_of(self.DG, group[0].dep.target.module, entry.side, gone, {})
                 self._check.expect_without(going)
             pruned(self.model, lambda: native(idxs, record_history), n_now, gone, entry.heads)
             self._follow_heads(entry)
@@ -358,6 +381,29 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         options = {"layers": self._names, "num_heads": self.num_heads, **self.fit_options}
         selector.fit(self.model, self.loader, **options)
 
+    def _compensate(self, group: Any) -> None:
+        if self.compensator is None:
+            return
+        if self._is_stale or not self.compensator.is_fitted:
+            if self.loader is None:
+                raise InputError(
+                    "CoSePPruner: compensate= has to measure the model, also after fine-tuning; pass loader=."
+                )
+            target_fn = self.fit_options.get("target_fn")
+            self.compensator.fit(self.loader, target_fn=target_fn, progress=self.fit_options.get("progress", True))
+            self._is_stale = False
+        self.compensator(group)
+
+    def _finish(self) -> None:
+        """What comes after a step, or after a group with ``layerwise``."""
+        if self.recalibrate:
+            assert self.loader is not None
+            target_fn = self.fit_options.get("target_fn")
+            recalibrate(self.model, self.loader, target_fn=target_fn, progress=self.fit_options.get("progress", True))
+        if self.fine_tune is not None:
+            self.fine_tune(self.model)
+            self._is_stale = True
+
     def _with_heads_left(self, entry: GroupPlan) -> GroupPlan:
         """The entry with the numbers of heads that the stock pruner decided on, where it ranked them."""
         if not (self._is_ranked and entry.heads):
@@ -400,9 +446,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         names = ("current_step", "plan", *_STATE_DICTS)
         state = {n: copy(getattr(self, n)) for n in names}
         state["choices"] = self.choices.saved()
+        put_back = None if self.compensator is None else self.compensator.saved()
 
         def undo() -> None:
             self.__dict__.update(state)
+            if put_back is not None:
+                put_back()
             try:
                 self.DG = self._trace()
             except Exception as error:
@@ -414,6 +463,27 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _trace(self) -> Any:
         return trace(self.model, self.example_inputs, ignored_params=self.ignored_params, **self._trace_options)
+
+
+def _compensator(
+    compensate: bool | str | Compensator,
+    model: nn.Module,
+    example_inputs: Any,
+    loader: Iterable[Any] | None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None,
+) -> Compensator | None:
+    if compensate is False:
+        return None
+    if isinstance(compensate, Compensator):
+        if compensate.model is not model:
+            raise InputError("CoSePPruner: expected a compensator of this model, got one of another.")
+        made = compensate
+    else:
+        mode = "one-shot" if compensate is True else compensate
+        made = Compensator(model, example_inputs, mode=mode, forward_fn=forward_fn)
+    if loader is None and not made.is_fitted:
+        raise InputError("CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator.")
+    return made
 
 
 def _check_heads(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.errors import InputError
 from tp_cosep.moments import to_cells
-from tp_cosep.reading import Reading
 from tp_cosep.readers import affordable, find_readings, named, on_inputs
+from tp_cosep.reading import Reading
 from tp_cosep.second_moments import SecondMoments
 
 __all__ = ["ReaderMoments", "collect_reader_moments"]
@@ -64,7 +64,7 @@ class ReaderMoments:
                 "dimension has to be the sample"
             )
         if self.reading.repeat > 1:
-            x = x.unflatten(1, (-1, self.reading.repeat)).flatten(2)  # type: ignore[no-untyped-call]
+            x = x.reshape(len(x), -1, self.reading.repeat, *x.shape[2:]).flatten(2)
         cells = to_cells(x, spatial=spatial).to(torch.float64)
         n = int(labels.max()) + 1
         if self.sums.numel() == 0:
@@ -132,7 +132,7 @@ def collect_reader_moments(
         if name not in found:
             second = SecondMoments(reading.n_features, x.device)
             empty = torch.zeros(0, dtype=torch.int64, device=x.device)
-            found[name] = ReaderMoments(reading, layer.weight.shape, second, empty.double(), empty)  # type: ignore[arg-type, union-attr]
+            found[name] = ReaderMoments(reading, layer.weight.shape, second, empty.double(), empty)  # type: ignore[arg-type]
         with named(name):
             found[name].second.update(reading.sampler(x.shape, affordable(reading, x.shape), generator)(x))
         # The next layer may work in place.

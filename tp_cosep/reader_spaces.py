@@ -1,8 +1,8 @@
 """How components compare in what their readers see: covariances of the readers' inputs, and distances from them.
 
-Three covariances are known: that of the inputs over positions and samples (*reconstruction*: what can be computed from what);
-that of class means alone (*class means*: what tells classes apart, all that a linear reader of averages needs); and
-the first plus α times the second (*joint*), which lets no class contrast be lost for the sake of mere variance.
+Three covariances are known: that of the inputs over positions and samples (*reconstruction*: what can be computed from
+what); that of class means alone (*class means*: what tells classes apart, all that a linear reader of averages needs);
+and the first plus α times the second (*joint*), which lets no class contrast be lost for the sake of mere variance.
 """
 
 from __future__ import annotations

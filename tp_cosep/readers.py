@@ -71,6 +71,13 @@ def affordable(reading: Reading, shape: torch.Size) -> int:
     """Positions per sample whose second moments cost half of the layer's own products, within 4 … 16.
 
     A position costs n² / 2 products in double precision, as much as n² in single.
+
+    Args:
+        reading: How the layer reads.
+        shape: Of its input.
+
+    Returns:
+        Number of positions.
     """
     n = reading.n_products(shape) // (2 * reading.n_features**2)
     return min(max(n, _FEWEST_POSITIONS), _MOST_POSITIONS)

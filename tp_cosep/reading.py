@@ -1,8 +1,9 @@
 """What a convolution or a linear layer reads, as rows of features, and its weights in the same order.
 
-Contract: features are ``[channel, tap]`` in row-major order, over the channels of one channel group; maps are
-``[groups, features, outputs, positions]``. With *taps together* a feature is a channel, and the kernel's taps are positions
-at which the same features are read with other weights; with taps apart every tap of every channel is a feature.
+Contract: features are ``[channel, tap]`` in row-major order, over the channels of one channel group; maps
+are ``[groups, features, outputs, positions]``. With *taps together* a feature is a channel, and the kernel's taps
+are positions at which the same features are read with other weights; with taps apart every tap of every channel
+is a feature.
 """
 
 from __future__ import annotations
@@ -94,8 +95,10 @@ class Reading:
         """Weights as ``[groups, features, outputs per group, positions]`` float64, a copy."""
         w = weight.detach().to(torch.float64)
         if isinstance(self.layer, nn.Linear):
-            w = w.unflatten(1, (-1, self.repeat))
-        w = w.flatten(2).unflatten(0, (self.groups, -1))  # [groups, outputs, channels, taps], or transposed
+            w = _split(w, 1, self.repeat)
+        w = w.flatten(2).reshape(
+            self.groups, -1, *w.flatten(2).shape[1:]
+        )  # [groups, outputs, channels, taps], or transposed
         w = w if self.is_transposed else w.transpose(1, 2)
         if not self.taps_apart:
             return w.clone()
@@ -104,7 +107,7 @@ class Reading:
     def weight(self, maps: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`maps`, in shape and type of ``like``."""
         if self.taps_apart:
-            maps = maps[..., 0].unflatten(1, (-1, self.features_per_channel)).transpose(2, 3)
+            maps = _split(maps[..., 0], 1, self.features_per_channel).transpose(2, 3)
         w = maps if self.is_transposed else maps.transpose(1, 2)
         return w.flatten(0, 1).reshape(like.shape).to(like.dtype)
 
@@ -115,6 +118,9 @@ class Reading:
             shape: Of the layer's input.
             n: Rows per sample, at most; all there are if these are fewer.
             generator: For the draw, on the CPU.
+
+        Returns:
+            A function of the input that gives the rows, ``[rows, features of all channel groups]``.
         """
         if isinstance(self.layer, nn.Linear):
             return _of_rows(shape, self.repeat, n, generator)
@@ -154,7 +160,13 @@ class _Sampler:
         rows = x[self.samples.to(device)[:, None], self.positions.to(device)]  # [rows, taps, channels]
         if self.inside is not None:
             rows = rows * self.inside.to(device)[:, :, None]
-        return rows.transpose(1, 2).flatten(1)
+        flat: Tensor = rows.transpose(1, 2).flatten(1)
+        return flat
+
+
+def _split(x: Tensor, dim: int, size: int) -> Tensor:
+    """Make two dimensions of one, the second of a given size."""
+    return x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
 
 
 def _of_rows(shape: torch.Size, repeat: int, n: int, generator: torch.Generator) -> _Sampler:
@@ -182,7 +194,7 @@ def _of_maps(reading: Reading, shape: torch.Size, n: int, generator: torch.Gener
     else:
         samples, pairs = _drawn(shape[0], prod(n_out) * len(taps), n, generator)
         out_at, tap_at = (pairs // len(taps))[:, None], (pairs % len(taps))[:, None]
-    position = torch.zeros(torch.broadcast_shapes(out_at.shape, tap_at.shape), dtype=torch.int64)
+    position = torch.zeros_like(out_at + tap_at)
     inside = torch.ones_like(position, dtype=torch.bool)
     for i, at in enumerate(torch.unravel_index(out_at, tuple(n_out))):
         place = at * stride[i] + taps[tap_at, i] * dilation[i] - before[i]
@@ -195,6 +207,9 @@ def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int
     """Sizes of a convolution's map, what zeros are put before it in each dimension, and sizes of its output.
 
     Padding with other values than zeros counts to the map.
+
+    Returns:
+        Three numbers for every dimension.
     """
     assert isinstance(layer, _ConvNd)
     sizes, around = list(shape[2:]), layer._reversed_padding_repeated_twice  # the last dimension first, both sides

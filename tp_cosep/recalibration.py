@@ -70,7 +70,8 @@ def recalibrate(
         if not n_batches:
             raise InputError("recalibrate: expected at least one batch, the loader gave none.")
         for name, m in norms.items():
-            if not bool(torch.isfinite(m.running_mean).all() and torch.isfinite(m.running_var).all()):
+            statistics = [x for x in (m.running_mean, m.running_var) if x is not None]
+            if not all(bool(torch.isfinite(x).all()) for x in statistics):
                 raise InputError(
                     f"layer {name!r}: its statistics came out NaN or infinite; check the inputs and the weights, or "
                     "give it batches of more than one value per channel."

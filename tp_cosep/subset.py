@@ -5,8 +5,9 @@ Readers compute ``y = W x``. If some of x are left out and W is refitted to the 
 
     tr( (P_bb)⁻¹ K_bb ),    P = C⁻¹,  K = W Wᵀ  (of what is left, refitted),
 
-after which ``G = (P_bb)⁻¹ P_b``, ``P ← P − P_·b G`` and ``W ← W − Gᵀ W_b``. Taking away what costs least, again and again, is
-Optimal Brain Surgeon (Hassibi & Stork 1993) for whole columns, and the mirror image of greedy column-subset selection.
+after which ``G = (P_bb)⁻¹ P_b``, ``P ← P − P_·b G`` and ``W ← W − Gᵀ W_b``. Taking away what costs least, again and
+again, is Optimal Brain Surgeon (Hassibi & Stork 1993) for whole columns, and the mirror image of greedy column-subset
+selection.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class _State:
         p, k = self._inverse[rows, columns], self._k[rows, columns]
         if p.shape[1] == 1:
             return (k / p)[:, 0, 0].clamp(min=0)
-        return torch.linalg.solve(p, k).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0)
+        costs: Tensor = torch.linalg.solve(p, k).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0)
+        return costs
 
     def remove(self, component: int) -> None:
         block = self._blocks[component]

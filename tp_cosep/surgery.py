@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_cosep.errors import InputError
 from tp_cosep.heads import head_parameters, tell_owners
+from tp_cosep.reading import n_outputs, reading_of
 from tp_cosep.tracing import frozen_kept
 
-__all__ = ["group_of", "pruned"]
+__all__ = ["add_biases", "group_of", "pruned"]
 
 
 def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads: Mapping[str, tuple[int, int]]) -> Any:
@@ -41,6 +43,24 @@ def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads
             if before == after:
                 group[i] = (dep, [])
     return group
+
+
+def add_biases(model: nn.Module, names: Iterable[str]) -> None:
+    """Give layers a bias of zeros.
+
+    Raises:
+        InputError: If a layer is missing, or is no convolution or linear layer.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        layer: Any = modules.get(name)
+        if reading_of(layer) is None:
+            raise InputError(
+                f"layer {name!r}: the plan gives it a bias; expected a convolution or linear layer of this name, got "
+                f"{type(layer).__name__}; apply the plan to the model it was made for."
+            )
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(n_outputs(layer)), layer.weight.requires_grad)
 
 
 def pruned(

@@ -8,12 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tp_cosep._torchvision import import_torchvision
-
-import_torchvision()  # before torch_pruning, which looks for it once
-
 from benchmarks.compare.cells import REPAIRS, Cell, Records, measure
-from benchmarks.compare.data import DATA, load
+from benchmarks.compare.data import load
 from benchmarks.compare.methods import METHODS
 from benchmarks.compare.training import Recipe, checkpoint, train_checkpoint
 

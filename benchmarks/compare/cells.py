@@ -34,8 +34,8 @@ class Cell:
         network: Its name.
         data: The data set.
         seed: Of the trained network, the calibration data, the random selection and the fine-tuning.
-        amount: ``"half"`` of the channels of every layer, or a speed-up in MACs such as ``"2x"``, reached by one ratio for
-            all layers.
+        amount: ``"half"`` of the channels of every layer, or a speed-up in MACs such as ``"2x"``, reached by one ratio
+            for all layers.
         method: The selection.
         repair: One of :data:`REPAIRS`.
         recalibrated: Whether BatchNorm statistics were estimated anew.

