@@ -2,6 +2,7 @@ import pytest
 import torch
 from models import seeded
 
+from tp_cosep import subset
 from tp_cosep.subset import Reader, backward_elimination
 
 N = 7
@@ -30,8 +31,10 @@ def lost(reader, w, kept):
     return float(((w - refitted) * (c @ (w - refitted))).sum())
 
 
+@pytest.mark.parametrize("n_pending", [1, 5, 64])
 @pytest.mark.parametrize("sizes", [[1] * N, [3] * N, [1, 2, 3, 1, 1, 4, 2]])
-def test_every_step_takes_what_costs_least(sizes):
+def test_every_step_takes_what_costs_least(sizes, n_pending, monkeypatch):
+    monkeypatch.setattr(subset, "_MOST_PENDING", n_pending)
     parts = [reader(sizes, 2, 5), reader(sizes[::-1], 0, 3, seed=1)]
     elimination = backward_elimination([r for r, _ in parts], N)
     left, before = set(range(N)), 0.0

@@ -22,6 +22,8 @@ __all__ = ["Elimination", "Reader", "backward_elimination"]
 
 # Added to the covariance, as shares of each variance and of the mean variance: copies of a channel stay invertible.
 _RIDGE, _FLOOR = 1e-4, 1e-10
+# Rows of low rank that wait until they are subtracted together: one large product is faster than many small ones.
+_MOST_PENDING = 64
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ def backward_elimination(readers: Sequence[Reader], n_components: int, clusters:
 
 
 class _State:
-    """P and K of one reader; where components differ in their number of inputs, inert inputs fill them up."""
+    """P and K of one reader, as matrices and products of low rank that are subtracted from them now and then.
+
+    Where components differ in their number of inputs, inert inputs fill them up.
+    """
 
     def __init__(self, reader: Reader, n_components: int) -> None:
         c = reader.covariance
@@ -104,35 +109,64 @@ class _State:
         c = c + torch.diag(_RIDGE * variance + _FLOOR * variance.mean() + torch.finfo(c.dtype).tiny)
         counts = torch.bincount(reader.components[reader.components >= 0], minlength=n_components)
         width, f = int(counts.max()), len(c)
-        self._inverse = torch.eye(f + width, dtype=c.dtype, device=c.device)
-        self._inverse[:f, :f] = torch.linalg.inv(c)
-        self._k = torch.zeros_like(self._inverse)
-        self._k[:f, :f] = reader.costs
+        self._n_features = f
+        p = torch.eye(f + width, dtype=c.dtype, device=c.device)
+        p[:f, :f] = torch.linalg.inv(c)
+        k = torch.zeros_like(p)
+        k[:f, :f] = reader.costs
+        self._p, self._k = _Lazy(p), _Lazy(k)
         own = [(reader.components == i).nonzero()[:, 0] for i in range(n_components)]
         inert = torch.arange(f, f + width, device=c.device)
         self._blocks = torch.stack([torch.cat([b, inert[: width - len(b)]]) for b in own])
+        rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
+        self._p_blocks, self._k_blocks = p[rows, columns], k[rows, columns]  # [n, q, q]
+        self._gone = torch.zeros(n_components, dtype=torch.bool, device=c.device)
 
     def costs(self) -> Tensor:
-        """What losing each component costs now, ``[n]``."""
-        rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
-        p, k = self._inverse[rows, columns], self._k[rows, columns]
-        if p.shape[1] == 1:
-            return (k / p)[:, 0, 0].clamp(min=0)
-        costs: Tensor = torch.linalg.solve(p, k).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0)
-        return costs
+        """What losing each component costs now, ``[n]``; 0 for one that is gone."""
+        if self._blocks.shape[1] == 1:
+            return (self._k_blocks / self._p_blocks)[:, 0, 0].clamp(min=0)
+        costs: Tensor = torch.linalg.solve(self._p_blocks, self._k_blocks).diagonal(dim1=1, dim2=2).sum(1)
+        return costs.clamp(min=0)
 
     def remove(self, component: int) -> None:
         block = self._blocks[component]
-        p_b = self._inverse[block]
-        g = torch.linalg.solve(p_b[:, block], p_b)  # [b, f]
-        k_b = self._k[block]
-        self._inverse -= p_b.T @ g
-        # W − Gᵀ W_b, and K of it.
-        self._k -= g.T @ k_b
-        self._k -= self._k[:, block] @ g
-        # What went has no weights; a unit in the inverse keeps its block invertible.
-        self._k[block] = 0
-        self._k[:, block] = 0
-        self._inverse[block] = 0
-        self._inverse[:, block] = 0
-        self._inverse[block, block] = 1
+        block = block[block < self._n_features]
+        p_b, k_b = self._p.rows(block), self._k.rows(block)  # [q, f]
+        g = torch.linalg.solve(p_b[:, block], p_b)
+        h = k_b - k_b[:, block] @ g  # the rows of K once the block's own share is off: K is symmetric
+        self._p.subtract(p_b, g)
+        # K of W − Gᵀ W_b: K − Gᵀ K_b − (K_·b − Gᵀ K_bb) G
+        self._k.subtract(torch.cat([g, h]), torch.cat([k_b, g]))
+        p_b, k_b, g, h = (x[:, self._blocks].transpose(0, 1) for x in (p_b, k_b, g, h))  # [n, inputs, q]
+        self._p_blocks -= p_b.transpose(1, 2) @ g
+        self._k_blocks -= g.transpose(1, 2) @ k_b + h.transpose(1, 2) @ g
+        self._gone[component] = True
+        self._p_blocks[self._gone] = torch.eye(self._blocks.shape[1], dtype=g.dtype, device=g.device)
+        self._k_blocks[self._gone] = 0
+
+
+class _Lazy:
+    """A matrix from which products of low rank are subtracted, many of them at a time."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._left: list[Tensor] = []
+        self._right: list[Tensor] = []
+        self._n_pending = 0
+
+    def rows(self, idxs: Tensor) -> Tensor:
+        """Rows as they are now, ``[n, f]``."""
+        rows = self._x[idxs]
+        if self._left:
+            rows = rows - torch.cat(self._left)[:, idxs].T @ torch.cat(self._right)
+        return rows
+
+    def subtract(self, left: Tensor, right: Tensor) -> None:
+        """Take off leftᵀ @ right, ``[r, f]`` each."""
+        self._left.append(left)
+        self._right.append(right)
+        self._n_pending += len(left)
+        if self._n_pending >= _MOST_PENDING:
+            self._x = self._x - torch.cat(self._left).T @ torch.cat(self._right)
+            self._left, self._right, self._n_pending = [], [], 0
