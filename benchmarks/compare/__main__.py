@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from pathlib import Path
 
 import torch
 
 from benchmarks.compare.cells import REPAIRS, Cell, Records, measure
 from benchmarks.compare.data import load
+from benchmarks.compare.latency import measure_latency
 from benchmarks.compare.methods import METHODS
+from benchmarks.compare.tables import plot_results, results_page
 from benchmarks.compare.training import Recipe, checkpoint, train_checkpoint
 
 RECORDS = Path(__file__).parent / "records"
@@ -39,12 +42,19 @@ def main() -> None:
     part.add_argument("--amounts", default="half")
     part.add_argument("--repairs", default=",".join(REPAIRS))
     part.add_argument("--epochs", type=float, default=0)
+    part.add_argument("--calibration", default="1000", help="numbers of images, separated by commas")
     part.add_argument("--base", type=int, help="index of the trained network; that of the seed by default")
+    part = parts.add_parser("latency", help="time pruned networks against unpruned ones")
+    part.add_argument("names", nargs="+", metavar="NETWORK-DATA")
+    part.add_argument("--speedups", default="2,4")
+    parts.add_parser("table", help="write docs/results.md and its figure from the records")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.part == "run":
-        run(args)
-        return
+    PARTS[args.part](args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train what is not trained yet."""
     for name in args.names:
         network, rest = name.split("-", 1)
         data, seed = rest.rsplit("-", 1)
@@ -63,13 +73,36 @@ def run(args: argparse.Namespace) -> None:
         images = load(data, args.folder)
         records = Records(RECORDS / f"{network}-{data}.jsonl")
         base = int(seed) if args.base is None else args.base
-        for amount, repair, method in itertools.product(
-            args.amounts.split(","), args.repairs.split(","), args.methods.split(",")
-        ):
+        lists = (args.amounts, args.repairs, args.methods, args.calibration)
+        for amount, repair, method, n in itertools.product(*(x.split(",") for x in lists)):
             method = method.replace("; ", ", ")
-            cell = Cell(network, data, int(seed), amount, method, repair, True, args.epochs, base=base)
+            cell = Cell(network, data, int(seed), amount, method, repair, True, args.epochs, int(n), base)
             measure(cell, images, records)
 
+
+def latency(args: argparse.Namespace) -> None:
+    """Time pruned networks, and keep the times in place of older ones."""
+    target = RECORDS / "latency.jsonl"
+    old = [json.loads(line) for line in target.read_text().splitlines()] if target.is_file() else []
+    for name in args.names:
+        network, data = name.split("-", 1)
+        new = [
+            r for s in args.speedups.split(",") for r in measure_latency(network, load(data, args.folder), float(s))
+        ]  # fmt: skip
+        old = [r for r in old if (r["network"], r["data"]) != (network, data)] + new
+        target.write_text("".join(json.dumps(r) + "\n" for r in old))
+        print("\n".join(json.dumps(r) for r in new), flush=True)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Write the page and its figure."""
+    docs = Path(__file__).parents[2] / "docs"
+    introduction = (Path(__file__).parent / "introduction.md").read_text()
+    (docs / "results.md").write_text(results_page(RECORDS, introduction))
+    plot_results(RECORDS, docs / "results.png")
+
+
+PARTS = {"train": train, "run": run, "latency": latency, "table": table}
 
 if __name__ == "__main__":
     main()

@@ -107,7 +107,7 @@ def ratio_for_speedup(model: nn.Module, x: torch.Tensor, speedup: float) -> floa
 def measure(cell: Cell, images: Images, records: Records) -> None:
     """Measure a cell with and without recalibration (without fine-tuning), or with it and fine-tuned."""
     without, with_ = (Cell(**{**asdict(cell), "recalibrated": r}) for r in (False, True))
-    wanted = [with_] if cell.epochs else [without, with_]
+    wanted = [with_] if cell.epochs or cell.method == "unpruned" else [without, with_]
     if all(c in records for c in wanted):
         return
     model = trained(cell.network, images, cell.base)
@@ -115,6 +115,12 @@ def measure(cell: Cell, images: Images, records: Records) -> None:
     x = batches[0][0][:1]
     before = tp.utils.count_ops_and_params(model, x)
     ratio = 0.5 if cell.amount == "half" else ratio_for_speedup(model, x, float(cell.amount.removesuffix("x")))
+    if cell.method == "unpruned":
+        recipe = Recipe(**{**asdict(FINE_TUNING), "epochs": cell.epochs})
+        if cell.epochs:
+            train(model, images, recipe, cell.seed)
+        records.add(cell, accuracy=accuracy(model, images), macs=1.0, params=1.0, recipe=asdict(recipe))
+        return
     torch.manual_seed(cell.seed)
     start = time.perf_counter()
     imp = importance(cell.method, model, batches)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tp_cosep import CoSePSelector
 from tp_cosep.groups import read_group
 
-__all__ = ["METHODS", "importance"]
+__all__ = ["METHODS", "VARIANTS", "importance"]
 
 _Batches = list[tuple[Tensor, Tensor]]
 
@@ -88,8 +88,8 @@ def _taylor(model: nn.Module, batches: _Batches) -> Any:
     return tp.importance.GroupTaylorImportance()
 
 
-def _selector(**options: Any) -> Callable[[nn.Module, _Batches], Any]:
-    return lambda model, batches: CoSePSelector(**options).fit(model, batches, progress=False)
+def _selector(labels: str = "given", **options: Any) -> Callable[[nn.Module, _Batches], Any]:
+    return lambda model, batches: CoSePSelector(**options).fit(model, batches, labels=labels, progress=False)
 
 
 #: Importances by name: ``f(model, calibration batches)``.
@@ -112,8 +112,21 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "reconstruction": _selector(space="reconstruction"),
     "joint": _selector(space="joint"),
 }
+#: Changes of one option, to see what it decides.
+VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
+    "cosep, 1 cell": _selector(spatial=1),
+    "cosep, 8 × 8 cells": _selector(spatial=8),
+    "cosep, Hellinger": _selector(metric="hellinger"),
+    "cosep, Wasserstein": _selector(metric="wasserstein"),
+    "cosep, labels predicted": _selector(labels="predicted"),
+    "joint, labels predicted": _selector(labels="predicted", space="joint"),
+    "joint, 1 cell": _selector(spatial=1, space="joint"),
+    "joint, k-medoids": _selector(space="joint", method="k-medoids"),
+    "class-means, k-medoids": _selector(space="class-means", method="k-medoids"),
+    "correlation, column subset": _selector(space="correlation", method="column-subset"),
+}
 
 
 def importance(name: str, model: nn.Module, batches: _Batches) -> Any:
     """An importance for a model, with what it needs measured on calibration data."""
-    return METHODS[name](model, batches)
+    return {**METHODS, **VARIANTS}[name](model, batches)
