@@ -5,87 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model
-from tp_cosep.compensation import LinearFit, from_others, without
 from tp_cosep.errors import InputError, NotFittedError
 from tp_cosep.groups import module_names
 from tp_cosep.heads import attention_heads
 from tp_cosep.readers import affordable, find_readings, named, on_inputs
-from tp_cosep.reading import Reading, n_outputs, reading_of
+from tp_cosep.reading import Reading, reading_of
+from tp_cosep.refitting import MeasuredReader, Refit, Repair, apply, refit_to_original, refit_without
 from tp_cosep.second_moments import SecondMoments
 from tp_cosep.snapshot import restored_on_error
-from tp_cosep.surgery import add_biases
 
 __all__ = ["MODES", "Compensator", "Repair"]
 
 #: One fit per group on what was measured of the unpruned model, or another one on what the pruned model computes.
 MODES = ("one-shot", "sequential")
-
-
-@dataclass(frozen=True)
-class Repair:
-    """What became of one layer that read channels of a group.
-
-    Attributes:
-        name: The layer.
-        n_gone: Inputs that it lost.
-        error: The share of what these inputs contributed to its outputs that could not be made up for, in
-            [0, 1], estimated on data that was not fitted to; in sequential mode the share of its outputs that is
-            lost. ``None`` if it was left alone.
-        ridge: The ridge strength that was chosen, the largest of all channel groups.
-        reason: Why it was left alone.
-    """
-
-    name: str
-    n_gone: int
-    error: float | None = None
-    ridge: float | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A layer that reads, and what is known of it.
-
-    Attributes:
-        name: Its name.
-        reading: How it reads.
-        moments: Of the features that it has left.
-        inputs: Original indices of the channels that it has left.
-        outputs: Original indices of its outputs that are left.
-        losing_inputs: Positions in ``inputs`` of what a group is about to remove.
-        losing_outputs: Positions in ``outputs``, likewise.
-    """
-
-    name: str
-    reading: Reading
-    moments: SecondMoments
-    inputs: Tensor
-    outputs: Tensor
-    losing_inputs: frozenset[int] = field(default_factory=frozenset)
-    losing_outputs: frozenset[int] = field(default_factory=frozenset)
-
-    def staying(self) -> Tensor:
-        """Positions in ``inputs`` of what stays."""
-        return torch.tensor([i for i in range(len(self.inputs)) if i not in self.losing_inputs], dtype=torch.int64)
-
-    def settled(self) -> _Reader:
-        """What it is after the group was pruned, or was not: the layer itself shows it."""
-        inputs, outputs, moments = self.inputs, self.outputs, self.moments
-        staying = self.staying()
-        if self.losing_inputs and self.reading.n_channels == len(staying):
-            inputs, moments = inputs[staying], moments.of(self.reading.features_of(staying))
-        left = torch.tensor([i for i in range(len(outputs)) if i not in self.losing_outputs], dtype=torch.int64)
-        if self.losing_outputs and n_outputs(self.reading.layer) == len(left):
-            outputs = outputs[left]
-        return _Reader(self.name, self.reading, moments, inputs, outputs)
 
 
 class Compensator:
@@ -182,7 +121,7 @@ class Compensator:
         self.forward_fn = forward_fn
         self.repairs: list[Repair] = []
         self.new_biases: list[str] = []
-        self._readers: dict[nn.Module, _Reader] = {}
+        self._readers: dict[nn.Module, MeasuredReader] = {}
         self._attention: set[nn.Module] = set()
         self._original: dict[nn.Module, nn.Module] = {}
         self._batches: Callable[[], Iterator[Any]] | None = None
@@ -225,28 +164,21 @@ class Compensator:
             for i, batch in enumerate(progress_bar(loader, loader, "second moments", shown=progress)):
                 yield reader.split(batch, i)[0]
 
-        readers = self._found()
-        self._check_memory(readers)
+        readings = find_readings(
+            self.model, self.example_inputs, max_features=self.max_features, forward_fn=self.forward_fn
+        )
+        self._check_memory(readings)
+        readers = {r.layer: MeasuredReader.whole(name, r) for name, r in readings.items()}
         self._measure(batches(), readers)
-        self._readers, self._batches = {r.reading.layer: r for r in readers}, batches
+        self._readers, self._batches = readers, batches
         self._attention = set(attention_heads(self.model))
         if self.mode == "sequential":
             original = deepcopy(self.model)
             self._original = dict(zip(self.model.modules(), original.modules(), strict=True))
         return self
 
-    def _found(self) -> list[_Reader]:
-        """All layers that can be refitted and read channels of a group."""
-        readings = find_readings(
-            self.model, self.example_inputs, max_features=self.max_features, forward_fn=self.forward_fn
-        )
-        return [
-            _Reader(name, r, SecondMoments(0), torch.arange(r.n_channels), torch.arange(n_outputs(r.layer)))
-            for name, r in readings.items()
-        ]
-
-    def _check_memory(self, readers: Sequence[_Reader]) -> None:
-        sizes = sorted(((16 * (r.reading.n_features + 1) ** 2, r.name) for r in readers), reverse=True)
+    def _check_memory(self, readings: Mapping[str, Reading]) -> None:
+        sizes = sorted(((16 * (r.n_features + 1) ** 2, name) for name, r in readings.items()), reverse=True)
         needed = sum(size for size, _ in sizes)
         if needed > self.memory_budget:
             largest = ", ".join(f"{name!r} {size / 2**20:,.0f} MiB" for size, name in sizes[:3])
@@ -256,21 +188,17 @@ class Compensator:
                 "max_features to share coefficients between the taps of kernels."
             )
 
-    def _measure(self, batches: Iterable[Any], readers: Sequence[_Reader]) -> None:
+    def _measure(self, batches: Iterable[Any], readers: Mapping[nn.Module, MeasuredReader]) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        layers = {r.reading.layer: r for r in readers}
-        for r in readers:
-            device = next(r.reading.layer.parameters()).device
-            r.moments.folds = SecondMoments(r.reading.n_features, device).folds
 
         def take(layer: nn.Module, x: Tensor) -> None:
-            reader = layers[layer]
+            reader = readers[layer]
             with named(reader.name):
                 n = self.max_positions or affordable(reader.reading, x.shape)
                 reader.moments.update(reader.reading.sampler(x.shape, n, generator)(x))
 
         n_seen = 0
-        with evaluating(self.model), on_inputs(layers, take):
+        with evaluating(self.model), on_inputs(readers, take):
             for inputs in batches:
                 if n_samples(inputs) != 0:
                     self._run(self.model, inputs)
@@ -303,10 +231,11 @@ class Compensator:
         losing, left_alone = self._losing(group)
         sequential = self.mode == "sequential" and bool(losing)
         with restored_on_error(self.model) if sequential else nullcontext():
-            repairs = self._one_shot(group, losing)
+            # All are fitted before any is changed.
+            repairs = self._applied(group, [refit_without(known, self.ridge) for known in losing.values()])
             self._readers.update(losing)
             if sequential:
-                repairs = self._from_pruned(group, losing)
+                repairs = self._applied(group, self._from_pruned(losing))
         self.repairs += [*repairs, *left_alone]
         return [*repairs, *left_alone]
 
@@ -319,7 +248,7 @@ class Compensator:
 
         return restore
 
-    def _losing(self, group: Any) -> tuple[dict[nn.Module, _Reader], list[Repair]]:
+    def _losing(self, group: Any) -> tuple[dict[nn.Module, MeasuredReader], list[Repair]]:
         """The readers of a group with what they lose, and those that are left alone."""
         graph, names = group._DG, module_names(group)
         inputs: dict[nn.Module, set[int]] = {}
@@ -342,7 +271,7 @@ class Compensator:
                 inputs.setdefault(layer, set()).update(idxs)
             elif reason := _why_not(layer):
                 left_alone.append(Repair(names[layer], len(idxs), reason=reason))
-        losing = dict[nn.Module, _Reader]()
+        losing = dict[nn.Module, MeasuredReader]()
         for layer, gone in inputs.items():
             known = self._readers[layer]
             if known.reading.n_channels != len(known.inputs):
@@ -354,33 +283,13 @@ class Compensator:
             losing[layer] = replace(self._readers[layer], losing_inputs=channels)
         return losing, left_alone
 
-    def _one_shot(self, group: Any, losing: Mapping[nn.Module, _Reader]) -> list[Repair]:
-        refitted = []
-        for layer, known in losing.items():
-            reading = known.reading
-            maps = reading.maps(_weight(layer))
-            n_local = maps.shape[1]
-            gone = reading.features_of(sorted(known.losing_inputs)).to(maps.device)
-            constants, fits = [], []
-            for i in range(reading.groups):
-                block = torch.arange(i * n_local, (i + 1) * n_local)
-                here = gone[(gone >= block[0]) & (gone <= block[-1])] - i * n_local
-                folds = known.moments.of(block).folds
-                if not float(folds[:, -1, -1].sum()):
-                    raise InputError(f"layer {known.name!r}: the calibration data never reached it.")
-                maps[i], constant, fit = without(
-                    maps[i], folds, here, constant=reading.takes_constant, ridge=self.ridge
-                )
-                constants.append(constant)
-                fits.append(fit)
-            refitted.append((known, maps, torch.cat(constants), fits))
-        for known, maps, constant, _ in refitted:
-            layer = known.reading.layer
-            _weight(layer).copy_(known.reading.weight(maps, _weight(layer)))
-            self._add_constant(group._DG, known, constant)
-        return [_repair(known, fits) for known, _, _, fits in refitted]
+    def _applied(self, group: Any, refits: Sequence[Refit]) -> list[Repair]:
+        for refit in refits:
+            if apply(refit, self.model, group._DG, self._original):
+                self.new_biases.append(refit.known.name)
+        return [refit.repair for refit in refits]
 
-    def _from_pruned(self, group: Any, losing: Mapping[nn.Module, _Reader]) -> list[Repair]:
+    def _from_pruned(self, losing: Mapping[nn.Module, MeasuredReader]) -> list[Refit]:
         """Fit what the readers see in the pruned model to what they computed in the original."""
         assert self._batches is not None
         sums: dict[nn.Module, list[SecondMoments]] = {layer: [] for layer in losing}
@@ -405,13 +314,15 @@ class Compensator:
                         if j == len(sums[layer]):
                             sums[layer].append(SecondMoments(x.shape[1], x.device))
                         sums[layer][j].update(x)
-        return [self._refit_from(group._DG, known, sums[layer]) for layer, known in losing.items()]
+        return [
+            refit_to_original(known, self._original[layer], sums[layer], self.ridge) for layer, known in losing.items()
+        ]
 
     def _rows(
         self,
         model: nn.Module,
         inputs: Any,
-        readers: Mapping[nn.Module, _Reader],
+        readers: Mapping[nn.Module, MeasuredReader],
         originals: Mapping[nn.Module, Reading],
         i: int,
     ) -> dict[nn.Module, Tensor]:
@@ -427,68 +338,6 @@ class Compensator:
         with evaluating(model), on_inputs(readers, take):
             self._run(model, inputs)
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
-
-    def _refit_from(self, graph: Any, known: _Reader, sums: Sequence[SecondMoments]) -> Repair:
-        reading = known.reading
-        layer: Any = reading.layer
-        original: Any = self._original[layer]
-        maps0, maps = reading.maps(_weight(original)), torch.zeros_like(reading.maps(_weight(layer)))
-        staying = reading.features_of(known.staying()).to(maps.device).chunk(reading.groups)
-        outputs = known.outputs.to(maps.device).chunk(reading.groups)
-        n_features, n_out = maps.shape[1], maps0.shape[2]
-        constants, fits = [], []
-        for i, moments in enumerate(sums):
-            new, constant, fit = from_others(
-                maps0[i][:, outputs[i] - i * n_out], moments.folds, constant=reading.takes_constant, ridge=self.ridge
-            )
-            maps[i, staying[i] - i * n_features] = new
-            constants.append(constant)
-            fits.append(fit)
-        _weight(layer).copy_(reading.weight(maps, _weight(layer)))
-        norm = None if layer.bias is not None else _norm_behind(graph, layer)
-        if norm is not None:
-            before = self._original[norm]
-            for name in ("running_mean", "running_var"):
-                getattr(norm, name).copy_(getattr(before, name)[known.outputs.to(maps.device)])
-        elif layer.bias is not None:
-            bias = original.bias
-            layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias[known.outputs.to(maps.device)])
-        self._add_constant(graph, known, torch.cat(constants))
-        return _repair(known, fits)
-
-    def _add_constant(self, graph: Any, known: _Reader, constant: Tensor) -> None:
-        layer: Any = known.reading.layer
-        norm: Any = None if layer.bias is not None else _norm_behind(graph, layer)
-        if norm is not None:
-            norm.running_mean.sub_(constant.to(norm.running_mean.dtype))
-            return
-        if layer.bias is None:
-            if not constant.any():
-                return
-            add_biases(self.model, [known.name])
-            self.new_biases.append(known.name)
-        layer.bias.add_(constant.to(layer.bias.dtype))
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
-
-
-def _repair(known: _Reader, fits: Sequence[LinearFit]) -> Repair:
-    lost, energy = sum(fit.lost for fit in fits), sum(fit.energy for fit in fits)
-    error = min(lost / energy, 1.0) if energy > 0 else 0.0
-    n_gone = len(known.losing_inputs) * known.reading.repeat
-    return Repair(known.name, n_gone, error, max(fit.ridge for fit in fits))
-
-
-def _norm_behind(graph: Any, layer: nn.Module) -> _BatchNorm | None:
-    """A BatchNorm with running statistics that is all that follows a layer, and that nothing else precedes."""
-    behind = graph.module2node[layer].outputs
-    if len(behind) != 1 or len(behind[0].inputs) != 1:
-        return None
-    norm = behind[0].module
-    return norm if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
 
 
 def _why_not(layer: nn.Module) -> str:

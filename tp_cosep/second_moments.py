@@ -19,8 +19,7 @@ class SecondMoments:
         n_features: Length of x.
         device: Of the sums.
 
-    Attributes:
-        folds: ``[2, n_features + 1, n_features + 1]`` float64.
+    Rows wait until there are as many as features: sums of a few rows cost as much as those of many.
 
     Example:
         >>> moments = SecondMoments(2)
@@ -32,17 +31,26 @@ class SecondMoments:
     """
 
     def __init__(self, n_features: int, device: torch.device | str = "cpu") -> None:
-        self.folds = torch.zeros(2, n_features + 1, n_features + 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2, n_features + 1, n_features + 1, dtype=torch.float64, device=device)
+        self._waiting: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._counts = [0, 0]
+
+    @property
+    def folds(self) -> Tensor:
+        """The sums of both folds, ``[2, n_features + 1, n_features + 1]`` float64."""
+        for fold in range(2):
+            self._add_up(fold)
+        return self._sums
 
     @property
     def n_features(self) -> int:
         """Length of a row."""
-        return self.folds.shape[1] - 1
+        return self._sums.shape[1] - 1
 
     @property
     def n_rows(self) -> int:
         """Rows in both folds."""
-        return int(self.folds[:, -1, -1].sum())
+        return sum(self._counts)
 
     def update(self, x: Tensor) -> None:
         """Add rows: one half to one fold, the other to the other, the larger half to the fold that has fewer.
@@ -54,21 +62,30 @@ class SecondMoments:
             InputError: If a value is NaN or infinite; the sums stay as they were.
         """
         x = x.detach().to(torch.float64)
-        z = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        behind = int(self.folds[1, -1, -1] < self.folds[0, -1, -1])
-        half = (len(z) + 1) // 2
-        grams = _gram(z[:half]), _gram(z[half:])
-        if not all(bool(torch.isfinite(g.diagonal()).all()) for g in grams):
+        # The sum is finite if all of them are, and otherwise only if infinities cancel, which makes NaN.
+        if not bool(torch.isfinite(x.sum())):
             raise InputError("got NaN or infinite inputs; check the data and the weights.")
-        self.folds[behind] += grams[0]
-        self.folds[1 - behind] += grams[1]
+        behind = int(self._counts[1] < self._counts[0])
+        half = (len(x) + 1) // 2
+        for fold, rows in ((behind, x[:half]), (1 - behind, x[half:])):
+            self._waiting[fold].append(rows)
+            self._counts[fold] += len(rows)
+            if sum(map(len, self._waiting[fold])) >= self.n_features:
+                self._add_up(fold)
 
     def of(self, features: Tensor) -> SecondMoments:
         """The moments of some of the features, ``[n]`` int64."""
         idxs = torch.cat([features, features.new_tensor([self.n_features])]).to(self.folds.device)
         part = SecondMoments(0)
-        part.folds = self.folds[:, idxs[:, None], idxs]
+        part._sums, part._counts = self.folds[:, idxs[:, None], idxs], [*self._counts]
         return part
+
+    def _add_up(self, fold: int) -> None:
+        if not self._waiting[fold]:
+            return
+        x = torch.cat(self._waiting[fold])
+        self._waiting[fold].clear()
+        self._sums[fold] += _gram(torch.cat([x, x.new_ones(len(x), 1)], 1))
 
 
 def _gram(z: Tensor) -> Tensor:
