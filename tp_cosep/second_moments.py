@@ -83,14 +83,19 @@ class SecondMoments:
     def _add_up(self, fold: int) -> None:
         if not self._waiting[fold]:
             return
-        x = torch.cat(self._waiting[fold])
-        self._waiting[fold].clear()
-        self._sums[fold] += _gram(torch.cat([x, x.new_ones(len(x), 1)], 1))
+        waiting = self._waiting[fold]
+        x = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+        waiting.clear()
+        sums, total = self._sums[fold], x.sum(0)
+        sums[:-1, :-1] += _gram(x)
+        sums[-1, :-1] += total
+        sums[:-1, -1] += total
+        sums[-1, -1] += len(x)
 
 
-def _gram(z: Tensor) -> Tensor:
-    if z.device.type != "cpu":
-        return z.T @ z
-    rows = z.numpy()
+def _gram(x: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        return x.T @ x
+    rows = x.numpy()
     # NumPy sees that both factors are one matrix and computes half of the products.
     return torch.from_numpy(rows.T @ rows)
