@@ -10,26 +10,23 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_cosep.attention import ATTENTION_JS, collect_attention
-from tp_cosep.collect import TAPS, collect_moments, measured_layers
+from tp_cosep.collect import collect_moments, measured_layers
 from tp_cosep.errors import InputError, NotFittedError
 from tp_cosep.groups import GroupView, full_group, l1_norms, prunable_groups, prunable_layers, read_group
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, rerooted
 from tp_cosep.knee import KneeMethod
-from tp_cosep.medoids import BACKENDS
 from tp_cosep.moments import ClassMoments
+from tp_cosep.options import check_selector
 from tp_cosep.reader_moments import ReaderMoments, collect_reader_moments
 from tp_cosep.reader_spaces import READER_SPACES, correlation_distances, layers_read, readers_of
 from tp_cosep.selection import ChannelSelection, select_by_elimination, select_channels
-from tp_cosep.separability import PairMetric, resolve_metric
-from tp_cosep.silhouette import MSS_FORMS
+from tp_cosep.separability import PairMetric
 from tp_cosep.spaces import Space, weight_shape
 from tp_cosep.subset import backward_elimination
 from tp_cosep.tracing import ROOT_TYPES, resolve_layers, trace
 
 __all__ = ["CoSePSelector", "ratio_for"]
-
-_REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 
 
 class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
@@ -116,28 +113,18 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         scope: str = "layer",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
     ) -> None:
-        if metric != ATTENTION_JS:
-            resolve_metric(metric)
-        if tap not in TAPS:
-            raise InputError(f"CoSePSelector: expected tap of {list(TAPS)}, got {tap!r}.")
-        if scope not in ("layer", "model"):
-            raise InputError(f"CoSePSelector: expected scope 'layer' or 'model', got {scope!r}.")
-        if mss_form not in MSS_FORMS:
-            raise InputError(f"CoSePSelector: expected mss_form of {sorted(MSS_FORMS)}, got {mss_form!r}.")
-        if backend not in BACKENDS:
-            raise InputError(f"CoSePSelector: expected backend of {sorted(BACKENDS)}, got {backend!r}.")
-        if not callable(representative) and representative not in _REPRESENTATIVES:
-            raise InputError(
-                f"CoSePSelector: expected representative of {list(_REPRESENTATIVES)} or an importance, got "
-                f"{representative!r}."
-            )
-        _check_space(space, method, metric)
-        if n_keep is not None and keep_ratio is not None:
-            raise InputError("CoSePSelector: expected n_keep or keep_ratio, got both.")
-        if n_keep is not None and n_keep < 1:
-            raise InputError(f"CoSePSelector: expected n_keep ≥ 1, got {n_keep}.")
-        if keep_ratio is not None and not 0 < keep_ratio <= 1:
-            raise InputError(f"CoSePSelector: expected keep_ratio in (0, 1], got {keep_ratio}.")
+        check_selector(
+            metric=metric,
+            tap=tap,
+            scope=scope,
+            mss_form=mss_form,
+            backend=backend,
+            representative=representative,
+            space=space,
+            method=method,
+            n_keep=n_keep,
+            keep_ratio=keep_ratio,
+        )
         self.metric = metric
         self.spatial = spatial
         self.knee = KneeMethod.named(knee)
@@ -475,20 +462,6 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             )
         sums = torch.zeros(view.n_components, dtype=torch.float64).index_add_(0, view.component_of, scores)
         return sums / torch.bincount(view.component_of)
-
-
-def _check_space(space: str, method: str | None, metric: str | PairMetric) -> None:
-    if space != "separability" and space not in READER_SPACES:
-        raise InputError(f"CoSePSelector: expected space of {['separability', *READER_SPACES]}, got {space!r}.")
-    if method not in (None, "k-medoids", "column-subset"):
-        raise InputError(f"CoSePSelector: expected method 'k-medoids' or 'column-subset', got {method!r}.")
-    if space == "separability" and method == "column-subset":
-        raise InputError(
-            "CoSePSelector: method='column-subset' asks what readers can do without, which separability profiles do "
-            f"not tell; use it with a space of {list(READER_SPACES)}."
-        )
-    if space in READER_SPACES and metric != "jm":
-        raise InputError(f"CoSePSelector: metric={metric!r} belongs to space='separability', got space={space!r}.")
 
 
 def ratio_for(k: int, n: int) -> float:

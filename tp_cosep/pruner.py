@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -23,6 +23,7 @@ from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, head_parameters
 from tp_cosep.importance import CoSePSelector
+from tp_cosep.options import check_heads, compensator_for
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.recalibration import recalibrate
 from tp_cosep.snapshot import restored_on_error
@@ -145,7 +146,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         if recalibrate and loader is None:
             raise InputError("CoSePPruner: recalibrate=True runs the model on calibration data; pass loader=.")
-        self.compensator = _compensator(compensate, model, example_inputs, loader, options.get("forward_fn"))
+        self.compensator = compensator_for(compensate, model, example_inputs, loader, options.get("forward_fn"))
         self.recalibrate = recalibrate
         self._is_stale = False
         self.example_inputs = example_inputs
@@ -166,7 +167,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             options["num_heads"] = attention_heads(model)
         for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
             options[name] = dict(options.get(name) or {})
-        _check_heads(model, options["num_heads"])
+        check_heads(model, options["num_heads"])
         options["ignored_layers"] = resolve_layers(model, options.get("ignored_layers"), "ignored_layers")
         options["ignored_layers"] += [model.get_parameter(n) for n in head_parameters(model, options["num_heads"])]
         options["pruning_ratio_dict"] = resolve_ratios(model, options.get("pruning_ratio_dict"))
@@ -463,40 +464,3 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _trace(self) -> Any:
         return trace(self.model, self.example_inputs, ignored_params=self.ignored_params, **self._trace_options)
-
-
-def _compensator(
-    compensate: bool | str | Compensator,
-    model: nn.Module,
-    example_inputs: Any,
-    loader: Iterable[Any] | None,
-    forward_fn: Callable[[nn.Module, Any], Any] | None,
-) -> Compensator | None:
-    if compensate is False:
-        return None
-    if isinstance(compensate, Compensator):
-        if compensate.model is not model:
-            raise InputError("CoSePPruner: expected a compensator of this model, got one of another.")
-        made = compensate
-    else:
-        mode = "one-shot" if compensate is True else compensate
-        made = Compensator(model, example_inputs, mode=mode, forward_fn=forward_fn)
-    if loader is None and not made.is_fitted:
-        raise InputError("CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator.")
-    return made
-
-
-def _check_heads(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> None:
-    names = {m: name for name, m in model.named_modules()}
-    for layer, n in num_heads.items():
-        if layer not in names:
-            raise InputError(f"num_heads: expected modules of the model, got a {type(layer).__name__} that is not.")
-        if isinstance(layer, nn.MultiheadAttention):
-            raise InputError(
-                f"layer {names[layer]!r}: expected layers that make queries, keys and values, got a "
-                "MultiheadAttention, whose heads Torch-Pruning cannot take apart; leave it out of num_heads: the same "
-                "dimensions go in each of them."
-            )
-        width = getattr(layer, "out_features", getattr(layer, "out_channels", None))
-        if n < 1 or (width is not None and width % n):
-            raise InputError(f"layer {names[layer]!r}: expected num_heads to divide its {width} channels, got {n}.")

@@ -1,0 +1,132 @@
+"""Options of the selector and of the pruner, checked before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from tp_cosep.attention import ATTENTION_JS
+from tp_cosep.collect import TAPS
+from tp_cosep.compensator import Compensator
+from tp_cosep.errors import InputError
+from tp_cosep.medoids import BACKENDS
+from tp_cosep.reader_spaces import READER_SPACES
+from tp_cosep.separability import PairMetric, resolve_metric
+from tp_cosep.silhouette import MSS_FORMS
+
+__all__ = ["check_heads", "check_selector", "compensator_for"]
+
+_REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
+_METHODS = ("k-medoids", "column-subset")
+
+
+def check_selector(
+    *,
+    metric: str | PairMetric,
+    tap: str,
+    scope: str,
+    mss_form: str,
+    backend: str,
+    representative: str | Callable[[Any], Tensor | None],
+    space: str,
+    method: str | None,
+    n_keep: int | None,
+    keep_ratio: float | None,
+) -> None:
+    """Check the options of :class:`tp_cosep.CoSePSelector`.
+
+    Raises:
+        InputError: If one is unknown or out of range, or two contradict each other.
+    """
+    if metric != ATTENTION_JS:
+        resolve_metric(metric)
+    for name, value, known in (
+        ("tap", tap, list(TAPS)),
+        ("mss_form", mss_form, sorted(MSS_FORMS)),
+        ("backend", backend, sorted(BACKENDS)),
+        ("space", space, ["separability", *READER_SPACES]),
+    ):
+        if value not in known:
+            raise InputError(f"CoSePSelector: expected {name} of {known}, got {value!r}.")
+    if scope not in ("layer", "model"):
+        raise InputError(f"CoSePSelector: expected scope 'layer' or 'model', got {scope!r}.")
+    if not callable(representative) and representative not in _REPRESENTATIVES:
+        raise InputError(
+            f"CoSePSelector: expected representative of {list(_REPRESENTATIVES)} or an importance, got "
+            f"{representative!r}."
+        )
+    _check_space(space, method, metric)
+    _check_count(n_keep, keep_ratio)
+
+
+def _check_count(n_keep: int | None, keep_ratio: float | None) -> None:
+    if n_keep is not None and keep_ratio is not None:
+        raise InputError("CoSePSelector: expected n_keep or keep_ratio, got both.")
+    if n_keep is not None and n_keep < 1:
+        raise InputError(f"CoSePSelector: expected n_keep ≥ 1, got {n_keep}.")
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise InputError(f"CoSePSelector: expected keep_ratio in (0, 1], got {keep_ratio}.")
+
+
+def _check_space(space: str, method: str | None, metric: str | PairMetric) -> None:
+    if method is not None and method not in _METHODS:
+        raise InputError(f"CoSePSelector: expected method of {list(_METHODS)} or None, got {method!r}.")
+    if space == "separability" and method == "column-subset":
+        raise InputError(
+            "CoSePSelector: method='column-subset' asks what readers can do without, which separability profiles do "
+            f"not tell; use it with a space of {list(READER_SPACES)}."
+        )
+    if space in READER_SPACES and metric != "jm":
+        raise InputError(f"CoSePSelector: metric={metric!r} belongs to space='separability', got space={space!r}.")
+
+
+def compensator_for(
+    compensate: bool | str | Compensator,
+    model: nn.Module,
+    example_inputs: Any,
+    loader: Iterable[Any] | None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None,
+) -> Compensator | None:
+    """The compensator that ``compensate=`` of :class:`tp_cosep.CoSePPruner` asks for.
+
+    Returns:
+        One for this model, fitted or not; ``None`` for ``False``.
+
+    Raises:
+        InputError: If it is for another model, or has nothing to measure.
+    """
+    if compensate is False:
+        return None
+    if isinstance(compensate, Compensator):
+        if compensate.model is not model:
+            raise InputError("CoSePPruner: expected a compensator of this model, got one of another.")
+        made = compensate
+    else:
+        mode = "one-shot" if compensate is True else compensate
+        made = Compensator(model, example_inputs, mode=mode, forward_fn=forward_fn)
+    if loader is None and not made.is_fitted:
+        raise InputError("CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator.")
+    return made
+
+
+def check_heads(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> None:
+    """Check numbers of heads by layer.
+
+    Raises:
+        InputError: If a layer is not one of the model's that can have heads, or its channels do not divide.
+    """
+    names = {m: name for name, m in model.named_modules()}
+    for layer, n in num_heads.items():
+        if layer not in names:
+            raise InputError(f"num_heads: expected modules of the model, got a {type(layer).__name__} that is not.")
+        if isinstance(layer, nn.MultiheadAttention):
+            raise InputError(
+                f"layer {names[layer]!r}: expected layers that make queries, keys and values, got a "
+                "MultiheadAttention, whose heads Torch-Pruning cannot take apart; leave it out of num_heads: the same "
+                "dimensions go in each of them."
+            )
+        width = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+        if n < 1 or (width is not None and width % n):
+            raise InputError(f"layer {names[layer]!r}: expected num_heads to divide its {width} channels, got {n}.")
