@@ -26,8 +26,14 @@ def group_of(model, x, name):
         ({"knee": "elbow"}, "knee: expected one of ['guarded', 'strongest', 'first', 'paper'] or a KneeMethod"),
         ({"mss_form": "mean"}, "CoSePSelector: expected mss_form of ['gb-afs', 'paper'], got 'mean'"),
         ({"backend": "cuml"}, "expected backend of ['kmedoids', 'native', 'sklearn-extra'], got 'cuml'"),
-        ({"representative": "random"}, "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got 'random'"),
-        ({"representative": None}, "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got None"),
+        (
+            {"representative": "random"},
+            "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got 'random'",
+        ),
+        (
+            {"representative": None},
+            "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got None",
+        ),
         ({"n_keep": 0}, "CoSePSelector: expected n_keep ≥ 1, got 0"),
         ({"n_keep": -3}, "CoSePSelector: expected n_keep ≥ 1, got -3"),
         ({"keep_ratio": 0}, "CoSePSelector: expected keep_ratio in (0, 1], got 0"),

@@ -15,6 +15,7 @@ from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, r
 from tp_cosep.errors import InputError, NotFittedError
 from tp_cosep.groups import module_names
 from tp_cosep.heads import attention_heads
+from tp_cosep.normalisation import normalised_without
 from tp_cosep.readers import affordable, find_readings, named, on_inputs
 from tp_cosep.reading import Reading, reading_of
 from tp_cosep.refitting import MeasuredReader, Refit, Repair, apply, refit_to_original, refit_without
@@ -46,6 +47,9 @@ class Compensator:
     repairs much more; beyond that all taps of a channel share them, which near borders leaves an error where a
     channel has a constant part, and padding counts as zeros that are read as often as they are. Inputs of a
     linear layer behind a flattened map likewise.
+
+    A LayerNorm or GroupNorm between a group and its readers averages over channels, and does it anew over those that
+    stay; only sequential mode foresees that. Use it for transformers.
 
     Convolutions of any kernel, stride, dilation and number of channel groups, transposed ones (without a constant), and
     linear layers are refitted. Depthwise convolutions mix no channels and stay; other readers (``MultiheadAttention``,
@@ -235,7 +239,9 @@ class Compensator:
             repairs = self._applied(group, [refit_without(known, self.ridge) for known in losing.values()])
             self._readers.update(losing)
             if sequential:
-                repairs = self._applied(group, self._from_pruned(losing))
+                with normalised_without(group):
+                    refits = self._from_pruned(losing)
+                repairs = self._applied(group, refits)
         self.repairs += [*repairs, *left_alone]
         return [*repairs, *left_alone]
 
@@ -267,9 +273,9 @@ class Compensator:
             # What is both treats every channel by itself, but for attention.
             if not is_in or (is_out and not isinstance(layer, nn.MultiheadAttention)):
                 continue
-            if known is not None:
+            if known is not None and known.moments.n_rows:
                 inputs.setdefault(layer, set()).update(idxs)
-            elif reason := _why_not(layer):
+            elif reason := _why_not(layer, is_known=known is not None):
                 left_alone.append(Repair(names[layer], len(idxs), reason=reason))
         losing = dict[nn.Module, MeasuredReader]()
         for layer, gone in inputs.items():
@@ -340,10 +346,12 @@ class Compensator:
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
 
-def _why_not(layer: nn.Module) -> str:
+def _why_not(layer: nn.Module, *, is_known: bool) -> str:
     """Why a layer that reads channels is left alone; empty for one that has no weights to refit."""
     if isinstance(layer, nn.Embedding) or next(layer.parameters(), None) is None:
         return ""
+    if is_known:
+        return "the calibration data never reached it"
     if reading_of(layer) is not None:
         return "not measured: it was not part of any group when fit() was called"
     return f"a {type(layer).__name__} is not refitted"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tp_cosep.compensation import LinearFit, from_others, without
-from tp_cosep.errors import InputError
 from tp_cosep.reading import Reading, n_outputs
 from tp_cosep.second_moments import SecondMoments
 from tp_cosep.surgery import add_biases
@@ -117,13 +116,8 @@ def refit_without(known: MeasuredReader, ridge: float | None) -> Refit:
 
     Returns:
         Weights that are zero where inputs go.
-
-    Raises:
-        InputError: If the calibration data never reached the layer.
     """
     reading = known.reading
-    if not known.moments.n_rows:
-        raise InputError(f"layer {known.name!r}: the calibration data never reached it; put it into ignored_layers.")
     maps = reading.maps(_weight(reading.layer))
     n_local = maps.shape[1]
     gone = reading.features_of(sorted(known.losing_inputs)).to(maps.device)
