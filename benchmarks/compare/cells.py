@@ -16,10 +16,10 @@ from torch import nn
 
 from benchmarks.compare.data import Images
 from benchmarks.compare.methods import importance
-from benchmarks.compare.training import Recipe, accuracy, train, trained
+from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
 from tp_cosep import Compensator, recalibrate
 
-__all__ = ["FINE_TUNING", "REPAIRS", "Cell", "Records", "measure", "ratio_for_speedup"]
+__all__ = ["FINE_TUNING", "REPAIRS", "Cell", "Records", "checkpoint", "measure", "ratio_for_speedup"]
 
 REPAIRS = ("none", "one-shot", "sequential")
 #: How pruned networks are fine-tuned, whatever selected them.
