@@ -31,7 +31,7 @@ def _times(models: list[nn.Module], x: Tensor, n_rounds: int) -> list[float]:
     return [statistics.median(t) for t in times]
 
 
-def measure_latency(network: str, images: Images, speedup: float, n_rounds: int = 60) -> list[dict[str, Any]]:
+def measure_latency(network: str, images: Images, speedup: float, n_rounds: int = 25) -> list[dict[str, Any]]:
     """Time a network against itself with all layers pruned by one ratio, as is and with counts rounded to 8.
 
     Which channels stay does not matter for time: L1 chooses.
