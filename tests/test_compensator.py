@@ -1,4 +1,5 @@
 import copy
+import pickle
 import re
 
 import pytest
@@ -312,6 +313,14 @@ def test_a_model_that_was_pruned_without_it():
         prune(model, x, "conv1", [1], compensator)
 
 
+def test_a_fitted_compensator_can_be_copied_and_pickled():
+    model, x, _ = build("vgg", 12)
+    compensator = Compensator(model, x[:1], mode="sequential").fit([x], progress=False)
+    for other in (copy.deepcopy(compensator), pickle.loads(pickle.dumps(compensator))):
+        repairs = other(group_with(other.model, x, "conv1"))
+        assert [r.name for r in repairs] == ["conv2"]
+
+
 def test_fitting_changes_nothing():
     model, x, y = build("vgg", 12)
     model.train()
@@ -449,6 +458,8 @@ def test_recalibration_of_nothing_and_of_nonsense():
     before = fingerprint(model)
     with pytest.raises(InputError, match="gave none"):
         recalibrate(model, [], progress=False)
+    with pytest.raises(InputError, match="batch 1: expected more than one value per channel"):
+        recalibrate(nn.BatchNorm1d(4), [torch.randn(3, 4), torch.randn(1, 4)], progress=False)
     with pytest.raises(InputError, match="layer 'bn0': its statistics came out NaN"):
         recalibrate(model, [x * float("inf")], progress=False)
     assert_untouched(model, before)

@@ -226,9 +226,36 @@ def test_refusals():
         selector.select(group_with(model, x, "conv1"))
 
 
+def test_without_labels():
+    model, x, y = build("vgg", 12)
+    given = CoSePSelector(space="reconstruction").fit(model, [(x, y)], progress=False)
+    alone = CoSePSelector(space="reconstruction").fit(model, [x], progress=False)
+    group = group_with(model, x, "conv2")
+    assert given.select(group) == alone.select(group)
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 12), nn.Linear(12, 10), nn.Linear(10, 4)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.b(torch.relu(self.a(x)))).mean(0))
+
+    model, x = TimeFirst(), torch.randn(5, 30, 6)
+    assert CoSePSelector(space="reconstruction").fit(model, [x], progress=False).measured == ["b", "head"]
+    with pytest.raises(
+        InputError, match=r"layer 'b': expected one label per row .*space='reconstruction' works without"
+    ):
+        CoSePSelector(space="joint").fit(model, [(x, torch.arange(30) % 4)], progress=False)
+
+
 def test_labels_predicted_and_a_class_that_is_missing():
     model, x, _ = build("vgg", 12)
     moments = measured(model, x, torch.where(torch.arange(len(x)) % 2 == 0, 5, 0))
     assert moments["conv2"].counts.tolist() == [20, 0, 0, 0, 0, 20]
+    with pytest.raises(InputError, match=r"at least two classes, got \[3\]"):
+        measured(model, x, torch.full((len(x),), 3))
+    with torch.no_grad():  # so that it predicts several classes
+        model.head.bias -= model(x).mean(0)
     predicted = collect_reader_moments(model, [x], labels="predicted", progress=False)
     assert int(predicted["conv2"].counts.sum()) == len(x)

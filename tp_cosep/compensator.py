@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,21 @@ __all__ = ["MODES", "Compensator", "Repair"]
 
 #: One fit per group on what was measured of the unpruned model, or another one on what the pruned model computes.
 MODES = ("one-shot", "sequential")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Calibration data, to be read as often as needed."""
+
+    loader: Iterable[Any]
+    target_fn: Callable[[Any], tuple[Any, Any]] | None
+    progress: bool
+
+    def inputs(self, model: nn.Module) -> Iterator[Any]:
+        """The inputs of every batch, on the model's device."""
+        reader = BatchReader(model, self.target_fn, predicted=True)
+        for i, batch in enumerate(progress_bar(self.loader, self.loader, "second moments", shown=self.progress)):
+            yield reader.split(batch, i)[0]
 
 
 class Compensator:
@@ -128,12 +143,12 @@ class Compensator:
         self._readers: dict[nn.Module, MeasuredReader] = {}
         self._attention: set[nn.Module] = set()
         self._original: dict[nn.Module, nn.Module] = {}
-        self._batches: Callable[[], Iterator[Any]] | None = None
+        self._data: _Data | None = None
 
     @property
     def is_fitted(self) -> bool:
         """Whether anything was measured."""
-        return self._batches is not None
+        return self._data is not None
 
     def fit(
         self,
@@ -162,19 +177,14 @@ class Compensator:
                 "Compensator: mode='sequential' reads the data again for every group; pass a DataLoader or a list of "
                 f"batches, got a {type(loader).__name__} that can be read once."
             )
-        reader = BatchReader(self.model, target_fn, predicted=True)
-
-        def batches() -> Iterator[Any]:
-            for i, batch in enumerate(progress_bar(loader, loader, "second moments", shown=progress)):
-                yield reader.split(batch, i)[0]
-
         readings = find_readings(
             self.model, self.example_inputs, max_features=self.max_features, forward_fn=self.forward_fn
         )
         self._check_memory(readings)
         readers = {r.layer: MeasuredReader.whole(name, r) for name, r in readings.items()}
-        self._measure(batches(), readers)
-        self._readers, self._batches = readers, batches
+        data = _Data(loader, target_fn, progress)
+        self._measure(data.inputs(self.model), readers)
+        self._readers, self._data = readers, data
         self._attention = set(attention_heads(self.model))
         if self.mode == "sequential":
             original = deepcopy(self.model)
@@ -297,14 +307,14 @@ class Compensator:
 
     def _from_pruned(self, losing: Mapping[nn.Module, MeasuredReader]) -> list[Refit]:
         """Fit what the readers see in the pruned model to what they computed in the original."""
-        assert self._batches is not None
+        assert self._data is not None
         sums: dict[nn.Module, list[SecondMoments]] = {layer: [] for layer in losing}
         original = self._original[self.model]
         twins = {
             self._original[layer]: replace(r, reading=replace(r.reading, layer=self._original[layer]))
             for layer, r in losing.items()
         }
-        for i, inputs in enumerate(self._batches()):
+        for i, inputs in enumerate(self._data.inputs(self.model)):
             if n_samples(inputs) == 0:
                 continue
             # The same positions in both models.

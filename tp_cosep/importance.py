@@ -227,7 +227,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
                 ignored=ignored,
                 layers=layers if by_readers else None,
                 target_fn=target_fn,
-                labels=labels,
+                labels=labels if self.space_name in ("class-means", "joint") else None,
                 progress=progress,
             )
             if by_readers:

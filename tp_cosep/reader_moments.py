@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class ReaderMoments:
         if len(x) != len(labels):
             raise InputError(
                 f"expected one label per row of its input, got {len(labels)} labels for {len(x)} rows; the first "
-                "dimension has to be the sample"
+                "dimension has to be the sample; space='reconstruction' works without."
             )
         if self.reading.repeat > 1:
             x = x.reshape(len(x), -1, self.reading.repeat, *x.shape[2:]).flatten(2)
@@ -89,7 +89,7 @@ def collect_reader_moments(
     ignored: Iterable[nn.Module] = (),
     layers: Iterable[str] | None = None,
     target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
-    labels: str = "given",
+    labels: str | None = "given",
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, ReaderMoments]:
@@ -102,7 +102,8 @@ def collect_reader_moments(
         ignored: Groups that contain one of these are left out.
         layers: Names of the layers to measure, of those that can be.
         target_fn: As for ``collect_moments``.
-        labels: ``"given"`` or ``"predicted"``.
+        labels: ``"given"`` or ``"predicted"``; ``None`` for no class means, so that batches may be inputs alone and
+            samples may be in any dimension.
         seed: Of the positions at which second moments are taken.
         progress: Show a progress bar on a terminal.
 
@@ -110,9 +111,10 @@ def collect_reader_moments(
         Moments by layer name, of the layers that ran, in the order in which they first did.
 
     Raises:
-        InputError: If the loader is empty, a batch is not as described, or inputs are NaN or infinite.
+        InputError: If the loader is empty, a batch is not as described, there are fewer than two classes, or inputs
+            are NaN or infinite.
     """
-    reader = BatchReader(model, target_fn, predicted=labels == "predicted")
+    reader = BatchReader(model, target_fn, predicted=labels != "given")
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
@@ -121,36 +123,63 @@ def collect_reader_moments(
     if layers is not None:
         wanted = set(layers)
         readings = {name: r for name, r in readings.items() if name in wanted}
-    found: dict[str, ReaderMoments] = {}
-    names = {r.layer: name for name, r in readings.items()}
-    generator = torch.Generator().manual_seed(seed)
-    inputs_seen: dict[str, list[Tensor]] = {}
-
-    def take(layer: nn.Module, x: Tensor) -> None:
-        name = names[layer]
-        reading = readings[name]
-        if name not in found:
-            second = SecondMoments(reading.n_features, x.device)
-            empty = torch.zeros(0, dtype=torch.int64, device=x.device)
-            found[name] = ReaderMoments(reading, layer.weight.shape, second, empty.double(), empty)  # type: ignore[arg-type]
-        with named(name):
-            found[name].second.update(reading.sampler(x.shape, affordable(reading, x.shape), generator)(x))
-        # The next layer may work in place.
-        inputs_seen.setdefault(name, []).append(x.clone())
-
-    with evaluating(model), on_inputs(names, take):
+    taps = _Taps(readings, seed, keep_inputs=labels is not None)
+    classes: set[int] = set()
+    with evaluating(model), on_inputs(taps.names, taps.take):
         shown = progress_bar(itertools.chain([first], batches), loader, "what layers read", shown=progress)
         for i, batch in enumerate(shown):
             inputs, given = reader.split(batch, i)
             if n_samples(inputs) == 0:
                 continue
-            inputs_seen.clear()
             outputs = run_model(model, inputs)
-            targets = reader.labels(outputs, given, i)
-            for name, seen in inputs_seen.items():
-                for x in seen:
-                    with named(name):
-                        found[name].add(x, targets, spatial)
-    if not found:
+            if labels is not None:
+                targets = reader.labels(outputs, given, i)
+                classes.update(targets.tolist())
+                taps.add_classes(targets, spatial)
+    if labels is not None and len(classes) < 2:
+        raise InputError(
+            f"fit: expected samples of at least two classes, got {sorted(classes)}: class means differ between "
+            "classes; space='reconstruction' needs no labels."
+        )
+    if not taps.found:
         raise InputError("fit: expected layers that read prunable channels by weights, found none that ran.")
-    return found
+    return taps.found
+
+
+class _Taps:
+    """What goes into some layers while a model runs.
+
+    Attributes:
+        names: Of the layers.
+        found: What was measured, by name.
+    """
+
+    def __init__(self, readings: Mapping[str, Reading], seed: int, *, keep_inputs: bool) -> None:
+        self.names = {r.layer: name for name, r in readings.items()}
+        self.found: dict[str, ReaderMoments] = {}
+        self._readings = readings
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keep_inputs = keep_inputs
+        self._inputs: dict[str, list[Tensor]] = {}
+
+    def take(self, layer: nn.Module, x: Tensor) -> None:
+        """Measure an input of a layer."""
+        name = self.names[layer]
+        reading = self._readings[name]
+        if name not in self.found:
+            second = SecondMoments(reading.n_features, x.device)
+            empty = torch.zeros(0, dtype=torch.int64, device=x.device)
+            self.found[name] = ReaderMoments(reading, layer.weight.shape, second, empty.double(), empty)  # type: ignore[arg-type]
+        with named(name):
+            sampler = reading.sampler(x.shape, affordable(reading, x.shape), self._generator)
+            self.found[name].second.update(sampler(x))
+        if self._keep_inputs:  # a copy: the next layer may work in place
+            self._inputs.setdefault(name, []).append(x.clone())
+
+    def add_classes(self, labels: Tensor, spatial: int | None) -> None:
+        """Add what went in since the last call to the sums of the samples' classes."""
+        for name, inputs in self._inputs.items():
+            for x in inputs:
+                with named(name):
+                    self.found[name].add(x, labels, spatial)
+        self._inputs.clear()

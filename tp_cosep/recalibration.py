@@ -40,7 +40,9 @@ def recalibrate(
         Number of layers that were estimated; 0, and nothing is run, if the model has none that keep statistics.
 
     Raises:
-        InputError: If the loader gives no batch, or the statistics come out NaN or infinite; the old ones stay.
+        InputError: If the loader gives no batch, a batch has a single value per channel, or the statistics come
+            out NaN or infinite; the old ones stay.
+        ValueError: Whatever else of that type the model raises.
 
     Example:
         >>> model = nn.BatchNorm1d(1)
@@ -62,7 +64,15 @@ def recalibrate(
                 m.training = True
             n_batches = 0
             for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
-                run_model(model, reader.split(batch, i)[0])
+                try:
+                    run_model(model, reader.split(batch, i)[0])
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    raise InputError(
+                        f"batch {i}: expected more than one value per channel for every BatchNorm, got a single one "
+                        f"({error}); use larger batches, and drop a last one of a single sample."
+                    ) from error
                 n_batches += 1
         finally:
             for m, momentum in momenta.items():
