@@ -43,3 +43,11 @@ def test_attention_heads(capsys):
     assert min(results["over the model"][0]) >= 1
     assert all(accuracy > 0.2 for _, accuracy in results.values())
     assert capsys.readouterr().out.count("heads [") == 3
+
+
+def test_repair(capsys):
+    results = load("repair").main(epochs=2)
+    assert list(results) == ["L2", "CoSeP", "joint"]
+    for pruned, repaired, _ in results.values():
+        assert repaired > pruned
+    assert capsys.readouterr().out.count("repaired") == 3
