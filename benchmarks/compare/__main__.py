@@ -31,7 +31,9 @@ RECIPES = {
 def main() -> None:
     """Run a part of the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/data"), help="where data sets are downloaded to")
+    parser.add_argument(
+        "--folder", type=Path, default=Path.home() / ".cache" / "tp_cosep", help="where data sets are downloaded to"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("train", help="train a network and keep its weights, unless they are there")
