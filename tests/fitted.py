@@ -14,7 +14,8 @@ WIDTHS = [10, 12, 64, 96]
 
 def fitted(model, x, y, **options):
     """A selector that prunes enough of these untrained models to be worth a test."""
-    return CoSePSelector(**{"spatial": 2, "knee": "strongest", **options}).fit(model, [(x, y)], progress=False)
+    options = {"space": "separability", "spatial": 2, "knee": "strongest", **options}
+    return CoSePSelector(**options).fit(model, [(x, y)], progress=False)
 
 
 def group_with(model, x, name):

@@ -372,7 +372,7 @@ def test_torchs_own_attention_loses_the_same_dimensions_of_every_head(tmp_path):
     model = torchvision.models.VisionTransformer(image_size=8, patch_size=4, **options)
     initialise(model)
     (x, y), before, again = images(), copy.deepcopy(model), copy.deepcopy(model)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = CoSePSelector(space="separability", spatial=2).fit(model, [(x, y)], progress=False)
     pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, adapt=adapt)
     pruner.step()
     entry = next(e for e in pruner.plan if e.selection and e.selection.n_channels == 24 and "conv_proj" in e.layers)

@@ -344,7 +344,7 @@ def test_fitting_again_replaces_what_was_measured_unless_it_fails():
 
 def test_the_options_of_fit_reach_the_collection():
     model, x, y = build("mlp", 10, seed=4)
-    selector = CoSePSelector()
+    selector = CoSePSelector(space="separability")
     selector.fit(model, [{"in": x, "out": y}], target_fn=lambda batch: (batch["in"], batch["out"]))
     assert selector.moments["fc1"].count.tolist() == [10] * 4
     assert selector.fit(model, [x], labels="predicted").moments["fc1"].count.tolist() == [12, 21, 7]
@@ -352,6 +352,6 @@ def test_the_options_of_fit_reach_the_collection():
     with pytest.warns(UserWarning, match="left out class 9"):
         selector.fit(model, [(x, y)], rare_classes="drop")
     with pytest.raises(InputError, match="memory_budget is 5"):
-        CoSePSelector(spatial="auto", memory_budget=5).fit(model, [(x, y)])
+        CoSePSelector(space="separability", spatial="auto", memory_budget=5).fit(model, [(x, y)])
     with pytest.raises(InputError, match="moments of 1000 classes"):
-        CoSePSelector(spatial="auto", memory_budget=5).fit(model, [(x, y)], n_classes=1000)
+        CoSePSelector(space="separability", spatial="auto", memory_budget=5).fit(model, [(x, y)], n_classes=1000)

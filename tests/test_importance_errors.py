@@ -11,7 +11,7 @@ from tp_cosep.tracing import trace
 
 
 def fitted(model, x, y, **options):
-    return CoSePSelector(**options).fit(model, [(x, y)], progress=False)
+    return CoSePSelector(**{"space": "separability", **options}).fit(model, [(x, y)], progress=False)
 
 
 def group_of(model, x, name):
@@ -29,10 +29,6 @@ def group_of(model, x, name):
         (
             {"representative": "random"},
             "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got 'random'",
-        ),
-        (
-            {"representative": None},
-            "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got None",
         ),
         ({"n_keep": 0}, "CoSePSelector: expected n_keep ≥ 1, got 0"),
         ({"n_keep": -3}, "CoSePSelector: expected n_keep ≥ 1, got -3"),
@@ -108,7 +104,7 @@ def test_a_layer_that_the_data_never_reached():
 def test_a_layer_that_only_one_class_reached():
     model, (x, y) = Switched().eval(), vectors()
     single = [(x[i : i + 1], y[i : i + 1]) for i in range(0, 40, 4)]
-    selector = CoSePSelector().fit(model, [*single, (x, y)], progress=False)
+    selector = CoSePSelector(space="separability").fit(model, [*single, (x, y)], progress=False)
     assert selector.moments["extra"].classes.tolist() == [0]
     group = group_of(model, x[:1], "main")
     assert_refused(InputError, "layer 'extra': .*at least two classes, got 1", model, lambda: selector(group))

@@ -271,7 +271,7 @@ def test_layers_by_name_and_by_a_function_of_the_first_inputs():
         torch.testing.assert_close(moments[names[0]].mean, everything[names[0]].mean)
     assert list(collect(model, batches, layers=named)) == ["fc2"]
     assert [len(inputs) for inputs in seen] == [30]
-    assert list(CoSePSelector().fit(model, [(x, y)], layers=["fc2"], progress=False).measured) == ["fc2"]
+    assert list(CoSePSelector().fit(model, [(x, y)], layers=["fc2"], progress=False).measured) == ["fc3"]
 
 
 class Detour(nn.Module):
@@ -312,7 +312,9 @@ def test_ignored_layers_are_not_measured_but_listed(how):
         "name": ["conv1", "conv2", "head"],
         "type": [nn.Linear, model.conv1, model.conv2],
     }[how]
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], ignored_layers=ignored, progress=False)
+    options = {"ignored_layers": ignored, "progress": False}
+    selector = CoSePSelector(space="separability", spatial=2).fit(model, [(x, y)], **options)
+    assert CoSePSelector(spatial=2).fit(model, [(x, y)], **options).measured == ["conv4", "head"]
     # conv2 is added to the stem: both make the same channels. The head reads those of conv4.
     assert set(selector.measured) - {"head"} == {"conv3", "conv4", "shortcut"}
     pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, ignored_layers=ignored)
@@ -337,7 +339,7 @@ def test_a_model_that_cannot_be_traced_is_measured_whole():
     assert_untouched(model, before)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert CoSePSelector().fit(model, [(x, y)], layers=["0"], progress=False).measured == ["0"]
+        assert CoSePSelector(space="separability").fit(model, [(x, y)], layers=["0"], progress=False).measured == ["0"]
     with pytest.raises(RuntimeError, match="numpy"):
         CoSePPruner(model, x[:2], selector)
     assert_untouched(model, before)

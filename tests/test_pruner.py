@@ -105,7 +105,7 @@ def test_layerwise_is_fit_select_prune_and_tune_one_group_after_another(kind, wi
             nudge(twin)
             twin_widths.append(widths(twin))
     seen = []
-    selector = CoSePSelector(spatial=2, knee="strongest")
+    selector = CoSePSelector(space="separability", spatial=2, knee="strongest")
     pruner = CoSePPruner(
         model,
         x[:1],

@@ -168,7 +168,7 @@ def test_iterative_steps_reach_the_counts_of_a_single_step(kind, width, ratio):
     model, x, y = build(kind, width)
     once, before = copy.deepcopy(model), widths(model)
     CoSePPruner(once, x[:1], fitted(once, x, y), pruning_ratio=ratio).step()
-    selector = CoSePSelector(spatial=2, knee="strongest")
+    selector = CoSePSelector(space="separability", spatial=2, knee="strongest")
     options = {"loader": [(x, y)], "fit_options": {"progress": False}, "iterative_steps": 3}
     pruner, history = CoSePPruner(model, x[:1], selector, pruning_ratio=ratio, **options), [before]
     for _ in range(3):
@@ -312,7 +312,8 @@ def test_an_unfitted_selector():
 )
 def test_data_that_cannot_be_used(loader, message, layerwise):
     model, x, y = build("mlp", 10)
-    pruner = CoSePPruner(model, x[:1], CoSePSelector(), loader=loader(x, y), layerwise=layerwise)
+    selector = CoSePSelector(space="separability")
+    pruner = CoSePPruner(model, x[:1], selector, loader=loader(x, y), layerwise=layerwise)
     step_is_refused(pruner, InputError, message)
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from tp_cosep import CoSePPruner, CoSePSelector, InputError
 from tp_cosep.groups import read_group
-from tp_cosep.reader_moments import collect_reader_moments
 from tp_cosep.reader_spaces import CLASS_WEIGHT, READER_SPACES, correlation_distances, readers_of
 from tp_cosep.selection import select_by_elimination
 from tp_cosep.subset import Elimination, backward_elimination
@@ -44,7 +43,8 @@ def expected_covariances(model, name, x, y):
 
 
 def measured(model, x, y, **options):
-    return collect_reader_moments(model, [(x[:13], y[:13]), (x[13:], y[13:])], spatial=2, progress=False, **options)
+    batches = [(x[:13], y[:13]), (x[13:], y[13:])]
+    return CoSePSelector(space="joint", spatial=2).fit(model, batches, progress=False, **options).readers
 
 
 @pytest.mark.parametrize(("kind", "name"), [("vgg", "conv2"), ("resnet", "conv3"), ("mlp", "fc2")])
@@ -121,7 +121,7 @@ def test_of_copies_one_stays(space):
 def test_a_cluster_keeps_what_reconstructs_best():
     model, x, y = build("resnet", 12)
     options = {"spatial": 2, "keep_ratio": 0.5}
-    plain = CoSePSelector(**options).fit(model, [(x, y)], progress=False)
+    plain = CoSePSelector(space="separability", **options).fit(model, [(x, y)], progress=False)
     selector = CoSePSelector(representative="reconstruction", **options).fit(model, [(x, y)], progress=False)
     differ = 0
     for names in PRODUCERS["resnet"].values():
@@ -203,7 +203,9 @@ def test_refusals():
     for options, message in (
         ({"space": "elsewhere"}, "expected space"),
         ({"method": "magic"}, "expected method"),
-        ({"method": "column-subset"}, "separability profiles do not tell"),
+        ({"space": "separability", "method": "column-subset"}, "separability profiles do not tell"),
+        ({"space": "joint", "tap": "consumers"}, "belongs to space='separability'"),
+        ({"space": "joint", "representative": "max_norm"}, "makes no clusters; add method='k-medoids'"),
         ({"space": "joint", "metric": "hellinger"}, "belongs to space='separability'"),
         ({"representative": "best"}, "expected representative"),
     ):
@@ -213,8 +215,6 @@ def test_refusals():
     before = fingerprint(model)
     with pytest.raises(InputError, match="gave none"):
         CoSePSelector(space="joint").fit(model, [])
-    with pytest.raises(InputError, match="can be read once"):
-        CoSePSelector(representative="reconstruction").fit(model, iter([(x, y)]))
     with pytest.raises(InputError, match=r"layer 'conv2': got NaN or infinite"):
         CoSePSelector(space="joint").fit(model, [(x * float("nan"), y)])
     selector = CoSePSelector(space="joint").fit(model, [(x, y)], progress=False)
@@ -243,19 +243,84 @@ def test_without_labels():
 
     model, x = TimeFirst(), torch.randn(5, 30, 6)
     assert CoSePSelector(space="reconstruction").fit(model, [x], progress=False).measured == ["b", "head"]
-    with pytest.raises(
-        InputError, match=r"layer 'b': expected one label per row .*space='reconstruction' works without"
-    ):
+    with pytest.raises(InputError, match="expected one label per sample, got 30 labels where the layers' outputs have 5"):
         CoSePSelector(space="joint").fit(model, [(x, torch.arange(30) % 4)], progress=False)
+
+
+def test_samples_may_be_in_any_dimension_inside():
+    class Transposed(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.dim, self.a, self.b, self.head = dim, nn.Linear(6, 12), nn.Linear(12, 10), nn.Linear(10, 4)
+
+        def forward(self, x):  # [samples, time, channels]
+            x = x.movedim(0, self.dim)
+            return self.head(torch.relu(self.b(torch.relu(self.a(x)))).movedim(self.dim, 0).mean(1))
+
+    model, x, y = Transposed(0), torch.randn(30, 5, 6), torch.arange(30) % 4
+    time_first = Transposed(1)
+    time_first.load_state_dict(model.state_dict())
+    a, b = (CoSePSelector().fit(m, [(x, y)], progress=False) for m in (model, time_first))
+    for name in ("b", "head"):
+        torch.testing.assert_close(a.readers[name].between_classes, b.readers[name].between_classes)
+
+
+class WithoutReader(nn.Module):
+    """Channels that are multiplied with each other, as attention does, before a layer reads something of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.query, self.key, self.head = *(nn.Linear(n, 12) for n in (6, 12, 12)), nn.Linear(1, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head((self.query(x) * self.key(x)).sum(1, keepdim=True))
+
+
+def test_separability_where_nothing_reads_by_weights():
+    torch.manual_seed(0)
+    model, x, y = WithoutReader(), torch.randn(40, 6), torch.arange(40) % 4
+    selector = CoSePSelector().fit(model, [(x, y)], progress=False)
+    assert list(selector.readers) == ["query", "key"]
+    assert list(selector.moments) == ["query", "key"]
+    group = group_with(model, x, "query")
+    plain = CoSePSelector(space="separability").fit(model, [(x, y)], progress=False)
+    assert selector.select(group, n_keep=5) == plain.select(group, n_keep=5)
+    assert selector.layers_of(read_group(group)) == ("query", "key")
+    # Without labels there is nothing to fall back on.
+    alone = CoSePSelector(space="reconstruction").fit(model, [x], progress=False)
+    assert alone.select(group) is None
+    pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
+    pruner.step()
+    assert (model.stem.out_features, model.query.out_features) == (6, 6)
+
+
+def test_options_about_clusters_mean_separability():
+    assert CoSePSelector().space_name == "joint"
+    for options in ({"metric": "hellinger"}, {"tap": "consumers"}, {"representative": "medoid"}, {"method": "k-medoids"}):
+        assert CoSePSelector(**options).space_name == "separability"
+    assert CoSePSelector(space="joint", representative="medoid", method="k-medoids").space_name == "joint"
+
+
+def test_a_reader_that_was_not_measured():
+    model, x, y = build("vgg", 12)
+    selector = CoSePSelector().fit(model, [(x, y)], layers=["conv1"], progress=False)
+    assert selector.measured == ["conv2"]
+    assert selector.select(group_with(model, x, "conv1")) is not None
+    with pytest.raises(InputError, match="layer 'conv3': what it reads was not measured.* put 'conv2' into ignored"):
+        selector.select(group_with(model, x, "conv2"))
+    with pytest.raises(InputError, match=r"need 0 MiB, the memory_budget is 0 MiB \(the largest: .*space='separability'"):
+        CoSePSelector(memory_budget=1000).fit(model, [(x, y)], progress=False)
 
 
 def test_labels_predicted_and_a_class_that_is_missing():
     model, x, _ = build("vgg", 12)
     moments = measured(model, x, torch.where(torch.arange(len(x)) % 2 == 0, 5, 0))
-    assert moments["conv2"].counts.tolist() == [20, 0, 0, 0, 0, 20]
-    with pytest.raises(InputError, match=r"at least two classes, got \[3\]"):
+    assert moments["conv2"].classes.classes.tolist() == [0, 5]
+    assert moments["conv2"].classes.count.tolist() == [20, 20]
+    with pytest.raises(InputError, match=r"at least two classes, got 1 \(class 3\)"):
         measured(model, x, torch.full((len(x),), 3))
     with torch.no_grad():  # so that it predicts several classes
         model.head.bias -= model(x).mean(0)
-    predicted = collect_reader_moments(model, [x], labels="predicted", progress=False)
-    assert int(predicted["conv2"].counts.sum()) == len(x)
+    predicted = CoSePSelector().fit(model, [x], labels="predicted", progress=False).readers
+    assert int(predicted["conv2"].classes.count.sum()) == len(x)

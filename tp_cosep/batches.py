@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,22 @@ from tqdm.auto import tqdm
 
 from tp_cosep.errors import InputError
 
-__all__ = ["BatchReader", "evaluating", "n_samples", "progress_bar", "run_model", "take_samples"]
+__all__ = [
+    "BatchReader",
+    "Collector",
+    "evaluating",
+    "n_samples",
+    "peek",
+    "progress_bar",
+    "run_model",
+    "run_pass",
+    "take_samples",
+]
+
+_EMPTY = (
+    "fit: expected at least one batch, the loader gave none; a generator can be read only once, and a loader "
+    "with drop_last=True gives nothing from fewer samples than one batch."
+)
 
 
 @contextmanager
@@ -130,6 +146,85 @@ class BatchReader:
         if isinstance(inputs, (tuple, list)):
             return [self._to_model(value) for value in inputs]
         return inputs
+
+
+class Collector(Protocol):
+    """Something that measures a model while it runs on batch after batch."""
+
+    def prepare(self, model: nn.Module, inputs: Any) -> None:
+        """Called before a batch is run, while nobody is watching."""
+
+    def watching(self, inputs: Any) -> AbstractContextManager[None]:
+        """Around the run of a batch."""
+
+    def add(self, labels: Tensor, i: int) -> None:
+        """Called with the labels of the i-th batch after its run, if there are labels."""
+
+
+def peek(loader: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and all of them.
+
+    Raises:
+        InputError: If there is none.
+    """
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise InputError(_EMPTY)
+    return first, itertools.chain([first], batches)
+
+
+def run_pass(
+    model: nn.Module,
+    reader: BatchReader,
+    batches: Iterable[Any],
+    collectors: Sequence[Collector],
+    *,
+    loader: Iterable[Any],
+    what: str,
+    progress: bool,
+    with_labels: bool = True,
+) -> Counter[int]:
+    """Run a model on all batches, in eval mode and without gradients, while collectors watch.
+
+    Args:
+        model: The model.
+        reader: Of the batches.
+        batches: The batches.
+        collectors: Whatever measures.
+        loader: Where the batches are from, for the length of the progress bar.
+        what: What is being measured, for the progress bar.
+        progress: Show it on a terminal.
+        with_labels: Whether the collectors are told labels.
+
+    Returns:
+        Number of samples by label; empty without labels.
+
+    Raises:
+        InputError: If no batch has a sample, or labels are not as :meth:`BatchReader.labels` wants them.
+    """
+    samples: Counter[int] = Counter()
+    has_run = False
+    with evaluating(model):
+        for i, batch in enumerate(progress_bar(batches, loader, what, shown=progress)):
+            inputs, given = reader.split(batch, i)
+            if n_samples(inputs) == 0:
+                continue
+            for collector in collectors:
+                collector.prepare(model, inputs)
+            with ExitStack() as stack:
+                for collector in collectors:
+                    stack.enter_context(collector.watching(inputs))
+                outputs = run_model(model, inputs)
+            has_run = True
+            if with_labels:
+                labels = reader.labels(outputs, given, i)
+                samples.update(labels.tolist())
+                for collector in collectors:
+                    collector.add(labels, i)
+    if not has_run:
+        raise InputError(_EMPTY)
+    return samples
 
 
 def _describe(batch: Any) -> str:

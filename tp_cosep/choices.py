@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch_pruning.ops import OPTYPE
 
 from tp_cosep.errors import InputError
-from tp_cosep.groups import GroupView, prunable_groups, read_group, side_of
+from tp_cosep.groups import GroupView, is_output, prunable_groups, read_group, side_of
 from tp_cosep.head_importance import select_heads
 from tp_cosep.heads import attention_layers_of, heads_of, rerooted
 from tp_cosep.importance import CoSePSelector, ratio_for
@@ -138,7 +137,7 @@ class Choices:
     def entry(self, group: Any, view: GroupView) -> GroupPlan:
         """The entry of a group before anything is chosen; with a reason if nothing is to be."""
         reason = ""
-        if self._is_output(group):
+        if is_output(group):
             reason = "its channels are the model's output"
         elif not self._pruner._check_pruning_ratio(group):
             reason = "it has a single channel, or as few as max_pruning_ratio leaves"
@@ -149,14 +148,6 @@ class Choices:
         """Numbers of heads of a group's attention layers, by name."""
         p = self._pruner
         return {p.DG._module2name[m]: p.num_heads[m] for m in attention_layers_of(group, p.num_heads)}
-
-    def _is_output(self, group: Any) -> bool:
-        """Whether something that loses channels has nothing behind it but the caller of the model."""
-        return any(
-            dep.target.type == OPTYPE.OUTPUT or not dep.target.outputs
-            for dep, _ in group
-            if group._DG.is_out_channel_pruning_fn(dep.handler)
-        )
 
     def _choose(self, group: Any, view: GroupView) -> _Choice:
         """Selection of a group with the count that this step is to keep, and how that count came about."""

@@ -6,7 +6,6 @@ no gradient and no buffer touched.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model, take_samples
+from tp_cosep.batches import BatchReader, evaluating, n_samples, peek, run_model, run_pass, take_samples
 from tp_cosep.errors import InputError
 from tp_cosep.layouts import Layout, find_layout, to_samples
 from tp_cosep.moments import ClassMoments, to_cells
 
-__all__ = ["CHANNEL_DIMS", "TAPS", "channel_dim_of", "collect_moments", "measured_layers"]
+__all__ = [
+    "CHANNEL_DIMS",
+    "TAPS",
+    "ClassCollector",
+    "channel_dim_of",
+    "check_fit_options",
+    "collect_moments",
+    "measured_layers",
+]
 
 #: Layers that are measured, and the dimension of their tensors that holds the channels. They are those that
 #: create channels. Normalisation and activations follow them, and JM distances do not change under a
@@ -37,6 +44,7 @@ CHANNEL_DIMS: dict[type[nn.Module], int] = {
 
 #: What is measured of a layer: what it makes, or what it reads.
 TAPS = ("producers", "consumers")
+_WHERE = {"producers": "outputs", "consumers": "inputs"}
 
 _BYTES_PER_MOMENT = 2 * 8  # mean and squared deviation, float64
 _Record = Callable[[str, Tensor], None]
@@ -107,49 +115,29 @@ def collect_moments(
         InputError: If the loader is empty, a batch or a label is not as described, an activation is NaN
             or infinite, there are fewer than two classes, or a class has too few samples.
     """
-    _check_options(spatial, labels, rare_classes, tap)
+    check_fit_options(spatial, labels, rare_classes, tap)
     known = measured_layers(model, channel_dims)
     if not known:
         raise InputError("fit: expected a model with convolutional or linear layers, found none.")
     reader = BatchReader(model, target_fn, predicted=labels == "predicted")
-    first, batches = _peek(loader)
+    first, batches = peek(loader)
     if callable(layers):
         layers = layers(reader.split(first, 0)[0])
     chosen = known if layers is None else {name: known[name] for name in layers if name in known}
     if not chosen:
         raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
-    taps = _Taps(chosen, tap, channel_dims)
-    moments: dict[str, ClassMoments] = {}
-    samples: Counter[int] = Counter()
-    with evaluating(model):
-        n_cells = None if isinstance(spatial, str) else spatial
-        if spatial == "auto":
-            n_cells = _fit_spatial(model, taps, reader, first, n_classes, memory_budget)
-        for i, batch in enumerate(progress_bar(batches, loader, "class moments", shown=progress)):
-            inputs, given = reader.split(batch, i)
-            if n_samples(inputs) == 0:
-                continue
-            taps.look(model, inputs)
-            with taps.recording(n_samples(inputs) or 1, n_cells) as records:
-                outputs = run_model(model, inputs)
-            targets = reader.labels(outputs, given, i)
-            samples.update(targets.tolist())
-            for name, activations in records.items():
-                layer_moments = moments.setdefault(name, ClassMoments())
-                for x in activations:
-                    _check_rows(x, targets, i)
-                    _update(layer_moments, x, targets, name)
-    unclear = sorted(taps.unclear & set(moments))
-    if unclear and samples:
-        warnings.warn(
-            f"fit: cannot measure {', '.join(unclear)}: what in the outputs of these layers belongs to which sample "
-            "cannot be told; groups of such layers alone are left alone.",
-            stacklevel=3,
-        )
-    return _drop_rare_classes(moments, samples, rare_classes)
+    collector = ClassCollector(chosen, tap=tap, channel_dims=channel_dims)
+    collector.choose_cells(model, reader, first, spatial, n_classes=n_classes, memory_budget=memory_budget)
+    samples = run_pass(model, reader, batches, [collector], loader=loader, what="class moments", progress=progress)
+    return collector.finished(samples, rare_classes)
 
 
-def _check_options(spatial: int | str | None, labels: str, rare_classes: str, tap: str) -> None:
+def check_fit_options(spatial: int | str | None, labels: str, rare_classes: str, tap: str) -> None:
+    """Check options of :func:`collect_moments`.
+
+    Raises:
+        InputError: If one is unknown.
+    """
     is_count = isinstance(spatial, int) and not isinstance(spatial, bool) and spatial >= 1
     if not (is_count or spatial is None or spatial == "auto"):
         raise InputError(f"fit: expected spatial to be an integer ≥ 1, None or 'auto', got {spatial!r}.")
@@ -162,22 +150,83 @@ def _check_options(spatial: int | str | None, labels: str, rare_classes: str, ta
             raise InputError(f"fit: expected {name}={known[0]!r} or {known[1]!r}, got {value!r}.")
 
 
-class _Taps:
-    """Hooks on layers, and what has been found out of where their tensors hold the samples.
+class ClassCollector:
+    """Gathers class moments of some layers while a model runs, see :func:`tp_cosep.batches.run_pass`.
+
+    It finds out by itself where the layers' tensors hold the samples.
+
+    Args:
+        layers: By name.
+        tap: What is measured of them, see :data:`TAPS`.
+        channel_dims: Further types of layers, and the dimension of their tensors that holds the channels.
+        n_cells: Cells per dimension that maps are pooled to; ``None`` for every pixel.
 
     Attributes:
-        unclear: Layers whose tensors cannot be told apart by sample.
+        moments: By layer name, in the order in which the layers first ran.
+        unclear: Layers whose tensors cannot be told apart by sample; their moments stay empty.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], tap: str, channel_dims: Mapping[type[nn.Module], int] | None
+        self,
+        layers: Mapping[str, nn.Module],
+        *,
+        tap: str = "producers",
+        channel_dims: Mapping[type[nn.Module], int] | None = None,
+        n_cells: int | None = None,
     ) -> None:
         self.layers = layers
+        self.moments: dict[str, ClassMoments] = {}
         self.unclear: set[str] = set()
         self._tap = tap
+        self._n_cells = n_cells
         self._dims = {name: channel_dim_of(m, channel_dims) for name, m in layers.items()}
         self._layouts: dict[str, Layout] = {}
         self._has_looked = False
+        self._records: dict[str, list[Tensor]] = {}
+
+    def choose_cells(
+        self,
+        model: nn.Module,
+        reader: BatchReader,
+        first: Any,
+        spatial: int | str | None,
+        *,
+        n_classes: int | None,
+        memory_budget: int,
+    ) -> None:
+        """Set the number of cells; the arguments are those of :func:`collect_moments`."""
+        self._n_cells = None if isinstance(spatial, str) else spatial
+        if spatial == "auto":
+            with evaluating(model):
+                self._n_cells = _fit_spatial(model, self, reader, first, n_classes, memory_budget)
+
+    def finished(
+        self,
+        samples: Counter[int],
+        rare_classes: str,
+        consequence: str = "groups of such layers alone are left alone",
+    ) -> dict[str, ClassMoments]:
+        """What was gathered, once all batches were seen.
+
+        Args:
+            samples: Number of samples by label.
+            rare_classes: As for :func:`collect_moments`, or ``"keep"``.
+            consequence: What it means that a layer's tensors cannot be told apart by sample.
+
+        Returns:
+            Moments by layer name.
+
+        Raises:
+            InputError: If there are fewer than two classes, or a class has too few samples.
+        """
+        unclear = sorted(self.unclear & set(self.moments))
+        if unclear and samples:
+            warnings.warn(
+                f"fit: cannot measure {', '.join(unclear)}: what in the {_WHERE[self._tap]} of these layers belongs to "
+                f"which sample cannot be told; {consequence}.",
+                stacklevel=4,
+            )
+        return _drop_rare_classes(self.moments, samples, rare_classes)
 
     @contextmanager
     def on_tensor(self, record: _Record) -> Iterator[None]:
@@ -206,7 +255,7 @@ class _Taps:
             lambda _module, args, kwargs: take(args or list(kwargs.values())), with_kwargs=True
         )
 
-    def look(self, model: nn.Module, inputs: Any) -> None:
+    def prepare(self, model: nn.Module, inputs: Any) -> None:
         """Find the layers' layouts, from two short runs on a few of the samples of the first batch that has some."""
         n_more = min(n_samples(inputs) or 1, 3)
         if n_more < 2 or self._has_looked:
@@ -238,12 +287,13 @@ class _Taps:
         return tensors
 
     @contextmanager
-    def recording(self, n: int, spatial: int | None) -> Iterator[dict[str, list[Tensor]]]:
-        """Collect the pooled tensors of n samples, ``[samples, components, cells]``, in the order of the calls."""
-        records: dict[str, list[Tensor]] = {}
+    def watching(self, inputs: Any) -> Iterator[None]:
+        """Pool and keep what the layers see of a batch, until :meth:`add` says the classes."""
+        n = n_samples(inputs) or 1
+        self._records = {}
 
         def record(name: str, x: Tensor) -> None:
-            activations = records.setdefault(name, [])
+            activations = self._records.setdefault(name, [])
             if name in self.unclear:
                 return
             # Before two samples were seen at once, all of a tensor is of the one sample.
@@ -253,13 +303,22 @@ class _Taps:
                     f"layer {name!r}: expected a multiple of {n} rows for {n} samples, got {x.shape[0]}; the first "
                     "dimension of every input has to be the sample."
                 )
-            cells = to_cells(samples, spatial=spatial)
+            cells = to_cells(samples, spatial=self._n_cells)
             if cells.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
                 cells = cells.clone()  # the next layer may work in place, as ReLU(inplace=True) does
             activations.append(cells)
 
         with self.on_tensor(record):
-            yield records
+            yield
+
+    def add(self, labels: Tensor, i: int) -> None:
+        """Add what was seen of the i-th batch to the moments of its samples' classes."""
+        for name, activations in self._records.items():
+            layer_moments = self.moments.setdefault(name, ClassMoments())
+            for x in activations:
+                _check_rows(x, labels, i)
+                _update(layer_moments, x, labels, name)
+        self._records = {}
 
     def shapes(self, model: nn.Module, inputs: Any) -> tuple[dict[str, tuple[int, ...]], Any]:
         """Components and positions of every layer's tensors, and the model's output."""
@@ -271,7 +330,7 @@ class _Taps:
             if samples is not None:
                 shapes[name] = tuple(samples.shape[1:])
 
-        self.look(model, inputs)
+        self.prepare(model, inputs)
         with self.on_tensor(record):
             outputs = run_model(model, inputs)
         return shapes, outputs
@@ -298,21 +357,12 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
         raise InputError(f"layer {name!r}: {error}") from error
 
 
-def _peek(loader: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first batch, and all of them."""
-    batches = iter(loader)
-    first = next(batches, None)
-    if first is None:
-        raise InputError(_EMPTY)
-    return first, itertools.chain([first], batches)
-
-
 def _fit_spatial(
-    model: nn.Module, taps: _Taps, reader: BatchReader, first: Any, n_classes: int | None, memory_budget: int
+    model: nn.Module, collector: ClassCollector, reader: BatchReader, first: Any, n_classes: int | None, memory_budget: int
 ) -> int:
     """The largest number of cells per dimension whose moments fit."""
     inputs, given = reader.split(first, 0)
-    shapes, outputs = taps.shapes(model, inputs)
+    shapes, outputs = collector.shapes(model, inputs)
     if n_classes is None:
         labels = reader.labels(outputs, given, 0)
         seen = int(labels.max()) + 1 if len(labels) else 1
@@ -332,18 +382,10 @@ def _fit_spatial(
     return fitting[-1]
 
 
-_EMPTY = (
-    "fit: expected at least one batch, the loader gave none; a generator can be read only once, and a loader "
-    "with drop_last=True gives nothing from fewer samples than one batch."
-)
-
-
 def _drop_rare_classes(
     moments: dict[str, ClassMoments], samples: Counter[int], rare_classes: str
 ) -> dict[str, ClassMoments]:
-    if not samples:
-        raise InputError(_EMPTY)
-    rare = sorted(label for label, n in samples.items() if n < 2)
+    rare = sorted(label for label, n in samples.items() if n < 2) if rare_classes != "keep" else []
     if rare and rare_classes == "error":
         raise InputError(
             f"fit: expected at least two samples of every class, got one of class {_enumerate(rare)}; use more "

@@ -9,7 +9,6 @@ units) are one component too. And where heads are dropped whole, a component is 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch_pruning.dependency.index_mapping import _ConcatIndexMapping, _SliceIndexMapping, _SplitIndexMapping
+from torch_pruning.ops import OPTYPE
 
-from tp_cosep.batches import n_samples, run_model, take_samples
-from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError
-from tp_cosep.tracing import ROOT_TYPES, trace
 
 __all__ = [
     "GroupView",
     "Member",
     "full_group",
+    "is_output",
     "l1_norms",
     "module_names",
     "prunable_groups",
-    "prunable_layers",
     "read_group",
     "side_of",
 ]
@@ -141,34 +138,13 @@ def prunable_groups(
     return groups
 
 
-def prunable_layers(
-    model: nn.Module, inputs: Any, ignored: Iterable[nn.Module], channel_dims: Mapping[type[nn.Module], int]
-) -> list[str]:
-    """Names of the layers that can be measured and belong to a group that can be pruned.
-
-    Args:
-        model: A model.
-        inputs: A batch of inputs; it is traced with one or two of their samples.
-        ignored: As for the pruner: groups that contain one of these are left alone.
-        channel_dims: Further types of layers that can be measured. They are taken to belong to a group.
-
-    Returns:
-        The names; those of all layers, with a warning, if Torch-Pruning cannot trace the model on the inputs.
-    """
-    known, ignored = measured_layers(model, channel_dims), list(ignored)
-    few = take_samples(inputs, 2, n_samples(inputs) or 1)
-    try:
-        graph = trace(model, few, forward_fn=run_model, verbose=False)
-        groups = prunable_groups(graph, ignored, ROOT_TYPES) if ignored else ()
-        reached = {dep.target.module for g in groups for dep, _ in g} if ignored else set(graph.module2node)
-    except Exception as error:
-        warnings.warn(
-            f"fit: Torch-Pruning cannot trace the model on the first batch ({type(error).__name__}: {error}); every "
-            "layer is measured, also those that cannot be pruned. Name them with layers= to save time.",
-            stacklevel=5,
-        )
-        return list(known)
-    return [name for name, m in known.items() if m in reached or isinstance(m, tuple(channel_dims))]
+def is_output(group: Any) -> bool:
+    """Whether something that loses channels has nothing behind it but the caller of the model."""
+    return any(
+        dep.target.type == OPTYPE.OUTPUT or not dep.target.outputs
+        for dep, _ in group
+        if group._DG.is_out_channel_pruning_fn(dep.handler)
+    )
 
 
 def side_of(group: Any) -> str:

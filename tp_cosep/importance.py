@@ -10,16 +10,18 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_cosep.attention import ATTENTION_JS, collect_attention
-from tp_cosep.collect import collect_moments, measured_layers
+from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.groups import GroupView, full_group, l1_norms, prunable_groups, prunable_layers, read_group
+from tp_cosep.groups import GroupView, full_group, l1_norms, prunable_groups, read_group
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, rerooted
 from tp_cosep.knee import KneeMethod
 from tp_cosep.moments import ClassMoments
-from tp_cosep.options import check_selector
-from tp_cosep.reader_moments import ReaderMoments, collect_reader_moments
+from tp_cosep.measuring import measure
+from tp_cosep.options import DEFAULT_METHODS, check_selector, default_space
+from tp_cosep.reader_moments import ReaderMoments
 from tp_cosep.reader_spaces import READER_SPACES, correlation_distances, layers_read, readers_of
+from tp_cosep.reading import reading_of
 from tp_cosep.selection import ChannelSelection, select_by_elimination, select_channels
 from tp_cosep.separability import PairMetric
 from tp_cosep.spaces import Space, weight_shape
@@ -101,18 +103,19 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         spatial: int | str | None = 4,
         knee: str | KneeMethod = "guarded",
         mss_form: str = "paper",
-        space: str = "separability",
+        space: str | None = None,
         method: str | None = None,
-        representative: str | Callable[[Any], Tensor | None] = "medoid",
+        representative: str | Callable[[Any], Tensor | None] | None = None,
         n_keep: int | None = None,
         keep_ratio: float | None = None,
         backend: str = "native",
-        memory_budget: int = 2**30,
+        memory_budget: int = 2**32,
         tap: str = "producers",
         num_heads: dict[nn.Module, int] | None = None,
         scope: str = "layer",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
     ) -> None:
+        space = space or default_space(metric=metric, tap=tap, representative=representative, method=method)
         check_selector(
             metric=metric,
             tap=tap,
@@ -129,14 +132,14 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         self.spatial = spatial
         self.knee = KneeMethod.named(knee)
         self.mss_form = mss_form
-        self.representative = representative
+        self.representative = representative or "medoid"
         self.n_keep = n_keep
         self.keep_ratio = keep_ratio
         self.backend = backend
         self.memory_budget = memory_budget
         self.space_name = space
-        self.method = method or ("k-medoids" if space in ("separability", "correlation") else "column-subset")
-        self.tap = "consumers" if space in READER_SPACES else tap
+        self.method = method or DEFAULT_METHODS[space]
+        self.tap = tap
         self._given_heads = num_heads
         self.num_heads = num_heads if num_heads is not None else {}
         self.scope = scope
@@ -159,7 +162,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         Returns:
             A selector.
         """
-        return cls(**{"spatial": None, "knee": "paper", **changed})
+        return cls(**{"space": "separability", "spatial": None, "knee": "paper", **changed})
 
     def fit(
         self,
@@ -212,36 +215,19 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
                 )
             self.attention = collect_attention(model, loader, self.num_heads, target_fn=target_fn, progress=progress)
             return self
-        ignored = resolve_layers(model, ignored_layers, "ignored_layers")
         by_readers = self.space_name in READER_SPACES
-        if by_readers or self.representative == "reconstruction":
-            if not by_readers and iter(loader) is loader:
-                raise InputError(
-                    "fit: representative='reconstruction' reads the data twice; pass a DataLoader or a list of "
-                    f"batches, got a {type(loader).__name__} that can be read once."
-                )
-            readers = collect_reader_moments(
-                model,
-                loader,
-                spatial=4 if self.spatial == "auto" else self.spatial,  # type: ignore[arg-type]
-                ignored=ignored,
-                layers=layers if by_readers else None,
-                target_fn=target_fn,
-                labels=labels if self.space_name in ("class-means", "joint") else None,
-                progress=progress,
-            )
-            if by_readers:
-                self.readers = readers
-                return self
-        moments = collect_moments(
+        moments, readers = measure(
             model,
             loader,
-            spatial=self.spatial,
+            by_classes=not by_readers,
+            by_readers=by_readers or self.representative == "reconstruction",
+            reader_classes=self.space_name in ("class-means", "joint"),
             tap=self.tap,
-            layers=layers
-            if layers is not None
-            else lambda inputs: prunable_layers(model, inputs, ignored, self.channel_dims),
+            spatial=self.spatial,
+            layers=layers,
+            ignored=resolve_layers(model, ignored_layers, "ignored_layers"),
             channel_dims=self.channel_dims,
+            num_heads=self.num_heads,
             target_fn=target_fn,
             labels=labels,
             rare_classes=rare_classes,
@@ -249,9 +235,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             memory_budget=self.memory_budget,
             progress=progress,
         )
-        self.moments = moments
-        if self.representative == "reconstruction":
-            self.readers = readers
+        self.moments, self.readers = moments, readers
         shapes = {name: weight_shape(m) for name, m in measured_layers(model, self.channel_dims).items()}
         self._shapes = {name: shape for name, shape in shapes.items() if shape is not None and name in moments}
         return self
@@ -266,7 +250,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         """Names of the layers that were measured, in the order in which they ran."""
         if self.metric == ATTENTION_JS:
             return list(self.attention)
-        return list(self.readers if self.space_name in READER_SPACES else self.moments)
+        return list(dict.fromkeys([*(self.readers if self.space_name in READER_SPACES else ()), *self.moments]))
 
     def select(
         self, group: Any, *, n_keep: int | None = None, view: GroupView | None = None, round_to: int | None = None
@@ -297,7 +281,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         if distances is None:
             return None
         n_keep = n_keep if n_keep is not None else self._fixed_count(view.n_components)
-        if self.method == "column-subset":
+        if self.method == "column-subset" and self.compares_readers(view):
             readers = readers_of(view, self.readers, self.space_name)
             elimination = backward_elimination(readers, view.n_components)
             by_order = select_by_elimination(elimination, distances, n_keep=n_keep, knee=self.knee, round_to=round_to)
@@ -323,16 +307,41 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         """
         self.check_fitted()
         view = view or read_group(group, None, self.num_heads)
-        if self.space_name in READER_SPACES:
+        if self.metric == ATTENTION_JS:
+            return None
+        if self.compares_readers(view):
             return correlation_distances(view, self.readers, self.space_name)
-        return None if self.metric == ATTENTION_JS else self.space.distances(view)
+        is_left = self.space_name in READER_SPACES and not any(m.name in self.moments for m in view.members)
+        if not is_left:
+            return self.space.distances(view)
+        missing = next((m.name for m in view.readers if reading_of(m.layer)), None)
+        if missing is not None:
+            raise InputError(
+                f"layer {missing!r}: what it reads was not measured: the calibration data never reached this layer, or "
+                f"it is not part of the fitted model, or the group of {view.name!r} was left out of the fit; put "
+                f"{view.name!r} into ignored_layers or fit again."
+            )
+        return None
+
+    def compares_readers(self, view: GroupView) -> bool:
+        """Whether channels of a group are compared by what their readers see, or else by separability.
+
+        The latter where attention multiplies channels with each other, for whole heads, and where nothing reads
+        them by weights.
+        """
+        return (
+            self.space_name in READER_SPACES
+            and view.unit == "channel"
+            and not any(m.layer in self.num_heads for m in view.members)
+            and bool(layers_read(view, self.readers, self.space_name))
+        )
 
     def layers_of(self, view: GroupView) -> tuple[str, ...]:
         """Names of the layers whose measurements describe a group; of all that create it if none is measured."""
         if self.metric == ATTENTION_JS:
             measured = [m.name for m in view.members if m.name in self.attention]
-        elif self.space_name in READER_SPACES:
-            measured = [m.name for m in layers_read(view, self.readers)]
+        elif self.compares_readers(view):
+            measured = [m.name for m in layers_read(view, self.readers, self.space_name)]
         else:
             measured = [m.name for m in self.space.layers_of(view)]
         return tuple(measured or (m.name for m in view.members))
@@ -437,7 +446,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             return None
         if self.representative == "reconstruction":
             space = "reconstruction" if self.space_name == "separability" else self.space_name
-            readers = readers_of(view, self.readers, space)
+            readers = readers_of(view, self.readers, space) if view.unit == "channel" else []
             if not readers:
                 return None
 

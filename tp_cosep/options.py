@@ -16,10 +16,18 @@ from tp_cosep.reader_spaces import READER_SPACES
 from tp_cosep.separability import PairMetric, resolve_metric
 from tp_cosep.silhouette import MSS_FORMS
 
-__all__ = ["check_heads", "check_selector", "compensator_for"]
+__all__ = ["DEFAULT_METHODS", "check_heads", "check_selector", "compensator_for", "default_space"]
 
 _REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 _METHODS = ("k-medoids", "column-subset")
+#: How channels are chosen in every space unless told otherwise.
+DEFAULT_METHODS = {
+    "separability": "k-medoids",
+    "correlation": "k-medoids",
+    "class-means": "column-subset",
+    "reconstruction": "column-subset",
+    "joint": "column-subset",
+}
 
 
 def check_selector(
@@ -29,7 +37,7 @@ def check_selector(
     scope: str,
     mss_form: str,
     backend: str,
-    representative: str | Callable[[Any], Tensor | None],
+    representative: str | Callable[[Any], Tensor | None] | None,
     space: str,
     method: str | None,
     n_keep: int | None,
@@ -52,12 +60,12 @@ def check_selector(
             raise InputError(f"CoSePSelector: expected {name} of {known}, got {value!r}.")
     if scope not in ("layer", "model"):
         raise InputError(f"CoSePSelector: expected scope 'layer' or 'model', got {scope!r}.")
-    if not callable(representative) and representative not in _REPRESENTATIVES:
+    if representative is not None and not callable(representative) and representative not in _REPRESENTATIVES:
         raise InputError(
             f"CoSePSelector: expected representative of {list(_REPRESENTATIVES)} or an importance, got "
             f"{representative!r}."
         )
-    _check_space(space, method, metric)
+    _check_space(space, method, metric, tap, representative)
     _check_count(n_keep, keep_ratio)
 
 
@@ -70,16 +78,38 @@ def _check_count(n_keep: int | None, keep_ratio: float | None) -> None:
         raise InputError(f"CoSePSelector: expected keep_ratio in (0, 1], got {keep_ratio}.")
 
 
-def _check_space(space: str, method: str | None, metric: str | PairMetric) -> None:
+def default_space(
+    *, metric: str | PairMetric, tap: str, representative: object | None, method: str | None
+) -> str:
+    """The space if none is named: joint, unless an option is about clusters in separability space.
+
+    Returns:
+        Its name.
+    """
+    is_about_clusters = metric != "jm" or tap != "producers" or representative is not None or method == "k-medoids"
+    return "separability" if is_about_clusters else "joint"
+
+
+def _check_space(
+    space: str, method: str | None, metric: str | PairMetric, tap: str, representative: object | None
+) -> None:
     if method is not None and method not in _METHODS:
         raise InputError(f"CoSePSelector: expected method of {list(_METHODS)} or None, got {method!r}.")
-    if space == "separability" and method == "column-subset":
+    if space == "separability":
+        if method == "column-subset":
+            raise InputError(
+                "CoSePSelector: method='column-subset' asks what readers can do without, which separability profiles "
+                f"do not tell; use it with a space of {list(READER_SPACES)}."
+            )
+        return
+    for name, value, default in (("metric", metric, "jm"), ("tap", tap, "producers")):
+        if value != default:
+            raise InputError(f"CoSePSelector: {name}={value!r} belongs to space='separability', got space={space!r}.")
+    if representative is not None and (method or DEFAULT_METHODS[space]) != "k-medoids":
         raise InputError(
-            "CoSePSelector: method='column-subset' asks what readers can do without, which separability profiles do "
-            f"not tell; use it with a space of {list(READER_SPACES)}."
+            f"CoSePSelector: representative={representative!r} chooses among the members of a cluster, and "
+            f"space={space!r} makes no clusters; add method='k-medoids', or leave one of them out."
         )
-    if space in READER_SPACES and metric != "jm":
-        raise InputError(f"CoSePSelector: metric={metric!r} belongs to space='separability', got space={space!r}.")
 
 
 def compensator_for(

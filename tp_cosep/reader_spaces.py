@@ -25,9 +25,14 @@ READER_SPACES = ("correlation", "class-means", "reconstruction", "joint")
 CLASS_WEIGHT = 3.0
 
 
-def layers_read(view: GroupView, moments: Mapping[str, ReaderMoments]) -> list[Member]:
-    """The readers of a group that were measured and whose channels are the group's."""
-    return [m for m in view.readers if m.name in moments and len(m.rows)]
+def layers_read(view: GroupView, moments: Mapping[str, ReaderMoments], space: str) -> list[Member]:
+    """The readers of a group that were measured for a space and whose channels are the group's."""
+    needs_classes = space == "class-means"
+    return [
+        m
+        for m in view.readers
+        if m.name in moments and len(m.rows) and not (needs_classes and moments[m.name].classes.is_empty)
+    ]
 
 
 def readers_of(view: GroupView, moments: Mapping[str, ReaderMoments], space: str) -> list[Reader]:
@@ -91,7 +96,7 @@ def _parts(
     view: GroupView, moments: Mapping[str, ReaderMoments], space: str
 ) -> Iterator[tuple[Member, Tensor, ReaderMoments, Tensor]]:
     """Readers, their covariance, moments, and the component of every feature (−1 where it is not of the group)."""
-    for member in layers_read(view, moments):
+    for member in layers_read(view, moments, space):
         measured = moments[member.name]
         weight = member.layer.weight
         if weight.shape != measured.shape:

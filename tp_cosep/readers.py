@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.groups import Member, prunable_groups, read_group
+from tp_cosep.groups import GroupView, Member, prunable_groups, read_group
 from tp_cosep.reading import Reading, reading_of
 from tp_cosep.tracing import ROOT_TYPES, trace
 
-__all__ = ["affordable", "find_readings", "named", "on_inputs"]
+__all__ = ["affordable", "find_readings", "named", "on_inputs", "readable", "readings_of"]
 
 # Positions per sample that are measured by default: a kernel's neighbours tell little that is new.
 _FEWEST_POSITIONS, _MOST_POSITIONS = 4, 16
@@ -42,9 +42,28 @@ def find_readings(
     """
     options = {} if forward_fn is None else {"forward_fn": forward_fn}
     graph = trace(model, example_inputs, **options)
+    views = [view for _, view in readable(prunable_groups(graph, ignored, ROOT_TYPES))]
+    return readings_of(views, max_features=max_features)
+
+
+def readable(groups: Iterable[Any]) -> Iterator[tuple[Any, GroupView]]:
+    """Groups with what there is to know of them, without those that cannot be read.
+
+    Whoever is to prune such a group is told why not.
+    """
+    for group in groups:
+        try:
+            view = read_group(group)
+        except InputError:
+            continue
+        yield group, view
+
+
+def readings_of(views: Iterable[GroupView], *, max_features: int) -> dict[str, Reading]:
+    """How the readers of groups read, by layer name, as for :func:`find_readings`."""
     found: dict[str, Reading] = {}
-    for group in prunable_groups(graph, ignored, ROOT_TYPES):
-        for member in read_group(group).readers:
+    for view in views:
+        for member in view.readers:
             reading = None if member.name in found else reading_of(member.layer)
             if reading is None:
                 continue

@@ -13,11 +13,12 @@ __all__ = ["SecondMoments"]
 class SecondMoments:
     """Σ z zᵀ over rows x, z = (x, 1): second moments, sums and the number of rows in one matrix.
 
-    Rows are kept apart in two folds, so that whatever is fitted to one can be tried on the other.
+    Rows may be kept apart in two folds, so that whatever is fitted to one can be tried on the other.
 
     Args:
         n_features: Length of x.
         device: Of the sums.
+        n_folds: 1 or 2.
 
     Rows wait until there are as many as features: sums of a few rows cost as much as those of many.
 
@@ -30,15 +31,15 @@ class SecondMoments:
                 [ 4.,  6.,  2.]], dtype=torch.float64)
     """
 
-    def __init__(self, n_features: int, device: torch.device | str = "cpu") -> None:
-        self._sums = torch.zeros(2, n_features + 1, n_features + 1, dtype=torch.float64, device=device)
-        self._waiting: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._counts = [0, 0]
+    def __init__(self, n_features: int, device: torch.device | str = "cpu", *, n_folds: int = 2) -> None:
+        self._sums = torch.zeros(n_folds, n_features + 1, n_features + 1, dtype=torch.float64, device=device)
+        self._waiting: list[list[Tensor]] = [[] for _ in range(n_folds)]
+        self._counts = [0] * n_folds
 
     @property
     def folds(self) -> Tensor:
-        """The sums of both folds, ``[2, n_features + 1, n_features + 1]`` float64."""
-        for fold in range(2):
+        """The sums of every fold, ``[folds, n_features + 1, n_features + 1]`` float64."""
+        for fold in range(len(self._counts)):
             self._add_up(fold)
         return self._sums
 
@@ -49,11 +50,11 @@ class SecondMoments:
 
     @property
     def n_rows(self) -> int:
-        """Rows in both folds."""
+        """Rows in all folds."""
         return sum(self._counts)
 
     def update(self, x: Tensor) -> None:
-        """Add rows: one half to one fold, the other to the other, the larger half to the fold that has fewer.
+        """Add rows; of two folds the larger half goes to the one that has fewer.
 
         Args:
             x: ``[rows, n_features]``; of one batch, the rows of a sample next to each other.
@@ -65,9 +66,9 @@ class SecondMoments:
         # The sum is finite if all of them are, and otherwise only if infinities cancel, which makes NaN.
         if not bool(torch.isfinite(x.sum())):
             raise InputError("got NaN or infinite inputs; check the data and the weights.")
-        behind = int(self._counts[1] < self._counts[0])
-        half = (len(x) + 1) // 2
-        for fold, rows in ((behind, x[:half]), (1 - behind, x[half:])):
+        n_folds = len(self._counts)
+        order = sorted(range(n_folds), key=self._counts.__getitem__)
+        for fold, rows in zip(order, x.tensor_split(n_folds), strict=True):
             self._waiting[fold].append(rows)
             self._counts[fold] += len(rows)
             if sum(map(len, self._waiting[fold])) >= self.n_features:

@@ -21,6 +21,7 @@ RECORDS = Path(__file__).parent / "records"
 RECIPES = {
     ("vgg", "cifar10"): Recipe(8, 0.2),
     ("resnet20", "cifar10"): Recipe(9, 0.3),
+    ("resnet56", "cifar10"): Recipe(6, 0.2),
     ("densenet16", "cifar10"): Recipe(6, 0.2),
     ("mobilenetv2", "cifar10"): Recipe(6, 0.2, weight_decay=1e-4),
     ("vgg", "fashion-mnist"): Recipe(4, 0.2),

@@ -1,0 +1,173 @@
+"""What a selector measures of a model, whatever it is told to look at, in one pass over the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tp_cosep.batches import BatchReader, Collector, n_samples, peek, run_model, run_pass, take_samples
+from tp_cosep.collect import ClassCollector, check_fit_options, measured_layers
+from tp_cosep.errors import InputError
+from tp_cosep.groups import is_output, prunable_groups
+from tp_cosep.heads import attention_layers_of, head_parameters
+from tp_cosep.moments import ClassMoments
+from tp_cosep.reader_moments import ReaderCollector, ReaderMoments, check_memory
+from tp_cosep.readers import readable, readings_of
+from tp_cosep.reading import Reading, reading_of
+from tp_cosep.tracing import ROOT_TYPES, trace
+
+__all__ = ["measure"]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What there is to measure of a model.
+
+    Attributes:
+        layers: Layers that create channels which can be pruned, by name.
+        readings: How layers read such channels, by name.
+        unread: Of ``layers``, those whose channels no layer reads by weights alone: attention multiplies them.
+    """
+
+    layers: dict[str, nn.Module]
+    readings: dict[str, Reading]
+    unread: dict[str, nn.Module]
+
+
+def measure(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    by_classes: bool,
+    by_readers: bool,
+    reader_classes: bool,
+    tap: str,
+    spatial: int | str | None,
+    layers: Iterable[str] | None,
+    ignored: Iterable[nn.Module],
+    channel_dims: Mapping[type[nn.Module], int],
+    num_heads: Mapping[nn.Module, int],
+    target_fn: Callable[[Any], tuple[Any, Any]] | None,
+    labels: str,
+    rare_classes: str,
+    n_classes: int | None,
+    memory_budget: int,
+    progress: bool,
+) -> tuple[dict[str, ClassMoments], dict[str, ReaderMoments]]:
+    """Measure layers in one pass, in eval mode; the model stays as it is.
+
+    Args:
+        model: Any module that Torch-Pruning can trace on the first batch.
+        loader: As for :func:`tp_cosep.collect.collect_moments`.
+        by_classes: Class moments of all layers that create channels, or, by ``tap``, read them.
+        by_readers: Second moments of what layers read.
+        reader_classes: With second moments also class means of the same, and class moments of the layers that create
+            channels which nothing reads by weights alone.
+        tap: Whose class moments, see :data:`tp_cosep.collect.TAPS`.
+        spatial: Cells per dimension, as for ``collect_moments``; for class means of readers ``"auto"`` is 4.
+        layers: Names of layers that create channels; nothing but these, and what reads their channels, is measured.
+        ignored: Groups that contain one of these are left out.
+        channel_dims: As for ``collect_moments``.
+        num_heads: Number of heads by attention layer.
+        target_fn: As for ``collect_moments``.
+        labels: As for ``collect_moments``.
+        rare_classes: As for ``collect_moments``.
+        n_classes: As for ``collect_moments``.
+        memory_budget: As for ``collect_moments``, and bytes for the second moments of all readers.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Class moments of layers, and what readers see, by name.
+
+    Raises:
+        InputError: If the loader, the labels or the activations cannot be used, or memory does not suffice.
+    """
+    check_fit_options(spatial, labels, rare_classes, tap)
+    with_labels = by_classes or reader_classes
+    reader = BatchReader(model, target_fn, predicted=labels == "predicted" or not with_labels)
+    first, batches = peek(loader)
+    survey = _survey(
+        model, reader.split(first, 0)[0], list(ignored), channel_dims, num_heads, layers, with_readings=by_readers
+    )
+    if not (survey.layers or survey.readings):
+        raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
+    collectors: list[Collector] = []
+    made: ClassCollector | None = None
+    readers: ReaderCollector | None = None
+    read: ClassCollector | None = None
+    chosen = survey.layers if by_classes else survey.unread if reader_classes else {}
+    if chosen:
+        made = ClassCollector(chosen, tap=tap, channel_dims=channel_dims)
+        made.choose_cells(model, reader, first, spatial, n_classes=n_classes, memory_budget=memory_budget)
+        collectors.append(made)
+    if by_readers:
+        check_memory(survey.readings, memory_budget)
+        readers = ReaderCollector(survey.readings)
+        collectors.append(readers)
+        if reader_classes:
+            read = ClassCollector(
+                {name: r.layer for name, r in survey.readings.items()},
+                tap="consumers",
+                n_cells=4 if isinstance(spatial, str) else spatial,
+            )
+            collectors.append(read)
+    what = "class moments" if by_classes else "what layers read"
+    samples = run_pass(
+        model, reader, batches, collectors, loader=loader, what=what, progress=progress, with_labels=with_labels
+    )
+    found = {} if readers is None else readers.found
+    if read is not None:
+        # A class mean needs no second sample: what is rare is rare for variances alone.
+        consequence = "there class means do not count"
+        for name, moments in read.finished(samples, "keep", consequence).items():
+            found[name].classes = moments
+    return {} if made is None else made.finished(samples, rare_classes), found
+
+
+def _survey(
+    model: nn.Module,
+    inputs: Any,
+    ignored: list[nn.Module],
+    channel_dims: Mapping[type[nn.Module], int],
+    num_heads: Mapping[nn.Module, int],
+    layers: Iterable[str] | None,
+    *,
+    with_readings: bool,
+) -> _Survey:
+    """Find out what there is to measure, from a trace of the model on a few samples."""
+    known, wanted = measured_layers(model, channel_dims), None if layers is None else set(layers)
+    if wanted is not None and not with_readings:
+        return _Survey({name: m for name, m in known.items() if name in wanted}, {}, {})
+    few = take_samples(inputs, 2, n_samples(inputs) or 1)
+    try:
+        kept = [model.get_parameter(name) for name in head_parameters(model, num_heads)]
+        graph = trace(model, few, forward_fn=run_model, verbose=False, ignored_params=kept)
+        groups = list(prunable_groups(graph, ignored, ROOT_TYPES)) if ignored or with_readings else []
+    except Exception as error:
+        warnings.warn(
+            f"fit: Torch-Pruning cannot trace the model on the first batch ({type(error).__name__}: {error}); every "
+            "layer is measured, also those that cannot be pruned. Name them with layers= to save time.",
+            stacklevel=4,
+        )
+        found = {name: reading_of(m) for name, m in known.items()} if with_readings else {}
+        return _Survey(known, {name: r for name, r in found.items() if r is not None}, known)
+    reached = {dep.target.module for g in groups for dep, _ in g} if ignored else set(graph.module2node)
+    made = {name: m for name, m in known.items() if m in reached or isinstance(m, tuple(channel_dims))}
+    if wanted is not None:
+        made = {name: m for name, m in made.items() if name in wanted}
+    if not with_readings:
+        return _Survey(made, {}, {})
+    views, unread = [], set[str]()
+    for group, view in readable(groups):
+        members = {m.name for m in view.members}
+        if is_output(group) or (wanted is not None and not members & wanted):
+            continue
+        views.append(view)
+        if attention_layers_of(group, num_heads) or not any(reading_of(m.layer) for m in view.readers):
+            unread |= members
+    readings = readings_of(views, max_features=0)
+    return _Survey(made, readings, {name: m for name, m in made.items() if name in unread})
