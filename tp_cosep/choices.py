@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_cosep.allocation import allocate
+from tp_cosep.costs import measure_costs
 from tp_cosep.errors import InputError
 from tp_cosep.groups import GroupView, is_output, prunable_groups, read_group, side_of
 from tp_cosep.head_importance import select_heads
 from tp_cosep.heads import attention_layers_of, heads_of, rerooted
 from tp_cosep.importance import CoSePSelector, ratio_for
 from tp_cosep.plan import GroupPlan
+from tp_cosep.reading import reading_of
 from tp_cosep.selection import ChannelSelection
 
 __all__ = ["NOT_MEASURED", "Choices"]
@@ -41,6 +44,9 @@ class Choices:
         self._told = dict(pruner.pruning_ratio_dict)
         self._schedules: dict[_Key, list[float]] = {}
         self._n_initial: dict[_Key, int] = {}
+        # Components that groups keep for the pruner's target, once that is shared out.
+        self._counts: dict[_Key, int] | None = None
+        self._whole: float | None = None
         # Layerwise: the groups that had their turn.
         self._done: set[_Key] = set()
         self.seen: set[str] = set()
@@ -53,7 +59,7 @@ class Choices:
     def saved(self) -> Choices:
         """A copy that later choices do not change."""
         saved = copy(self)
-        for name in ("_schedules", "_n_initial", "_done", "seen"):
+        for name in ("_schedules", "_n_initial", "_counts", "_done", "seen"):
             setattr(saved, name, copy(getattr(self, name)))
         return saved
 
@@ -83,6 +89,53 @@ class Choices:
     def measured_layers(self) -> list[str]:
         """Names of the layers whose moments the groups need."""
         return sorted({m.name for group in self.groups() for m in self.view(group).tapped(self._selector.tap)})
+
+    @torch.no_grad()
+    def share_out(self) -> None:
+        """Decide how many components every group keeps, so that the model meets the pruner's target in this step.
+
+        What a component loses is its score, the share of what a group's readers see that goes with it, times the
+        number of these readers.
+
+        Raises:
+            InputError: If the target is out of reach.
+        """
+        p = self._pruner
+        views: list[GroupView] = []
+        losses, least = [], []
+        for group in self.groups():
+            try:
+                view = self.view(group)
+                chosen = None if self.entry(group, view).reason else self._selector.select(group, view=view)
+            except InputError as error:
+                self.refused(group, error)
+                continue
+            if chosen is None or (self.num_heads_of(group) and not p.prune_head_dims):
+                continue
+            n = self._n_initial.setdefault((view.root, view.side), view.n_components)
+            scores = torch.empty(view.n_components, dtype=torch.float64)
+            scores[view.component_of] = chosen.scores
+            n_readers = sum(reading_of(m.layer) is not None for m in view.readers)
+            views.append(view)
+            losses.append(scores.sort().values * max(n_readers, 1))
+            told = self._told_of(view)
+            ratio = p.max_pruning_ratio if told is None else told[p.current_step]
+            least.append(max(1, n - int(n * ratio)))
+        unit, share = p.target
+        costs = measure_costs(p.model, p.run, views, unit)
+        self._whole = self._whole or costs.total
+        target = share * self._whole if share < 1 else share
+        target = self._whole - (self._whole - target) * p.current_step / p.iterative_steps
+        for i, view in enumerate(views):
+            if self._told_of(view) is not None:
+                costs.remove(i, view.n_components - least[i])
+                least[i] = view.n_components
+        kept = allocate(losses, costs, target, least=least, steps=[self._step(view) or 1 for view in views])
+        self._counts = {(v.root, v.side): k for v, k in zip(views, kept, strict=True)}
+
+    def _told_of(self, view: GroupView) -> list[float] | None:
+        """What ``pruning_ratio_dict`` says of a group, step by step."""
+        return next((self._told[m.layer] for m in view.members if m.layer in self._told), None)
 
     @torch.no_grad()
     def entries(self, due: str | None = None) -> Iterator[GroupPlan]:
@@ -153,10 +206,15 @@ class Choices:
         """Selection of a group with the count that this step is to keep, and how that count came about."""
         p, key = self._pruner, (view.root, view.side)
         n = self._n_initial.setdefault(key, view.n_components)
-        told = next((self._told[m.layer] for m in view.members if m.layer in self._told), None)
+        told = self._told_of(view)
         step = self._step(view)
         if told is not None:
             reason, schedule = "pruning_ratio_dict", told
+        elif self._counts is not None:
+            if key not in self._counts:
+                return None, NOT_MEASURED
+            selection = self._selector.select(group, view=view, n_keep=self._counts[key])
+            return selection, NOT_MEASURED if selection is None else f"target in {p.target[0]}"
         elif not p.automatic:
             reason, schedule = "pruning_ratio", p.per_step_pruning_ratio
         else:

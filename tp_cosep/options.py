@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from tp_cosep.attention import ATTENTION_JS
 from tp_cosep.collect import TAPS
 from tp_cosep.compensator import Compensator
+from tp_cosep.costs import UNITS
 from tp_cosep.errors import InputError
 from tp_cosep.medoids import BACKENDS
 from tp_cosep.reader_spaces import READER_SPACES
 from tp_cosep.separability import PairMetric, resolve_metric
 from tp_cosep.silhouette import MSS_FORMS
 
-__all__ = ["DEFAULT_METHODS", "check_heads", "check_selector", "compensator_for", "default_space"]
+__all__ = ["DEFAULT_METHODS", "check_heads", "check_selector", "check_target", "compensator_for", "default_space"]
 
 _REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 _METHODS = ("k-medoids", "column-subset")
@@ -139,6 +140,33 @@ def compensator_for(
     if loader is None and not made.is_fitted:
         raise InputError("CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator.")
     return made
+
+
+def check_target(
+    target: Mapping[str, float] | None, *, automatic: bool, options: Mapping[str, Any]
+) -> tuple[str, float] | None:
+    """Check ``target=`` of :class:`tp_cosep.CoSePPruner`.
+
+    Returns:
+        The unit and the value.
+
+    Raises:
+        InputError: If it names no known unit or not one alone, is out of range, or contradicts another option.
+    """
+    if target is None:
+        return None
+    if not isinstance(target, Mapping) or len(target) != 1 or not target.keys() <= set(UNITS):
+        raise InputError(f"CoSePPruner: expected target with one of {list(UNITS)}, such as {{'macs': 0.5}}, got {target!r}.")
+    ((unit, value),) = target.items()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf") or value == 1:
+        raise InputError(
+            f"CoSePPruner: expected a target in {unit} between 0 and 1, a share of the model as it is, or above, the "
+            f"number itself, got {value!r}."
+        )
+    for name, is_given in (("pruning_ratio", not automatic), ("prune_num_heads", options.get("prune_num_heads"))):
+        if is_given:
+            raise InputError(f"CoSePPruner: target= decides how much goes, and of channels; leave out {name}.")
+    return unit, float(value)
 
 
 def check_heads(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, head_parameters
 from tp_cosep.importance import CoSePSelector
-from tp_cosep.options import check_heads, compensator_for
+from tp_cosep.options import check_heads, check_target, compensator_for
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.recalibration import recalibrate
 from tp_cosep.snapshot import restored_on_error
@@ -62,6 +62,9 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         importance: A :class:`CoSePSelector`; it need not be fitted if ``loader`` is given.
         global_pruning: As in the stock pruner; needs a ``pruning_ratio``.
         pruning_ratio: Share of channels to remove, or ``None`` for CoSeP's own counts.
+        target: What the pruned model may cost, ``{"macs": 0.5}`` or ``{"params": 2e6}``: shares of the original below
+            1, numbers above (see :func:`tp_cosep.costs.measure_costs`). The channels come from where they lose least
+            for what they save, over all layers (:func:`tp_cosep.allocation.allocate`).
         loader: Calibration data to (re)fit the selector on, for ``layerwise`` and ``iterative_steps``.
         layerwise: Prune as the papers do: group after group in the order in which they run, with fresh
             moments for each.
@@ -111,6 +114,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         global_pruning: bool = False,
         pruning_ratio: float | None = None,
         *,
+        target: Mapping[str, float] | None = None,
         loader: Iterable[Any] | None = None,
         layerwise: bool = False,
         fine_tune: Callable[[nn.Module], object] | None = None,
@@ -140,6 +144,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 "CoSePPruner: metric='attention-js' compares heads only, it cannot rank channels of several layers; "
                 "use head_pruning_ratio= without global_pruning or isomorphic."
             )
+        self.target = check_target(target, automatic=automatic, options=options)
         if on_failure not in ("raise", "skip"):
             raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
         if layerwise and loader is None:
@@ -159,7 +164,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.verify = verify
         self.fit_options = fit_options or {}
         self.plan = PruningPlan(
-            options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
+            options={
+                "pruning_ratio": pruning_ratio,
+                "global_pruning": global_pruning,
+                "layerwise": layerwise,
+                **({} if target is None else {"target": dict(target)}),
+            }
         )
         self._trace_options = {k: v for k, v in options.items() if k in _TRACE_OPTIONS}
         # The stock pruner writes into these, and its default dicts are shared by all pruners.
@@ -183,12 +193,15 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         names = {p: name for name, p in model.named_parameters()}
         self.plan = replace(self.plan, ignored_params=tuple(names[p] for p in self.ignored_params))
         self.choices = Choices(self)
-        forward = self._trace_options.get("forward_fn") or run_model
-        self._check = OutputCheck(model, lambda: forward(model, example_inputs))
+        self._check = OutputCheck(model, self.run)
         self._names: list[str] | None = None
         # Entries of groups that are due, and of groups that nothing is done to.
         self._pending: dict[tuple[nn.Module, str], GroupPlan] = {}
         self._left: list[GroupPlan] = []
+
+    def run(self) -> Any:
+        """Run the model on the example inputs."""
+        return (self._trace_options.get("forward_fn") or run_model)(self.model, self.example_inputs)
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Prune once: everything, or the next part of ``iterative_steps``.
@@ -321,10 +334,14 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             )
             return
         if not self.layerwise:
+            if self.target is not None:
+                self.choices.share_out()
             yield from self._prune_chosen(None)
             return
         self.choices.begin()
         self._fit()
+        if self.target is not None:
+            self.choices.share_out()
         # Moments come in the order in which the layers ran.
         for i, name in enumerate(self.importance.measured):
             if i and self.choices.has_begun:

@@ -1,0 +1,71 @@
+"""How many components every group keeps, when the model as a whole may cost so much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+
+from torch import Tensor
+
+from tp_cosep.costs import Costs
+from tp_cosep.errors import InputError
+
+__all__ = ["allocate"]
+
+
+def allocate(
+    losses: Sequence[Tensor], costs: Costs, target: float, *, least: Sequence[int], steps: Sequence[int]
+) -> list[int]:
+    """Take components away from wherever it loses least for what it saves, until a target is met.
+
+    Again and again the group goes next whose next components have the lowest ratio of loss to saving. Savings shrink
+    while other groups lose components, since a layer's cost is a product of its inputs and outputs, so a ratio only
+    grows, and the lowest one that is up to date is the lowest of all. Where losses grow with every component, as they
+    do here, this is the steepest descent that keeps the sum of losses low.
+
+    Args:
+        losses: For every group ``[n]``, what the first, second … component to go loses, ascending.
+        costs: What the model costs; components are taken away from it.
+        target: The cost to reach.
+        least: The number of components that every group keeps whatever the target.
+        steps: The number of components that every group loses at once.
+
+    Returns:
+        The number of components that every group keeps.
+
+    Raises:
+        InputError: If the target is out of reach.
+    """
+    whole = costs.total
+    counts = [len(x) for x in losses]
+    kept = list(counts)
+
+    def ratio(g: int) -> float:
+        # The first step of a group of odd size makes it a multiple.
+        n = kept[g] % steps[g] or steps[g]
+        saving = costs.saving(g, n)
+        first = counts[g] - kept[g]
+        return float(losses[g][first : first + n].sum()) / saving if saving > 0 else float("inf")
+
+    def may_go_on(g: int) -> bool:
+        return kept[g] - (kept[g] % steps[g] or steps[g]) >= max(least[g], 1)
+
+    heap = [(ratio(g), g) for g in range(len(kept)) if may_go_on(g)]
+    heapify(heap)
+    while costs.total > target and heap:
+        known, g = heappop(heap)
+        now = ratio(g)
+        if heap and now > known and now > heap[0][0]:
+            heappush(heap, (now, g))
+            continue
+        n = kept[g] % steps[g] or steps[g]
+        costs.remove(g, n)
+        kept[g] -= n
+        if may_go_on(g):
+            heappush(heap, (ratio(g), g))
+    if costs.total > target:
+        raise InputError(
+            f"target: expected one that can be reached, got {target:.4g} of {whole:.4g}; with every group at its least "
+            f"{costs.total:.4g} are left. Ask for less, raise max_pruning_ratio, or ignore fewer layers."
+        )
+    return kept
