@@ -243,7 +243,9 @@ def test_without_labels():
 
     model, x = TimeFirst(), torch.randn(5, 30, 6)
     assert CoSePSelector(space="reconstruction").fit(model, [x], progress=False).measured == ["b", "head"]
-    with pytest.raises(InputError, match="expected one label per sample, got 30 labels where the layers' outputs have 5"):
+    with pytest.raises(
+        InputError, match="expected one label per sample, got 30 labels where the layers' outputs have 5"
+    ):
         CoSePSelector(space="joint").fit(model, [(x, torch.arange(30) % 4)], progress=False)
 
 
@@ -294,7 +296,12 @@ def test_separability_where_nothing_reads_by_weights():
 
 def test_options_about_clusters_mean_separability():
     assert CoSePSelector().space_name == "joint"
-    for options in ({"metric": "hellinger"}, {"tap": "consumers"}, {"representative": "medoid"}, {"method": "k-medoids"}):
+    for options in (
+        {"metric": "hellinger"},
+        {"tap": "consumers"},
+        {"representative": "medoid"},
+        {"method": "k-medoids"},
+    ):
         assert CoSePSelector(**options).space_name == "separability"
     assert CoSePSelector(space="joint", representative="medoid", method="k-medoids").space_name == "joint"
 
@@ -304,9 +311,11 @@ def test_a_reader_that_was_not_measured():
     selector = CoSePSelector().fit(model, [(x, y)], layers=["conv1"], progress=False)
     assert selector.measured == ["conv2"]
     assert selector.select(group_with(model, x, "conv1")) is not None
-    with pytest.raises(InputError, match="layer 'conv3': what it reads was not measured.* put 'conv2' into ignored"):
+    with pytest.raises(InputError, match=r"layer 'conv3': what it reads was not measured.* put 'conv2' into ignored"):
         selector.select(group_with(model, x, "conv2"))
-    with pytest.raises(InputError, match=r"need 0 MiB, the memory_budget is 0 MiB \(the largest: .*space='separability'"):
+    with pytest.raises(
+        InputError, match=r"need 0 MiB, the memory_budget is 0 MiB \(the largest: .*space='separability'"
+    ):
         CoSePSelector(memory_budget=1000).fit(model, [(x, y)], progress=False)
 
 

@@ -155,7 +155,11 @@ class Collector(Protocol):
         """Called before a batch is run, while nobody is watching."""
 
     def watching(self, inputs: Any) -> AbstractContextManager[None]:
-        """Around the run of a batch."""
+        """Around the run of a batch.
+
+        Returns:
+            What is entered before and left after it.
+        """
 
     def add(self, labels: Tensor, i: int) -> None:
         """Called with the labels of the i-th batch after its run, if there are labels."""

@@ -208,8 +208,9 @@ class Choices:
         n = self._n_initial.setdefault(key, view.n_components)
         told = self._told_of(view)
         step = self._step(view)
+        schedule: list[float] | None = told
         if told is not None:
-            reason, schedule = "pruning_ratio_dict", told
+            reason = "pruning_ratio_dict"
         elif self._counts is not None:
             if key not in self._counts:
                 return None, NOT_MEASURED

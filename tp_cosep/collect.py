@@ -358,7 +358,12 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
 
 
 def _fit_spatial(
-    model: nn.Module, collector: ClassCollector, reader: BatchReader, first: Any, n_classes: int | None, memory_budget: int
+    model: nn.Module,
+    collector: ClassCollector,
+    reader: BatchReader,
+    first: Any,
+    n_classes: int | None,
+    memory_budget: int,
 ) -> int:
     """The largest number of cells per dimension whose moments fit."""
     inputs, given = reader.split(first, 0)

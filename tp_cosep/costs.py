@@ -34,8 +34,8 @@ class _Part:
 class Costs:
     """What a model costs while its groups lose components one by one.
 
-    A layer that loses inputs and outputs costs ``amount · (1 − Σ_g r_g a_g) · (1 − Σ_g r_g b_g)``, with r_g the number of
-    components that group g has lost and a_g, b_g the share of the layer's inputs and outputs that one of them is.
+    A layer that loses inputs and outputs costs ``amount · (1 − Σ_g r_g a_g) · (1 − Σ_g r_g b_g)``, with r_g the number
+    of components that group g has lost and a_g, b_g the share of the layer's inputs and outputs that one of them is.
 
     Args:
         parts: What the cost is the sum of.
@@ -132,5 +132,5 @@ def _params(model: nn.Module) -> list[tuple[Any, _Part, bool]]:
         # A parameter of the model's own is a layer to Torch-Pruning.
         is_layer = type(layer).__module__.startswith("torch.nn.")
         is_table = isinstance(layer, nn.Embedding)  # [entries, out]: what it reads are numbers of words
-        found.append((layer if is_layer else p, _Part(p.numel()), p.dim() > 1 and not is_table))
+        found.append((layer if is_layer else p, _Part(p.numel()), is_layer and p.dim() > 1 and not is_table))
     return found

@@ -16,8 +16,8 @@ from tp_cosep.groups import GroupView, full_group, l1_norms, prunable_groups, re
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, rerooted
 from tp_cosep.knee import KneeMethod
-from tp_cosep.moments import ClassMoments
 from tp_cosep.measuring import measure
+from tp_cosep.moments import ClassMoments
 from tp_cosep.options import DEFAULT_METHODS, check_selector, default_space
 from tp_cosep.reader_moments import ReaderMoments
 from tp_cosep.reader_spaces import READER_SPACES, correlation_distances, layers_read, readers_of
@@ -326,8 +326,12 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
     def compares_readers(self, view: GroupView) -> bool:
         """Whether channels of a group are compared by what their readers see, or else by separability.
 
-        The latter where attention multiplies channels with each other, for whole heads, and where nothing reads
-        them by weights.
+        Args:
+            view: The group.
+
+        Returns:
+            False where attention multiplies channels with each other, for whole heads, and where nothing reads them
+            by weights.
         """
         return (
             self.space_name in READER_SPACES

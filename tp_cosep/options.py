@@ -79,9 +79,7 @@ def _check_count(n_keep: int | None, keep_ratio: float | None) -> None:
         raise InputError(f"CoSePSelector: expected keep_ratio in (0, 1], got {keep_ratio}.")
 
 
-def default_space(
-    *, metric: str | PairMetric, tap: str, representative: object | None, method: str | None
-) -> str:
+def default_space(*, metric: str | PairMetric, tap: str, representative: object | None, method: str | None) -> str:
     """The space if none is named: joint, unless an option is about clusters in separability space.
 
     Returns:
@@ -156,7 +154,9 @@ def check_target(
     if target is None:
         return None
     if not isinstance(target, Mapping) or len(target) != 1 or not target.keys() <= set(UNITS):
-        raise InputError(f"CoSePPruner: expected target with one of {list(UNITS)}, such as {{'macs': 0.5}}, got {target!r}.")
+        raise InputError(
+            f"CoSePPruner: expected target with one of {list(UNITS)}, such as {{'macs': 0.5}}, got {target!r}."
+        )
     ((unit, value),) = target.items()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf") or value == 1:
         raise InputError(

@@ -50,6 +50,12 @@ def readable(groups: Iterable[Any]) -> Iterator[tuple[Any, GroupView]]:
     """Groups with what there is to know of them, without those that cannot be read.
 
     Whoever is to prune such a group is told why not.
+
+    Args:
+        groups: Of a trace.
+
+    Yields:
+        The groups in turn.
     """
     for group in groups:
         try:

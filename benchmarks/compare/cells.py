@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch_pruning as tp
 from torch import nn
 
 from benchmarks.compare.data import Images
-from benchmarks.compare.methods import importance
+from benchmarks.compare.methods import GLOBAL, SHARED_OUT, importance
 from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
-from tp_cosep import Compensator, recalibrate
+from tp_cosep import Compensator, CoSePPruner, recalibrate
+from tp_cosep.importance import ratio_for
 
 __all__ = ["FINE_TUNING", "REPAIRS", "Cell", "Records", "checkpoint", "measure", "ratio_for_speedup"]
 
@@ -34,8 +35,8 @@ class Cell:
         network: Its name.
         data: The data set.
         seed: Of the trained network, the calibration data, the random selection and the fine-tuning.
-        amount: ``"half"`` of the channels of every layer, or a speed-up in MACs such as ``"2x"``, reached by one ratio
-            for all layers.
+        amount: ``"half"`` of the channels of every layer; a speed-up in MACs such as ``"2x"``, reached by one ratio
+            for all layers unless the method ranks or shares out over layers; or ``"knee"``, the selection's own counts.
         method: The selection.
         repair: One of :data:`REPAIRS`.
         recalibrated: Whether BatchNorm statistics were estimated anew.
@@ -88,20 +89,70 @@ def head_of(model: nn.Module) -> nn.Module:
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
 
 
-def ratio_for_speedup(model: nn.Module, x: torch.Tensor, speedup: float) -> float:
-    """The one pruning ratio for all layers at which the MACs fall by a factor."""
+def ratio_for_speedup(
+    model: nn.Module, x: torch.Tensor, speedup: float, make: Callable[[nn.Module, float], Any] | None = None
+) -> float:
+    """The pruning ratio at which the MACs of a model fall by a factor.
+
+    Args:
+        model: The model.
+        x: An input.
+        speedup: The factor.
+        make: ``make(model, ratio)`` is the pruner; by default one with the same ratio in all layers.
+
+    Returns:
+        The ratio.
+    """
     before = tp.utils.count_ops_and_params(model, x)[0]
     low, high = 0.0, 0.95
-    for _ in range(12):
+    for _ in range(10):
         ratio = (low + high) / 2
         pruned = deepcopy(model)
-        imp = tp.importance.GroupMagnitudeImportance(p=1)
-        tp.pruner.BasePruner(pruned, x, imp, pruning_ratio=ratio, ignored_layers=[head_of(pruned)]).step()
+        if make is not None:
+            make(pruned, ratio).step()
+        else:
+            by_size = tp.importance.GroupMagnitudeImportance(p=1)
+            tp.pruner.BasePruner(pruned, x, by_size, pruning_ratio=ratio, ignored_layers=[head_of(pruned)]).step()
         if before / tp.utils.count_ops_and_params(pruned, x)[0] < speedup:
             low = ratio
         else:
             high = ratio
     return high
+
+
+def pruner_for(
+    cell: Cell, model: nn.Module, imp: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[Any, float]:
+    """The stock pruner that prunes a model as a cell says, and the ratio it was given."""
+    x, head = batches[0][0][:1], [head_of(model)]
+    if cell.amount == "half":
+        return tp.pruner.BasePruner(model, x, imp, pruning_ratio=0.5, ignored_layers=head), 0.5
+    if cell.amount == "knee":
+        counts = imp.pruning_ratio_dict(model, x, head)
+        return tp.pruner.BasePruner(model, x, imp, 0.0, pruning_ratio_dict=counts, ignored_layers=head), 0.0
+    speedup = float(cell.amount.removesuffix("x"))
+    if cell.method in SHARED_OUT:
+        # The counts alone: which channels fill them is the importance's business.
+        dry = deepcopy(model)
+        selector = importance(SHARED_OUT[cell.method], dry, batches)
+        shared = CoSePPruner(dry, x, selector, target={"macs": 1 / speedup}, ignored_layers=[head_of(dry)])
+        shared.step()
+        chosen = [(model.get_submodule(e.name), e.selection) for e in shared.plan if e.selection is not None]
+        counts = {layer: ratio_for(len(s.keep_idxs), s.n_channels) for layer, s in chosen}
+        return tp.pruner.BasePruner(model, x, imp, 0.0, pruning_ratio_dict=counts, ignored_layers=head), 0.0
+    if cell.method in GLOBAL:
+        options = {"global_pruning": True, "max_pruning_ratio": 0.9}
+        ratio = ratio_for_speedup(
+            model,
+            x,
+            speedup,
+            lambda m, r: tp.pruner.BasePruner(
+                m, x, importance(cell.method, m, batches), pruning_ratio=r, ignored_layers=[head_of(m)], **options
+            ),
+        )
+        return tp.pruner.BasePruner(model, x, imp, pruning_ratio=ratio, ignored_layers=head, **options), ratio
+    ratio = ratio_for_speedup(model, x, speedup)
+    return tp.pruner.BasePruner(model, x, imp, pruning_ratio=ratio, ignored_layers=head), ratio
 
 
 def measure(cell: Cell, images: Images, records: Records) -> None:
@@ -114,7 +165,6 @@ def measure(cell: Cell, images: Images, records: Records) -> None:
     batches = images.calibration(cell.n_calibration, cell.seed)
     x = batches[0][0][:1]
     before = tp.utils.count_ops_and_params(model, x)
-    ratio = 0.5 if cell.amount == "half" else ratio_for_speedup(model, x, float(cell.amount.removesuffix("x")))
     if cell.method == "unpruned":
         recipe = Recipe(**{**asdict(FINE_TUNING), "epochs": cell.epochs})
         if cell.epochs:
@@ -124,8 +174,8 @@ def measure(cell: Cell, images: Images, records: Records) -> None:
     torch.manual_seed(cell.seed)
     start = time.perf_counter()
     imp = importance(cell.method, model, batches)
-    pruner = tp.pruner.BasePruner(model, x, imp, pruning_ratio=ratio, ignored_layers=[head_of(model)])
     seconds = {"measure": time.perf_counter() - start}
+    pruner, ratio = pruner_for(cell, model, imp, batches)
     repair = None
     if cell.repair != "none":
         repair = Compensator(model, x, mode=cell.repair).fit(batches, progress=False)

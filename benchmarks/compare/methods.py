@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tp_cosep import CoSePSelector
 from tp_cosep.groups import read_group
 
-__all__ = ["METHODS", "VARIANTS", "importance"]
+__all__ = ["GLOBAL", "METHODS", "SHARED_OUT", "VARIANTS", "importance"]
 
 _Batches = list[tuple[Tensor, Tensor]]
 
@@ -103,7 +103,7 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "taylor": _taylor,
     "hessian": DiagonalHessian,
     "correlation": _selector(space="correlation"),
-    "cosep": _selector(),
+    "cosep": _selector(space="separability"),
     "cosep, max-norm": _selector(representative="max_norm"),
     "cosep, consumers": _selector(tap="consumers"),
     "cosep, reconstruction": _selector(representative="reconstruction"),
@@ -112,13 +112,21 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "reconstruction": _selector(space="reconstruction"),
     "joint": _selector(space="joint"),
 }
+#: Selections over all layers together: channels are ranked for one ratio.
+GLOBAL = {"l2, global": "l2", "lamp, global": "lamp", "bn-scale, global": "bn-scale", "taylor, global": "taylor"}
+#: Selections with the counts that a selector shares out between layers for a target in MACs, and that selector.
+SHARED_OUT = {"joint, shared out": "joint", "l2, counts of joint": "joint"}
 #: Changes of one option, to see what it decides.
 VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
-    "cosep, 1 cell": _selector(spatial=1),
-    "cosep, 8 × 8 cells": _selector(spatial=8),
+    "cosep, 1 cell": _selector(space="separability", spatial=1),
+    "cosep, 8 × 8 cells": _selector(space="separability", spatial=8),
+    "cosep, strongest knee": _selector(space="separability", knee="strongest"),
+    "cosep, first knee": _selector(space="separability", knee="first"),
+    "cosep, GB-AFS silhouette": _selector(space="separability", mss_form="gb-afs"),
+    "joint, strongest knee": _selector(knee="strongest"),
     "cosep, Hellinger": _selector(metric="hellinger"),
     "cosep, Wasserstein": _selector(metric="wasserstein"),
-    "cosep, labels predicted": _selector(labels="predicted"),
+    "cosep, labels predicted": _selector(labels="predicted", space="separability"),
     "joint, labels predicted": _selector(labels="predicted", space="joint"),
     "joint, 1 cell": _selector(spatial=1, space="joint"),
     "joint, k-medoids": _selector(space="joint", method="k-medoids"),
@@ -129,4 +137,5 @@ VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
 
 def importance(name: str, model: nn.Module, batches: _Batches) -> Any:
     """An importance for a model, with what it needs measured on calibration data."""
+    name = GLOBAL.get(name, name.removesuffix(", shared out").removesuffix(", counts of joint"))
     return {**METHODS, **VARIANTS}[name](model, batches)
