@@ -166,7 +166,10 @@ class Collector(Protocol):
 
 
 def peek(loader: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first batch, and all of them.
+    """Look at the first batch of a loader.
+
+    Returns:
+        The first batch, and all of them.
 
     Raises:
         InputError: If there is none.

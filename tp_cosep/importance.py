@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tp_cosep.attention import ATTENTION_JS, collect_attention
 from tp_cosep.collect import measured_layers
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.groups import GroupView, full_group, l1_norms, prunable_groups, read_group
+from tp_cosep.groups import GroupView, full_group, prunable_groups, read_group
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, rerooted
 from tp_cosep.knee import KneeMethod
@@ -22,10 +22,11 @@ from tp_cosep.options import DEFAULT_METHODS, check_selector, default_space
 from tp_cosep.reader_moments import ReaderMoments
 from tp_cosep.reader_spaces import READER_SPACES, correlation_distances, layers_read, readers_of
 from tp_cosep.reading import reading_of
+from tp_cosep.representatives import Preference, preference_of
 from tp_cosep.selection import ChannelSelection, select_by_elimination, select_channels
 from tp_cosep.separability import PairMetric
 from tp_cosep.spaces import Space, weight_shape
-from tp_cosep.subset import backward_elimination
+from tp_cosep.subset import Reader, backward_elimination
 from tp_cosep.tracing import ROOT_TYPES, resolve_layers, trace
 
 __all__ = ["CoSePSelector", "ratio_for"]
@@ -437,44 +438,13 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             return min(self.n_keep, n)
         return None if self.keep_ratio is None else max(1, round(self.keep_ratio * n))
 
-    def preference(self, group: Any, view: GroupView) -> Tensor | Callable[[Tensor], Tensor] | None:
-        """What decides which member of a cluster is kept: ``[components]``, or a function of the clusters' labels.
-
-        Returns:
-            ``None`` for the medoid.
-
-        Raises:
-            InputError: If an importance gives scores of another shape.
-        """
-        if self.representative == "medoid":
-            return None
-        if self.representative == "reconstruction":
+    def preference(self, group: Any, view: GroupView) -> Preference:
+        """What decides which member of a cluster is kept, see :func:`tp_cosep.representatives.preference_of`."""
+        readers: list[Reader] = []
+        if self.representative == "reconstruction" and view.unit == "channel":
             space = "reconstruction" if self.space_name == "separability" else self.space_name
-            readers = readers_of(view, self.readers, space) if view.unit == "channel" else []
-            if not readers:
-                return None
-
-            def last_to_go(labels: Tensor) -> Tensor:
-                order = backward_elimination(readers, view.n_components, labels.to(readers[0].covariance.device)).order
-                return torch.empty(len(order), dtype=torch.float64).scatter_(
-                    0, order, torch.arange(len(order)).double()
-                )
-
-            return last_to_go
-        if self.representative == "max_norm":
-            return l1_norms(view)
-        assert callable(self.representative)
-        scores = self.representative(group)
-        if scores is None:
-            return None
-        scores = scores.detach().to("cpu", torch.float64)
-        if scores.shape != (view.n_channels,):
-            raise InputError(
-                f"layer {view.name!r}: expected one preference per component, shape ({view.n_channels},), from the "
-                f"importance that chooses the representatives, got {tuple(scores.shape)}."
-            )
-        sums = torch.zeros(view.n_components, dtype=torch.float64).index_add_(0, view.component_of, scores)
-        return sums / torch.bincount(view.component_of)
+            readers = readers_of(view, self.readers, space)
+        return preference_of(self.representative, group, view, readers)
 
 
 def ratio_for(k: int, n: int) -> float:

@@ -17,7 +17,15 @@ from tp_cosep.reader_spaces import READER_SPACES
 from tp_cosep.separability import PairMetric, resolve_metric
 from tp_cosep.silhouette import MSS_FORMS
 
-__all__ = ["DEFAULT_METHODS", "check_heads", "check_selector", "check_target", "compensator_for", "default_space"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "check_heads",
+    "check_pruner",
+    "check_selector",
+    "check_target",
+    "compensator_for",
+    "default_space",
+]
 
 _REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 _METHODS = ("k-medoids", "column-subset")
@@ -138,6 +146,36 @@ def compensator_for(
     if loader is None and not made.is_fitted:
         raise InputError("CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator.")
     return made
+
+
+def check_pruner(
+    pruning_ratio: float | None,
+    *,
+    global_pruning: bool,
+    is_ranked: bool,
+    automatic: bool,
+    metric: str | PairMetric,
+    on_failure: str,
+) -> None:
+    """Check options of :class:`tp_cosep.CoSePPruner` against each other.
+
+    Raises:
+        InputError: If one is unknown or out of range, or two contradict each other.
+    """
+    if automatic and global_pruning:
+        raise InputError(
+            "CoSePPruner: global_pruning compares layers for one overall ratio, so it needs a pruning_ratio, got "
+            "None; without it every layer has its own count, and target={'macs': 0.5} shares out over all layers."
+        )
+    if not automatic and pruning_ratio is not None and not 0 <= pruning_ratio <= 1:
+        raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
+    if is_ranked and metric == ATTENTION_JS:
+        raise InputError(
+            "CoSePPruner: metric='attention-js' compares heads only, it cannot rank channels of several layers; "
+            "use head_pruning_ratio= without global_pruning or isomorphic."
+        )
+    if on_failure not in ("raise", "skip"):
+        raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
 
 
 def check_target(

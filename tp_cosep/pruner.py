@@ -13,7 +13,6 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_cosep.attention import ATTENTION_JS
 from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
@@ -23,7 +22,7 @@ from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, head_parameters
 from tp_cosep.importance import CoSePSelector
-from tp_cosep.options import check_heads, check_target, compensator_for
+from tp_cosep.options import check_heads, check_pruner, check_target, compensator_for
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.recalibration import recalibrate
 from tp_cosep.snapshot import restored_on_error
@@ -132,21 +131,15 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 "takes any other."
             )
         automatic = pruning_ratio is None and options.get("ch_sparsity") is None
-        if automatic and global_pruning:
-            raise InputError(
-                "CoSePPruner: global_pruning compares layers for one overall ratio, so it needs a pruning_ratio, got "
-                "None; without it every layer has its own count."
-            )
-        if not automatic and pruning_ratio is not None and not 0 <= pruning_ratio <= 1:
-            raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
-        if not automatic and importance.metric == ATTENTION_JS and (global_pruning or options.get("isomorphic")):
-            raise InputError(
-                "CoSePPruner: metric='attention-js' compares heads only, it cannot rank channels of several layers; "
-                "use head_pruning_ratio= without global_pruning or isomorphic."
-            )
+        check_pruner(
+            pruning_ratio,
+            global_pruning=global_pruning,
+            is_ranked=not automatic and bool(global_pruning or options.get("isomorphic")),
+            automatic=automatic,
+            metric=importance.metric,
+            on_failure=on_failure,
+        )
         self.target = check_target(target, automatic=automatic, options=options)
-        if on_failure not in ("raise", "skip"):
-            raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         if recalibrate and loader is None:
@@ -164,12 +157,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.verify = verify
         self.fit_options = fit_options or {}
         self.plan = PruningPlan(
-            options={
-                "pruning_ratio": pruning_ratio,
-                "global_pruning": global_pruning,
-                "layerwise": layerwise,
-                **({} if target is None else {"target": dict(target)}),
-            }
+            options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
+            | ({} if target is None else {"target": dict(target)})
         )
         self._trace_options = {k: v for k, v in options.items() if k in _TRACE_OPTIONS}
         # The stock pruner writes into these, and its default dicts are shared by all pruners.
