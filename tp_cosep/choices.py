@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tp_cosep.allocation import allocate
+from tp_cosep.collect import channel_dim_of
 from tp_cosep.costs import measure_costs
 from tp_cosep.errors import InputError
 from tp_cosep.groups import GroupView, is_output, prunable_groups, read_group, side_of
@@ -154,7 +155,7 @@ class Choices:
                 view = self.view(group)
                 entry = self.entry(group, view)
                 key = view.root, view.side
-                if due is not None and (key in self._done or due not in entry.layers):
+                if due is not None and (key in self._done or due not in self._selector.layers_of(view)):
                     continue
                 self._done.add(key)
                 if not entry.reason:
@@ -195,7 +196,9 @@ class Choices:
         elif not self._pruner._check_pruning_ratio(group):
             reason = "it has a single channel, or as few as max_pruning_ratio leaves"
         heads = {name: (n, n) for name, n in self.num_heads_of(group).items()}
-        return GroupPlan(view.name, view.side, self._selector.layers_of(view), None, reason, heads=heads)
+        makers = [m.name for m in view.members if channel_dim_of(m.layer, self._selector.channel_dims) is not None]
+        layers = tuple(makers or (m.name for m in view.members))
+        return GroupPlan(view.name, view.side, layers, None, reason, heads=heads)
 
     def num_heads_of(self, group: Any) -> dict[str, int]:
         """Numbers of heads of a group's attention layers, by name."""

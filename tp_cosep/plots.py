@@ -30,11 +30,18 @@ _CLUSTER_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _RED)
 _INK, _GREY, _PALE = "#222222", "#777777", "#D9D9D9"
 
 
+_CRITERIA = {
+    "silhouette": ("MSS", "number of clusters k", "Mean Simplified Silhouette (MSS)", "silhouette of"),
+    "coverage": ("coverage", "number of channels kept k", "share of what readers see", "coverage by"),
+}
+
+
 def plot_mss(selection: ChannelSelection, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw the Mean Simplified Silhouette over the number of clusters, its knee and the number kept.
 
-    The straight line between the ends is what channels without any redundancy come close to; the knee's
-    strength is its height over that line, as a share of the curve's range.
+    For a column subset it is the coverage over the number of channels, see
+    :class:`tp_cosep.selection.ChannelSelection`. The straight line between the ends is what channels without any
+    redundancy come close to; the knee's strength is its height over that line, as a share of the curve's range.
 
     Args:
         selection: The selection.
@@ -52,12 +59,13 @@ def plot_mss(selection: ChannelSelection, ax: Axes | None = None) -> tuple[Figur
     ks, mss = selection.ks, selection.mss
     if len(ks) > 1:
         ax.plot([ks[0], ks[-1]], [mss[0], mss[-1]], color=_GREY, lw=1, ls="--", label="straight line")
-    ax.plot(ks, mss, color=_BLUE, lw=2, marker="o", ms=3 if len(ks) <= 40 else 0, label="MSS")
+    name, x_label, y_label, title = _CRITERIA[selection.criterion]
+    ax.plot(ks, mss, color=_BLUE, lw=2, marker="o", ms=3 if len(ks) <= 40 else 0, label=name)
     if selection.knee_k in ks:
         _draw_knee(selection, ax)
     _draw_count(selection, ax)
-    ax.set(xlabel="number of clusters k", ylabel="Mean Simplified Silhouette (MSS)")
-    ax.set_title(f"silhouette of {_channels(len(selection.labels))}", loc="left")
+    ax.set(xlabel=x_label, ylabel=y_label)
+    ax.set_title(f"{title} {_channels(len(selection.labels))}", loc="left")
     ax.set_ylim(bottom=min(0.0, *ax.get_ylim()))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="lower right", frameon=False, fontsize=9)
@@ -98,7 +106,7 @@ def _draw_count(selection: ChannelSelection, ax: Axes) -> None:
 def plot_separability_space(
     distances: Tensor, selection: ChannelSelection, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Draw the channels of a group in separability space, as far as two dimensions can show it.
+    """Draw the channels of a group in the space that compares them, as far as two dimensions can show it.
 
     The plane is that of classical multidimensional scaling; the axes say what share of the squared distances
     it shows. Colours tell neighbouring clusters apart; they come back for clusters further away, so a thin
@@ -131,7 +139,8 @@ def plot_separability_space(
     ax.scatter(x, y, s=1.9 * size, facecolors="none", edgecolors=_INK, linewidths=1.1, zorder=4)
     ax.set_xlabel(f"dimension 1: {shares[0]:.0%} of the squared distances")
     ax.set_ylabel(f"dimension 2: {shares[1]:.0%} of the squared distances")
-    ax.set_title(f"separability space of {_channels(n)}", loc="left")
+    space = "separability space" if selection.criterion == "silhouette" else "1 − |correlation|"
+    ax.set_title(f"{space} of {_channels(n)}", loc="left")
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.07)
     _explain_space(selection, len(kept), ax)
@@ -142,13 +151,23 @@ def plot_separability_space(
 def _explain_space(selection: ChannelSelection, n_kept: int, ax: Axes) -> None:
     from matplotlib.lines import Line2D
 
-    n = len(selection.labels)
+    n, is_subset = len(selection.labels), selection.criterion == "coverage"
     sizes = Counter(selection.labels).values()
     handles = [Line2D([], [], ls="", marker="o", ms=10, mfc="none", mec=_INK, mew=1.1, label=f"kept: {n_kept} of {n}")]
     if 1 in sizes:
         handles.append(Line2D([], [], ls="", marker="o", ms=7, color=_GREY, label="alone in its cluster"))
     if max(sizes) > 1:
-        handles.append(Line2D([], [], lw=0.9, marker="o", ms=7, color=_BLUE, label="with others, line to the medoid"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                lw=0.9,
+                marker="o",
+                ms=7,
+                color=_BLUE,
+                label="with others, line to the one kept" if is_subset else "with others, line to the medoid",
+            )
+        )
     figure = ax.get_figure()
     assert figure is not None
     width = ax.get_window_extent().width / figure.dpi

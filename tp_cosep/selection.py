@@ -41,12 +41,14 @@ class ChannelSelection:
             ``keep_idxs`` has what that left, and k is CoSeP's own count.
         ks: The numbers of clusters that were tried, ascending: fewer, and none between checkpoints (see
             :class:`tp_cosep.medoids.GrowingPath`), where the count was given.
-        mss: Mean Simplified Silhouette of each of them.
+        mss: The criterion at each of them.
         knee_k: Where the knee of ``mss`` is, whether or not it decided k (then it is a checkpoint, for more than 32
             components); ``None`` if there is none.
         knee_strength: Height of the knee over the straight line, 0 … 1; 0 if there is none.
         scores: ``[n_channels]`` float64 on the CPU, higher = keep, no two components equal. The ``k`` best
             are exactly the selection; any other number of the best is the selection nested around it.
+        criterion: What ``mss`` holds: ``"silhouette"``, the Mean Simplified Silhouette, or ``"coverage"``, the share of
+            what readers see that is kept (:func:`select_by_elimination`).
     """
 
     n_channels: int
@@ -60,6 +62,7 @@ class ChannelSelection:
     knee_k: int | None
     knee_strength: float
     scores: Tensor
+    criterion: str = "silhouette"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ChannelSelection):
@@ -234,6 +237,7 @@ def select_by_elimination(
         knee_k=found.k,
         knee_strength=found.strength,
         scores=scores,
+        criterion="coverage",
     )
 
 
