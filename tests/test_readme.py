@@ -48,7 +48,7 @@ def test_snippets_prune_the_model(i, tmp_path, monkeypatch, capsys):
 
 def test_the_readme_has_the_snippets_and_both_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 12
     assert "<!-- ci: install and demo -->\n```sh\npip install" in text
     assert "<!-- ci: install and test -->\n```sh\npip install" in text
 
