@@ -10,6 +10,7 @@ from torch import nn
 
 from tp_cosep import CoSePPruner, CoSePSelector, InputError
 from tp_cosep.groups import read_group
+from tp_cosep.knee import KneeMethod
 from tp_cosep.reader_spaces import CLASS_WEIGHT, READER_SPACES, correlation_distances, readers_of
 from tp_cosep.selection import select_by_elimination
 from tp_cosep.subset import Elimination, backward_elimination
@@ -175,16 +176,20 @@ def elimination_of(costs):
     return Elimination(torch.arange(len(costs)), torch.tensor(costs, dtype=torch.float64))
 
 
-def test_the_count_is_the_knee_of_the_coverage_and_covers_nine_tenths():
+def test_the_count_is_the_knee_of_the_coverage_and_covers_nearly_all():
     d = 1 - torch.eye(8, dtype=torch.float64)
     costs = [0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 3.0, 5.0]
     selection = select_by_elimination(elimination_of(costs), d)
     assert (selection.knee_k, selection.k, selection.keep_idxs) == (3, 3, (5, 6, 7))
     assert selection.mss == pytest.approx([0.5, 0.8, 1, 1, 1, 1, 1, 1])
-    # The knee of a straight line would be anywhere: nine tenths of it are covered by all but a few.
-    straight = select_by_elimination(elimination_of([1.0] * 20), torch.ones(20, 20))
-    assert straight.k >= 18
-    assert select_by_elimination(elimination_of([1.0] * 20), torch.ones(20, 20), n_keep=3).k == 3
+    ones = torch.ones(50, 50)
+    assert select_by_elimination(elimination_of([1.0] * 50), ones).k == 50  # a straight line has no knee
+    growing = [float(i) for i in range(1, 51)]
+    at_its_word = select_by_elimination(elimination_of(growing), ones, knee=KneeMethod("strongest"))
+    guarded = select_by_elimination(elimination_of(growing), ones)
+    assert at_its_word.k == at_its_word.knee_k == guarded.knee_k
+    assert guarded.k == next(k for k in range(1, 51) if sum(growing[50 - k :]) >= 0.98 * sum(growing)) > guarded.knee_k
+    assert select_by_elimination(elimination_of(growing), ones, n_keep=3).k == 3
     assert select_by_elimination(elimination_of(costs), d, round_to=4).k in (4, 8)
     assert select_by_elimination(elimination_of([0.0] * 5), torch.zeros(5, 5)).k == 1
     with pytest.raises(InputError, match=r"n_keep in 1 … 8"):

@@ -147,7 +147,7 @@ def _run(images: ImageData, recipe: _Recipe, folder: Path, seed: int, console: C
     with _timed(f"training for {recipe.epochs} epochs", say):
         train(trained, images, epochs=recipe.epochs, rate=recipe.rate, seed=seed, batch_size=recipe.batch_size)
     pruned, plan, distances = _prune(trained, images, recipe, say)
-    models = {"trained": trained, "pruned": pruned}
+    models = {"trained": trained, "pruned, repaired": pruned}
     for name, start in (("pruned, fine-tuned", pruned), ("unpruned, fine-tuned as long", trained)):
         models[name] = deepcopy(start)
         with _timed(f"{name}: {recipe.fine_tune_epochs} epochs", say):
@@ -261,9 +261,11 @@ def _prune(
     calibration = list(_batches(images.train_images[:n], images.train_labels[:n]))
     example = images.train_images[:1]
     pruned = deepcopy(trained)
-    with _timed(f"pruning, calibrated on {n:,} training images", say):
+    with _timed(f"pruning and repair, calibrated on {n:,} training images", say):
         selector = CoSePSelector().fit(pruned, calibration)
-        pruner = CoSePPruner(pruned, example, importance=selector)
+        pruner = CoSePPruner(
+            pruned, example, importance=selector, loader=calibration, compensate=True, recalibrate=True
+        )
         pruner.step()
         groups = prunable_groups(trace(trained, example), (), ROOT_TYPES)
         distances = {read_group(group).name: selector.distances(group) for group in groups}

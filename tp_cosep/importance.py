@@ -35,13 +35,13 @@ __all__ = ["CoSePSelector", "ratio_for"]
 class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
     """Choose complementary channels: those from which the layers behind can compute what they did.
 
-    By default the channels of a group that its readers can best do without, once refitted, go one after the other
-    (:mod:`tp_cosep.subset`), in the joint space of what readers see and of class means. As CoSeP was published
-    (Levin & Singer, arXiv 2505.13225; :meth:`published`), every channel is described by how well it tells each pair of
-    classes apart, channels are clustered in that space by k-medoids, and one of every cluster stays. The number to keep is
-    a guarded knee: of the share of what readers see, or of the Mean Simplified Silhouette. ``docs/method.md`` has the
-    reasons, and those for the departures of ``space="separability"`` from the papers: the strongest knee, guarded, instead
-    of Kneedle's first, and maps pooled to 4 × 4 cells.
+    By default the channels of a group that its readers can best do without, once refitted, go one after the
+    other (:mod:`tp_cosep.subset`), in the joint space of what readers see and of class means. As CoSeP was
+    published (Levin & Singer, arXiv 2505.13225; :meth:`published`), every channel is described by how well it tells
+    each pair of classes apart, channels are clustered in that space by k-medoids, and one of every cluster stays.
+    The number to keep is a guarded knee: of the share of what readers see, or of the Mean Simplified Silhouette.
+    ``docs/method.md`` has the reasons, and those for the departures of ``space="separability"`` from the papers: the
+    strongest knee, guarded, instead of Kneedle's first, and maps pooled to 4 × 4 cells.
 
     It follows Torch-Pruning's importance protocol, so any pruner takes it. The scores of a group order
     its channels such that the best k are the selection, k being the selector's own count, and the best of any
@@ -55,12 +55,12 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             largest number that fits ``memory_budget``.
         knee: ``"guarded"``, ``"strongest"``, ``"first"``, ``"paper"`` or a :class:`tp_cosep.knee.KneeMethod`.
         mss_form: ``"paper"`` or ``"gb-afs"``, see :mod:`tp_cosep.silhouette`.
-        space: What channels are compared by. ``"joint"``, ``"reconstruction"`` (what linear combinations of kept channels
-            can reproduce), ``"class-means"`` (the same for class means alone; joint is both) and ``"correlation"``
-            (1 − |ρ| of activations) look at what the layers that read a channel see, see
-            :mod:`tp_cosep.reader_spaces`; ``"separability"``: JM distances between classes, the papers' own. By default
-            joint, or separability if ``metric``, ``tap``, ``representative`` or ``method="k-medoids"`` are given,
-            which are about clusters in it.
+        space: What channels are compared by. ``"joint"``, ``"reconstruction"`` (what linear combinations of kept
+            channels can reproduce), ``"class-means"`` (the same for class means alone; joint is both) and
+            ``"correlation"`` (1 − |ρ| of activations) look at what the layers that read a channel see, see
+            :mod:`tp_cosep.reader_spaces`; ``"separability"``: JM distances between classes, the papers' own. By
+            default joint, or separability if ``metric``, ``tap``, ``representative`` or ``method="k-medoids"`` are
+            given, which are about clusters in it.
         method: ``"k-medoids"``, or ``"column-subset"``: take away, again and again, the channel that its readers can
             best do without once refitted (:mod:`tp_cosep.subset`). By default the first for separability and
             correlation, the second for the other spaces.
@@ -70,8 +70,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         n_keep: Keep exactly this many channels of every group (at most all it has), whatever the knee.
         keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
         backend: Of the k-medoids solver, see :func:`tp_cosep.medoids.k_medoids`.
-        memory_budget: Bytes for ``spatial="auto"``, and for second moments of what layers read, f² · 8 for a layer with f
-            inputs.
+        memory_budget: Bytes for ``spatial="auto"``, and for second moments of what layers read, f² · 8 for a layer
+            with f inputs.
         tap: Whose view of a channel counts: ``"producers"``, the layers that create it, or ``"consumers"``, the
             layers that read it, behind additions, normalisation and activations.
         num_heads: Number of heads by attention layer, as for the pruner. Give a stock pruner the same dictionary. By
@@ -82,7 +82,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             (or, for consumers, input) that holds the channels.
 
     Attributes:
-        moments: Class moments by layer name, of the layers that are compared by separability; empty before :meth:`fit`.
+        moments: Class moments by layer name, of layers that are compared by separability; empty before :meth:`fit`.
         attention: Attention maps by layer name, with ``metric="attention-js"``.
         readers: What layers read, by name, with a ``space`` or ``representative`` that needs it.
 

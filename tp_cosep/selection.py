@@ -23,7 +23,7 @@ from tp_cosep.subset import Elimination
 __all__ = ["ChannelSelection", "select_by_elimination", "select_channels"]
 
 # Column subsets: the knee is taken at its word where what is kept covers this share of the readers' outputs.
-_COVERED = 0.9
+_COVERED = 0.98
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def select_by_elimination(
     """Choose by the order in which components can be done without.
 
     The curve in place of the Mean Simplified Silhouette is the *coverage*: the share of all costs that is avoided when
-    k are kept, 1 at k = n. A knee rule of ``"guarded"`` keeps at least as many as cover 90 %.
+    k are kept, 1 at k = n. A knee rule of ``"guarded"`` keeps at least as many as cover 98 %.
 
     Args:
         elimination: See :func:`tp_cosep.subset.backward_elimination`.
