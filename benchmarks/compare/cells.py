@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import nn
 
 from benchmarks.compare.data import Images
-from benchmarks.compare.methods import GLOBAL, SHARED_OUT, importance
+from benchmarks.compare.methods import GLOBAL, LAYER_BY_LAYER, SHARED_OUT, importance
 from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
 from tp_cosep import Compensator, CoSePPruner, recalibrate
 from tp_cosep.importance import ratio_for
@@ -155,6 +155,29 @@ def pruner_for(
     return tp.pruner.BasePruner(model, x, imp, pruning_ratio=ratio, ignored_layers=head), ratio
 
 
+def layer_by_layer(
+    cell: Cell, model: nn.Module, images: Images, batches: list[tuple[torch.Tensor, torch.Tensor]]
+) -> Any:
+    """The pruner that prunes group after group, with an equal part of the fine-tuning after each."""
+    x, head = batches[0][0][:1], [head_of(model)]
+    graph = tp.DependencyGraph().build_dependency(model, x)
+    n_groups = len(list(graph.get_all_groups(ignored_layers=head, root_module_types=[nn.Conv2d, nn.Linear])))
+    recipe = Recipe(**{**asdict(FINE_TUNING), "epochs": cell.epochs / n_groups})
+    return CoSePPruner(
+        model,
+        x,
+        importance(cell.method, model, batches),
+        target={"macs": 1 / float(cell.amount.removesuffix("x"))},
+        ignored_layers=head,
+        loader=batches,
+        layerwise=True,
+        fine_tune=lambda m: train(m, images, recipe, cell.seed),
+        compensate=cell.repair != "none" and cell.repair,
+        recalibrate=True,
+        fit_options={"progress": False},
+    )
+
+
 def measure(cell: Cell, images: Images, records: Records) -> None:
     """Measure a cell with and without recalibration (without fine-tuning), or with it and fine-tuned."""
     without, with_ = (Cell(**{**asdict(cell), "recalibrated": r}) for r in (False, True))
@@ -172,6 +195,12 @@ def measure(cell: Cell, images: Images, records: Records) -> None:
         records.add(cell, accuracy=accuracy(model, images), macs=1.0, params=1.0, recipe=asdict(recipe))
         return
     torch.manual_seed(cell.seed)
+    if cell.method in LAYER_BY_LAYER:
+        layer_by_layer(cell, model, images, batches).step()
+        after = tp.utils.count_ops_and_params(model, x)
+        ratios = {"macs": before[0] / after[0], "params": before[1] / after[1]}
+        records.add(with_, accuracy=accuracy(model, images), **ratios, recipe=asdict(FINE_TUNING))
+        return
     start = time.perf_counter()
     imp = importance(cell.method, model, batches)
     seconds = {"measure": time.perf_counter() - start}

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tp_cosep import CoSePSelector
 from tp_cosep.groups import read_group
 
-__all__ = ["GLOBAL", "METHODS", "SHARED_OUT", "VARIANTS", "importance"]
+__all__ = ["GLOBAL", "LAYER_BY_LAYER", "METHODS", "SHARED_OUT", "VARIANTS", "importance"]
 
 _Batches = list[tuple[Tensor, Tensor]]
 
@@ -114,6 +114,8 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
 }
 #: Selections over all layers together: channels are ranked for one ratio.
 GLOBAL = {"l2, global": "l2", "lamp, global": "lamp", "bn-scale, global": "bn-scale", "taylor, global": "taylor"}
+#: The papers' schedule: group after group, measured anew and fine-tuned in between; counts shared out by the selector.
+LAYER_BY_LAYER = ("joint, layer by layer", "cosep, layer by layer")
 #: Selections with the counts that a selector shares out between layers for a target in MACs, and that selector.
 SHARED_OUT = {"joint, shared out": "joint", "l2, counts of joint": "joint"}
 #: Changes of one option, to see what it decides.
@@ -137,5 +139,7 @@ VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
 
 def importance(name: str, model: nn.Module, batches: _Batches) -> Any:
     """An importance for a model, with what it needs measured on calibration data."""
-    name = GLOBAL.get(name, name.removesuffix(", shared out").removesuffix(", counts of joint"))
+    name = GLOBAL.get(name, name)
+    for suffix in (", shared out", ", counts of joint", ", layer by layer"):
+        name = name.removesuffix(suffix)
     return {**METHODS, **VARIANTS}[name](model, batches)

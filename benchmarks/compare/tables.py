@@ -119,8 +119,58 @@ def _fine_tuned_table(rows: list[_Row]) -> str:
                 found["unpruned"][column] = unpruned
     order = sorted(found, key=lambda m: -max(statistics.mean(v) for v in found[m].values()))
     return _table(
-        ["selection", *(f"{a}, {e:g} epoch, {'no repair' if r == 'none' else r}" for a, e, r in columns)],
+        [
+            "selection",
+            *(
+                f"{a}, {e:g} {'epoch' if e == 1 else 'epochs'}, {'no repair' if r == 'none' else r}"
+                for a, e, r in columns
+            ),
+        ],
         ([m, *(_percent(found[m].get(c, [])) for c in columns)] for m in order),
+    )
+
+
+def _equal_macs_table(rows: list[_Row]) -> str:
+    rows = [
+        r for r in rows if r[0].amount.endswith("x") and not r[0].epochs and r[0].recalibrated
+        and r[0].repair == "one-shot" and r[0].method != "unpruned"
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    amounts = sorted({c.amount for c, _ in rows}, key=lambda a: float(a.removesuffix("x")))
+    found = _by_method(rows, lambda c: c.amount)
+    macs: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for cell, record in rows:
+        macs[cell.method, cell.amount].append(record["macs"])
+    order = sorted(found, key=lambda m: (-len(found[m]), -statistics.mean(x for v in found[m].values() for x in v)))
+
+    def entry(m: str, amount: str) -> str:
+        values = found[m].get(amount, [])
+        return f"{_percent(values)} ({statistics.mean(macs[m, amount]):.2f}×)" if values else ""
+
+    return _table(
+        ["selection", *(a.replace("x", "×") for a in amounts), "seeds"],
+        (
+            [
+                f"**{m}**" if m.startswith((*_OURS, "cosep")) else m,
+                *(entry(m, a) for a in amounts),
+                len({c.seed for c, _ in rows if c.method == m}),
+            ]
+            for m in order
+        ),
+    )
+
+
+def _own_counts_table(rows: list[_Row]) -> str:
+    rows = [r for r in rows if r[0].amount == "knee" and r[0].recalibrated and not r[0].epochs]
+    if not rows:
+        return ""
+    return _table(
+        ["selection", "MACs", "parameters", "one-shot + BN"],
+        (
+            [c.method, f"{r['macs']:.2f}×", f"{r['params']:.2f}×", _percent([r["accuracy"]])]
+            for c, r in sorted(rows, key=lambda row: -row[1]["accuracy"])
+        ),
     )
 
 
@@ -216,14 +266,10 @@ def results_page(folder: Path, introduction: str) -> str:
         "joint / best other",
     ]
     parts.append(_table(header, filter(None, (_aim(*key, rows) for key, rows in records.items()))))
-    tuned = [(key, _fine_tuned_table(rows)) for key, rows in records.items()]
-    if any(table for _, table in tuned):
-        parts.append("## After fine-tuning")
-        parts += [f"### {n}, {d}\n\n{table}" for (n, d), table in tuned if table]
-    for heading, table_of in (("## One option at a time", _variants_table), ("## How much data", _calibration_table)):
+    for heading, text, table_of in _SECTIONS:
         tables = [(key, table_of(rows)) for key, rows in records.items()]
         if any(table for _, table in tables):
-            parts.append(heading)
+            parts += [heading, *([text] if text else [])]
             parts += [f"### {n}, {d}\n\n{table}" for (n, d), table in tables if table]
     latency = _latency_table(folder / "latency.jsonl")
     if latency:
@@ -231,6 +277,25 @@ def results_page(folder: Path, introduction: str) -> str:
     parts += ["## The papers' own numbers", _PAPERS_SAY, _table(["data", "model", "top-1", "FLOPs"], _PAPER)]
     return "\n\n".join(parts) + "\n"
 
+
+_SECTIONS = (
+    (
+        "## At equal MACs, no fine-tuning",
+        "One-shot repair and recalibration; in brackets the MACs that were reached. One ratio for all layers, but for *global* "
+        '(ranked over layers, at most nine tenths of a layer go), *shared out* (`target={"macs": …}`) and *counts of '
+        "joint* (what joint shared out, filled by another selection).",
+        _equal_macs_table,
+    ),
+    ("## The selections' own counts", "What a knee gives; one-shot repair and recalibration.", _own_counts_table),
+    (
+        "## After fine-tuning",
+        "*Layer by layer*: as the papers do, a group at a time, measured anew and fine-tuned in between, as long in "
+        "all.",
+        _fine_tuned_table,
+    ),
+    ("## One option at a time", "", _variants_table),
+    ("## How much data", "", _calibration_table),
+)
 
 _PAPERS_SAY = (
     "From arXiv 2505.13225, top-1 before and after. They are not comparable with the tables above: the papers train "
