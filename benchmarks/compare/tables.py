@@ -281,9 +281,9 @@ def results_page(folder: Path, introduction: str) -> str:
 _SECTIONS = (
     (
         "## At equal MACs, no fine-tuning",
-        "One-shot repair and recalibration; in brackets the MACs that were reached. One ratio for all layers, but for *global* "
-        '(ranked over layers, at most nine tenths of a layer go), *shared out* (`target={"macs": …}`) and *counts of '
-        "joint* (what joint shared out, filled by another selection).",
+        "One-shot repair and recalibration; in brackets the MACs that were reached. One ratio for all layers, but for "
+        '*global* (ranked over layers, at most nine tenths of a layer go), *shared out* (`target={"macs": …}`) and '
+        "*counts of joint* (what joint shared out, filled by another selection).",
         _equal_macs_table,
     ),
     ("## The selections' own counts", "What a knee gives; one-shot repair and recalibration.", _own_counts_table),
