@@ -16,11 +16,12 @@ from torch import nn
 
 from benchmarks.compare.data import Images
 from benchmarks.compare.methods import GLOBAL, LAYER_BY_LAYER, SHARED_OUT, importance
+from benchmarks.compare.networks import build
 from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
 from tp_cosep import Compensator, CoSePPruner, recalibrate
 from tp_cosep.importance import ratio_for
 
-__all__ = ["FINE_TUNING", "REPAIRS", "Cell", "Records", "checkpoint", "measure", "ratio_for_speedup"]
+__all__ = ["FINE_TUNING", "REPAIRS", "Cell", "Records", "checkpoint", "groups_of", "measure", "ratio_for_speedup"]
 
 REPAIRS = ("none", "one-shot", "sequential")
 #: How pruned networks are fine-tuned, whatever selected them.
@@ -35,8 +36,9 @@ class Cell:
         network: Its name.
         data: The data set.
         seed: Of the trained network, the calibration data, the random selection and the fine-tuning.
-        amount: ``"half"`` of the channels of every layer; a speed-up in MACs such as ``"2x"``, reached by one ratio
-            for all layers unless the method ranks or shares out over layers; or ``"knee"``, the selection's own counts.
+        amount: ``"half"`` of the channels of every layer; ``"half of NAME"``, of one group alone; a speed-up in MACs such
+            as ``"2x"``, reached by one ratio for all layers unless the method ranks or shares out over layers; or
+            ``"knee"``, the selection's own counts.
         method: The selection.
         repair: One of :data:`REPAIRS`.
         recalibrated: Whether BatchNorm statistics were estimated anew.
@@ -127,6 +129,9 @@ def pruner_for(
     x, head = batches[0][0][:1], [head_of(model)]
     if cell.amount == "half":
         return tp.pruner.BasePruner(model, x, imp, pruning_ratio=0.5, ignored_layers=head), 0.5
+    if cell.amount.startswith("half of "):
+        one = {model.get_submodule(cell.amount.removeprefix("half of ")): 0.5}
+        return tp.pruner.BasePruner(model, x, imp, 0.0, pruning_ratio_dict=one, ignored_layers=head), 0.5
     if cell.amount == "knee":
         counts = imp.pruning_ratio_dict(model, x, head)
         return tp.pruner.BasePruner(model, x, imp, 0.0, pruning_ratio_dict=counts, ignored_layers=head), 0.0
@@ -155,14 +160,23 @@ def pruner_for(
     return tp.pruner.BasePruner(model, x, imp, pruning_ratio=ratio, ignored_layers=head), ratio
 
 
+def groups_of(network: str, images: Images) -> list[str]:
+    """Names of the groups of a network that can be pruned, in the order in which they run."""
+    model = build(network, int(images.train_labels.max()) + 1, images.train.shape[1])
+    x = images.standardised(images.test[:1])
+    graph = tp.DependencyGraph().build_dependency(model, x)
+    names = {m: name for name, m in model.named_modules()}
+    groups = graph.get_all_groups(ignored_layers=[head_of(model)], root_module_types=[nn.Conv2d, nn.Linear])
+    roots = {names[g[0].dep.target.module] for g in groups}
+    return [name for name in names.values() if name in roots]
+
+
 def layer_by_layer(
     cell: Cell, model: nn.Module, images: Images, batches: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> Any:
     """The pruner that prunes group after group, with an equal part of the fine-tuning after each."""
     x, head = batches[0][0][:1], [head_of(model)]
-    graph = tp.DependencyGraph().build_dependency(model, x)
-    n_groups = len(list(graph.get_all_groups(ignored_layers=head, root_module_types=[nn.Conv2d, nn.Linear])))
-    recipe = Recipe(**{**asdict(FINE_TUNING), "epochs": cell.epochs / n_groups})
+    recipe = Recipe(**{**asdict(FINE_TUNING), "epochs": cell.epochs / len(groups_of(cell.network, images))})
     return CoSePPruner(
         model,
         x,

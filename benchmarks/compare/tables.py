@@ -161,6 +161,22 @@ def _equal_macs_table(rows: list[_Row]) -> str:
     )
 
 
+def _groups_table(rows: list[_Row]) -> str:
+    """What is lost where a single group loses half of its channels."""
+    rows = [r for r in rows if r[0].amount.startswith("half of ") and r[0].recalibrated and r[0].repair == "one-shot"]
+    if not rows:
+        return ""
+    groups = list(dict.fromkeys(c.amount.removeprefix("half of ") for c, _ in rows))
+    lost = {
+        (c.method, c.amount.removeprefix("half of ")): 100 * (base_accuracy(c.network, c.data, c.base) - r["accuracy"])
+        for c, r in rows
+    }
+    methods = list(dict.fromkeys(c.method for c, _ in rows))
+    sums = (f"{sum(v for (m, _), v in lost.items() if m == method):.1f}" for method in methods)
+    lines = ([g, *(f"{lost[m, g]:.1f}" if (m, g) in lost else "" for m in methods)] for g in groups)
+    return _table(["half of", *methods], [*lines, ["sum", *sums]])
+
+
 def _own_counts_table(rows: list[_Row]) -> str:
     rows = [r for r in rows if r[0].amount == "knee" and r[0].recalibrated and not r[0].epochs]
     if not rows:
@@ -285,6 +301,12 @@ _SECTIONS = (
         '*global* (ranked over layers, at most nine tenths of a layer go), *shared out* (`target={"macs": …}`) and '
         "*counts of joint* (what joint shared out, filled by another selection).",
         _equal_macs_table,
+    ),
+    (
+        "## Which layers",
+        "Points of accuracy lost where a single group loses half of its channels and all others stay whole; one-shot "
+        "repair and recalibration.",
+        _groups_table,
     ),
     ("## The selections' own counts", "What a knee gives; one-shot repair and recalibration.", _own_counts_table),
     (
