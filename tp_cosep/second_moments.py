@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tp_cosep.errors import InputError
+from tp_cosep.products import self_product
 
 __all__ = ["SecondMoments"]
 
@@ -88,15 +89,7 @@ class SecondMoments:
         x = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
         waiting.clear()
         sums, total = self._sums[fold], x.sum(0)
-        sums[:-1, :-1] += _gram(x)
+        sums[:-1, :-1] += self_product(x.T)
         sums[-1, :-1] += total
         sums[:-1, -1] += total
         sums[-1, -1] += len(x)
-
-
-def _gram(x: Tensor) -> Tensor:
-    if x.device.type != "cpu":
-        return x.T @ x
-    rows = x.numpy()
-    # NumPy sees that both factors are one matrix and computes half of the products.
-    return torch.from_numpy(rows.T @ rows)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tp_cosep.errors import InputError
 from tp_cosep.moments import ClassMoments
+from tp_cosep.pairs import affinity_kernel, elementwise_kernel, pair_chunks
+from tp_cosep.products import self_product
 
 __all__ = [
     "METRICS",
@@ -79,6 +81,12 @@ def _hellinger(mean_a: Tensor, var_a: Tensor, mean_b: Tensor, var_b: Tensor) -> 
 def _wasserstein(mean_a: Tensor, var_a: Tensor, mean_b: Tensor, var_b: Tensor) -> Tensor:
     return torch.hypot(mean_a - mean_b, var_a.sqrt() - var_b.sqrt())
 
+
+# What these two make of e^−B, in place; rounding may put it above 1.
+_OF_AFFINITY: dict[PairMetric, Callable[[Tensor], object]] = {
+    _jm: lambda x: x.mul_(-2).add_(2).clamp_(min=0),
+    _hellinger: lambda x: x.neg_().add_(1).clamp_(min=0).sqrt_(),
+}
 
 #: The metrics that can be chosen by name.
 METRICS: dict[str, PairMetric] = {"jm": _jm, "hellinger": _hellinger, "wasserstein": _wasserstein}
@@ -159,15 +167,14 @@ def _floored(mean: Tensor, var: Tensor) -> Tensor:
     return torch.maximum(var, floor)
 
 
-def _profile_chunks(mean: Tensor, var: Tensor, metric: PairMetric, chunk_pairs: int | None) -> Iterator[Tensor]:
-    """Profiles ``[components, chunk × cells]`` for consecutive chunks of class pairs."""
-    n_classes, n_components, _ = mean.shape
-    var = _floored(mean, var)
-    first, second = torch.triu_indices(n_classes, n_classes, 1, device=mean.device)
-    for a, b in zip(first.split(chunk_pairs or len(first)), second.split(chunk_pairs or len(second)), strict=True):
-        values = metric(mean[a], var[a], mean[b], var[b])
-        _check_values(values, mean[a].shape)
-        yield values.transpose(0, 1).reshape(n_components, -1)
+def _profile_chunks(mean: Tensor, var: Tensor, metric: PairMetric, n_columns: int | None) -> Iterator[Tensor]:
+    """Profiles ``[components, chunk]`` for consecutive chunks of class pairs, a pair's cells side by side."""
+    mean, var = (x.transpose(0, 1).contiguous() for x in (mean, _floored(mean, var)))
+    if metric in _OF_AFFINITY:
+        kernel = affinity_kernel(mean, var, _OF_AFFINITY[metric])
+    else:
+        kernel = elementwise_kernel(metric, mean, var, _check_values)
+    yield from pair_chunks(kernel, mean, n_columns)
 
 
 def _check_values(values: Tensor, shape: torch.Size) -> None:
@@ -253,12 +260,12 @@ def pooled_gram(
                 f"{first!r} and {other!r}; to compare heads of layers of different resolution use spatial=1."
             )
     n_classes, n_cells = first.n_classes, first.n_cells
-    n_rows = sum(m.n_components for m in moments)
-    chunk_pairs = max(1, _CHUNK_BYTES // (8 * n_rows * n_cells))
+    n_columns = max(1, _CHUNK_BYTES // (8 * sum(m.n_components for m in moments)))
     gram: Tensor | None = None
-    for chunks in zip(*(_profile_chunks(m.mean, m.var, metric, chunk_pairs) for m in moments), strict=True):
-        x = torch.cat([c if p is None else p.to(c) @ c for c, p in zip(chunks, pools, strict=True)])
-        gram = x @ x.T if gram is None else gram.addmm_(x, x.T)
+    for chunks in zip(*(_profile_chunks(m.mean, m.var, metric, n_columns) for m in moments), strict=True):
+        parts = [c if p is None else p.to(c) @ c for c, p in zip(chunks, pools, strict=True)]
+        product = self_product(parts[0] if len(parts) == 1 else torch.cat(parts))
+        gram = product if gram is None else gram.add_(product)
     assert gram is not None
     return gram / (n_classes * (n_classes - 1) // 2 * n_cells)
 

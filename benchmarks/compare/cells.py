@@ -36,8 +36,8 @@ class Cell:
         network: Its name.
         data: The data set.
         seed: Of the trained network, the calibration data, the random selection and the fine-tuning.
-        amount: ``"half"`` of the channels of every layer; ``"half of NAME"``, of one group alone; a speed-up in MACs such
-            as ``"2x"``, reached by one ratio for all layers unless the method ranks or shares out over layers; or
+        amount: ``"half"`` of the channels of every layer; ``"half of NAME"``, of one group alone; a speed-up in MACs
+            such as ``"2x"``, reached by one ratio for all layers unless the method ranks or shares out over layers; or
             ``"knee"``, the selection's own counts.
         method: The selection.
         repair: One of :data:`REPAIRS`.
