@@ -9,7 +9,7 @@ __all__ = ["self_product"]
 
 
 def self_product(x: Tensor) -> Tensor:
-    """The product of a matrix and its transpose, x xᵀ, at half the cost of the product of two matrices where that can be had.
+    """The product of a matrix and its transpose, x xᵀ, where possible at half the cost of that of two matrices.
 
     Args:
         x: ``[n, m]``, or a transposed matrix.

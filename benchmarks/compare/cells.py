@@ -131,10 +131,12 @@ def pruner_for(
         return tp.pruner.BasePruner(model, x, imp, pruning_ratio=0.5, ignored_layers=head), 0.5
     if cell.amount.startswith("half of "):
         one = {model.get_submodule(cell.amount.removeprefix("half of ")): 0.5}
-        return tp.pruner.BasePruner(model, x, imp, 0.0, pruning_ratio_dict=one, ignored_layers=head), 0.5
+        return tp.pruner.BasePruner(model, x, imp, pruning_ratio=0.0, pruning_ratio_dict=one, ignored_layers=head), 0.5
     if cell.amount == "knee":
         counts = imp.pruning_ratio_dict(model, x, head)
-        return tp.pruner.BasePruner(model, x, imp, 0.0, pruning_ratio_dict=counts, ignored_layers=head), 0.0
+        return tp.pruner.BasePruner(
+            model, x, imp, pruning_ratio=0.0, pruning_ratio_dict=counts, ignored_layers=head
+        ), 0.0
     speedup = float(cell.amount.removesuffix("x"))
     if cell.method in SHARED_OUT:
         # The counts alone: which channels fill them is the importance's business.
@@ -144,7 +146,9 @@ def pruner_for(
         shared.step()
         chosen = [(model.get_submodule(e.name), e.selection) for e in shared.plan if e.selection is not None]
         counts = {layer: ratio_for(len(s.keep_idxs), s.n_channels) for layer, s in chosen}
-        return tp.pruner.BasePruner(model, x, imp, 0.0, pruning_ratio_dict=counts, ignored_layers=head), 0.0
+        return tp.pruner.BasePruner(
+            model, x, imp, pruning_ratio=0.0, pruning_ratio_dict=counts, ignored_layers=head
+        ), 0.0
     if cell.method in GLOBAL:
         options = {"global_pruning": True, "max_pruning_ratio": 0.9}
         ratio = ratio_for_speedup(
