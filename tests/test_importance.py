@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
-from fitted import WIDTHS, fitted, groups_of, kept_of, prepared, widths
+from fitted import WIDTHS, fitted, group_with, groups_of, kept_of, prepared, widths
 from models import (
     KINDS,
     PRODUCERS,
@@ -20,7 +20,7 @@ from torch import nn
 from tp_cosep import CoSePSelector, InputError
 from tp_cosep.importance import ratio_for
 from tp_cosep.medoids import k_medoids
-from tp_cosep.separability import profiles
+from tp_cosep.separability import distances_from_gram, profile_gram, profiles
 from tp_cosep.tracing import trace
 
 
@@ -340,6 +340,19 @@ def test_fitting_again_replaces_what_was_measured_unless_it_fails():
     assert selector.moments is first
     assert selector.fit(model, [(x[:20], y[:20])]) is selector
     assert selector.moments["fc1"].count.tolist() == [5] * 4
+
+
+def test_many_classes_by_a_sample_of_their_pairs():
+    model, x, _ = build("mlp", 10, seed=4)
+    x = torch.cat([x, x + torch.randn(x.shape), x + torch.randn(x.shape)])
+    y = torch.arange(len(x)) % 30
+    options = {"space": "separability", "spatial": 2}
+    exact = CoSePSelector(**options).fit(model, [(x, y)], progress=False)
+    sampled = CoSePSelector(max_class_pairs=90, seed=5, **options).fit(model, [(x, y)], progress=False)
+    group = group_with(model, x, "fc1")
+    expected = distances_from_gram(profile_gram(exact.moments["fc1"], max_pairs=90, seed=5))
+    assert torch.equal(sampled.distances(group), expected)
+    assert not torch.equal(sampled.distances(group), exact.distances(group))
 
 
 def test_the_options_of_fit_reach_the_collection():

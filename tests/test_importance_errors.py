@@ -31,6 +31,7 @@ def group_of(model, x, name):
             "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got 'random'",
         ),
         ({"n_keep": 0}, "CoSePSelector: expected n_keep ≥ 1, got 0"),
+        ({"max_class_pairs": 0}, "CoSePSelector: expected max_class_pairs ≥ 1 or None, got 0"),
         ({"n_keep": -3}, "CoSePSelector: expected n_keep ≥ 1, got -3"),
         ({"keep_ratio": 0}, "CoSePSelector: expected keep_ratio in (0, 1], got 0"),
         ({"keep_ratio": 1.5}, "CoSePSelector: expected keep_ratio in (0, 1], got 1.5"),

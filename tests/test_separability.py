@@ -293,3 +293,40 @@ def test_twins_are_at_distance_exactly_zero(scale):
     # Close neighbours are not twins.
     x[7, 0] += scale * 1e-3
     assert distances_from_gram(torch.as_tensor(x @ x.T))[2, 7] == pytest.approx(scale * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("classes", "max_pairs", "n_shifts"), [(41, 100, 3), (40, 1, 1), (12, 60, None), (9, 27, None)]
+)
+def test_a_sample_of_pairs_has_every_class_as_often(monkeypatch, classes, max_pairs, n_shifts):
+    """The mean of a class's number, and of the product with its partner's, say which pairs were looked at."""
+    seen = []
+
+    def metric(mean_a, var_a, mean_b, var_b):
+        seen.extend(zip(mean_a[0, :, 0].tolist(), mean_b[0, :, 0].tolist(), strict=True))
+        return (mean_a - mean_b).abs()
+
+    moments = random_moments(1, classes, 1)
+    moments.mean[:, 0, 0] = torch.arange(classes)
+    profile_gram(moments, metric, max_pairs=max_pairs, seed=3)
+    pairs = {frozenset(pair) for pair in seen}
+    assert len(pairs) == len(seen)
+    counts = [sum(c in pair for pair in pairs) for c in range(classes)]
+    if n_shifts is None:  # nearly all, so all are taken
+        assert len(pairs) == classes * (classes - 1) // 2
+    else:
+        assert counts == [2 * n_shifts] * classes
+    first, seen[:] = pairs, []
+    profile_gram(moments, metric, max_pairs=max_pairs, seed=4)
+    assert (first == {frozenset(pair) for pair in seen}) == (n_shifts is None)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_sample_of_pairs_estimates_the_mean_over_all(metric):
+    moments = random_moments(6, 31, 2)
+    exact = profile_gram(moments, metric)
+    samples = torch.stack([profile_gram(moments, metric, max_pairs=62, seed=s) for s in range(300)])
+    error = samples.std(0) / len(samples) ** 0.5
+    assert bool(((samples.mean(0) - exact).abs() < 5 * error).all())
+    one_shift = torch.stack([profile_gram(moments, metric, max_pairs=31, seed=s) for s in range(300)])
+    assert float(samples.std(0).mean()) < float(one_shift.std(0).mean())

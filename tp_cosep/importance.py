@@ -72,6 +72,9 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         backend: Of the k-medoids solver, see :func:`tp_cosep.medoids.k_medoids`.
         memory_budget: Bytes for ``spatial="auto"``, and for second moments of what layers read, f² · 8 for a layer
             with f inputs.
+        max_class_pairs: Where there are more class pairs, separability looks at a sample of about so many, in which
+            every class is as often as any other.
+        seed: Of that sample.
         tap: Whose view of a channel counts: ``"producers"``, the layers that create it, or ``"consumers"``, the
             layers that read it, behind additions, normalisation and activations.
         num_heads: Number of heads by attention layer, as for the pruner. Give a stock pruner the same dictionary. By
@@ -115,6 +118,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         keep_ratio: float | None = None,
         backend: str = "native",
         memory_budget: int = 2**32,
+        max_class_pairs: int | None = None,
+        seed: int = 0,
         tap: str = "producers",
         num_heads: dict[nn.Module, int] | None = None,
         scope: str = "layer",
@@ -132,6 +137,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             method=method,
             n_keep=n_keep,
             keep_ratio=keep_ratio,
+            max_class_pairs=max_class_pairs,
         )
         self.metric = metric
         self.spatial = spatial
@@ -142,6 +148,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         self.keep_ratio = keep_ratio
         self.backend = backend
         self.memory_budget = memory_budget
+        self.max_class_pairs = max_class_pairs
+        self.seed = seed
         self.space_name = space
         self.method = method or DEFAULT_METHODS[space]
         self.tap = tap
@@ -430,7 +438,15 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
     @property
     def space(self) -> Space:
         """What was measured."""
-        return Space(self.moments, self._shapes, metric=self.metric, tap=self.tap, channel_dims=self.channel_dims)
+        return Space(
+            self.moments,
+            self._shapes,
+            metric=self.metric,
+            tap=self.tap,
+            channel_dims=self.channel_dims,
+            max_pairs=self.max_class_pairs,
+            seed=self.seed,
+        )
 
     def check_fitted(self) -> None:
         """Refuse to choose before :meth:`fit`."""

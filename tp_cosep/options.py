@@ -51,6 +51,7 @@ def check_selector(
     method: str | None,
     n_keep: int | None,
     keep_ratio: float | None,
+    max_class_pairs: int | None,
 ) -> None:
     """Check the options of :class:`tp_cosep.CoSePSelector`.
 
@@ -76,6 +77,8 @@ def check_selector(
         )
     _check_space(space, method, metric, tap, representative)
     _check_count(n_keep, keep_ratio)
+    if max_class_pairs is not None and max_class_pairs < 1:
+        raise InputError(f"CoSePSelector: expected max_class_pairs ≥ 1 or None, got {max_class_pairs}.")
 
 
 def _check_count(n_keep: int | None, keep_ratio: float | None) -> None:

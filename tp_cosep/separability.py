@@ -10,14 +10,14 @@ the two classes of a pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tp_cosep.errors import InputError
 from tp_cosep.moments import ClassMoments
-from tp_cosep.pairs import affinity_kernel, elementwise_kernel, pair_chunks
+from tp_cosep.pairs import Kernel, affinity_kernel, all_pairs, elementwise_kernel, sampled_pairs
 from tp_cosep.products import self_product
 
 __all__ = [
@@ -153,8 +153,7 @@ def _all_pairs(metric: PairMetric, mean: Tensor, var: Tensor) -> Tensor:
             "separability: expected mean and var of one shape [components, classes], "
             f"got {tuple(mean.shape)} and {tuple(var.shape)}."
         )
-    columns = _profile_chunks(mean.T.double()[..., None], var.T.double()[..., None], metric, None)
-    return torch.cat(list(columns), dim=1)
+    return next(all_pairs(_kernel(mean.T.double()[..., None], var.T.double()[..., None], metric), None))
 
 
 def _floored(mean: Tensor, var: Tensor) -> Tensor:
@@ -167,14 +166,12 @@ def _floored(mean: Tensor, var: Tensor) -> Tensor:
     return torch.maximum(var, floor)
 
 
-def _profile_chunks(mean: Tensor, var: Tensor, metric: PairMetric, n_columns: int | None) -> Iterator[Tensor]:
-    """Profiles ``[components, chunk]`` for consecutive chunks of class pairs, a pair's cells side by side."""
+def _kernel(mean: Tensor, var: Tensor, metric: PairMetric) -> Kernel:
+    """What computes the values of class pairs from means and variances ``[classes, components, cells]``."""
     mean, var = (x.transpose(0, 1).contiguous() for x in (mean, _floored(mean, var)))
     if metric in _OF_AFFINITY:
-        kernel = affinity_kernel(mean, var, _OF_AFFINITY[metric])
-    else:
-        kernel = elementwise_kernel(metric, mean, var, _check_values)
-    yield from pair_chunks(kernel, mean, n_columns)
+        return affinity_kernel(mean, var, _OF_AFFINITY[metric])
+    return elementwise_kernel(metric, mean, var, _check_values)
 
 
 def _check_values(values: Tensor, shape: torch.Size) -> None:
@@ -212,11 +209,12 @@ def profiles(moments: ClassMoments, metric: str | PairMetric = "jm") -> Tensor:
     Raises:
         InputError: If there are fewer than two classes, or the metric is unknown or not finite.
     """
-    chunks = _profile_chunks(_checked(moments).mean, moments.var, resolve_metric(metric), None)
-    return torch.cat(list(chunks), dim=1)
+    return next(all_pairs(_kernel(_checked(moments).mean, moments.var, resolve_metric(metric)), None))
 
 
-def profile_gram(moments: ClassMoments, metric: str | PairMetric = "jm") -> Tensor:
+def profile_gram(
+    moments: ClassMoments, metric: str | PairMetric = "jm", *, max_pairs: int | None = None, seed: int = 0
+) -> Tensor:
     """Inner products of the profiles, divided by their length.
 
     G = X Xᵀ / d with X of :func:`profiles`, accumulated over chunks of class pairs, so that memory
@@ -225,15 +223,23 @@ def profile_gram(moments: ClassMoments, metric: str | PairMetric = "jm") -> Tens
     Args:
         moments: Of at least two classes.
         metric: As in :func:`profiles`.
+        max_pairs: Where there are more class pairs, a sample of about so many stands for all, see
+            :func:`tp_cosep.pairs.sampled_pairs`.
+        seed: Of that sample.
 
     Returns:
         ``[components, components]``, float64, symmetric.
     """
-    return pooled_gram([moments], [None], metric)
+    return pooled_gram([moments], [None], metric, max_pairs=max_pairs, seed=seed)
 
 
 def pooled_gram(
-    moments: Sequence[ClassMoments], pools: Sequence[Tensor | None], metric: str | PairMetric = "jm"
+    moments: Sequence[ClassMoments],
+    pools: Sequence[Tensor | None],
+    metric: str | PairMetric = "jm",
+    *,
+    max_pairs: int | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Inner products of weighted sums of profiles, over several layers at once.
 
@@ -244,6 +250,8 @@ def pooled_gram(
         moments: Of each layer, over the same classes and as many cells.
         pools: ``[rows, components]`` of each layer; ``None`` for its profiles as they are.
         metric: As in :func:`profiles`.
+        max_pairs: As in :func:`profile_gram`.
+        seed: As in :func:`profile_gram`.
 
     Returns:
         ``[rows, rows]`` over the rows of all layers, float64, symmetric.
@@ -259,15 +267,21 @@ def pooled_gram(
                 "separability: expected layers measured on the same classes in as many cells, got "
                 f"{first!r} and {other!r}; to compare heads of layers of different resolution use spatial=1."
             )
-    n_classes, n_cells = first.n_classes, first.n_cells
-    n_columns = max(1, _CHUNK_BYTES // (8 * sum(m.n_components for m in moments)))
-    gram: Tensor | None = None
-    for chunks in zip(*(_profile_chunks(m.mean, m.var, metric, n_columns) for m in moments), strict=True):
+    kernels = [_kernel(m.mean, m.var, metric) for m in moments]
+    n_pairs = first.n_classes * (first.n_classes - 1) // 2
+    if max_pairs is not None and max_pairs < n_pairs - first.n_classes:
+        pieces = [sampled_pairs(kernel, max_pairs, seed) for kernel in kernels]
+    else:
+        n_columns = max(1, _CHUNK_BYTES // (8 * sum(m.n_components for m in moments)))
+        pieces = [all_pairs(kernel, n_columns) for kernel in kernels]
+    gram, n_values = None, 0
+    for chunks in zip(*pieces, strict=True):
         parts = [c if p is None else p.to(c) @ c for c, p in zip(chunks, pools, strict=True)]
         product = self_product(parts[0] if len(parts) == 1 else torch.cat(parts))
         gram = product if gram is None else gram.add_(product)
+        n_values += parts[0].shape[1]
     assert gram is not None
-    return gram / (n_classes * (n_classes - 1) // 2 * n_cells)
+    return gram / n_values
 
 
 def distances_from_gram(gram: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class Space:
         metric: How classes are told apart.
         tap: Which layers describe a group, see :data:`tp_cosep.collect.TAPS`.
         channel_dims: Further types of layers that are measured.
+        max_pairs: As for :func:`tp_cosep.separability.profile_gram`.
+        seed: As there.
     """
 
     def __init__(
@@ -35,12 +38,15 @@ class Space:
         metric: str | PairMetric = "jm",
         tap: str = "producers",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
+        max_pairs: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.moments = moments
         self._shapes = shapes
         self._metric = metric
         self._tap = tap
         self._channel_dims = channel_dims
+        self._sampling: dict[str, Any] = {"max_pairs": max_pairs, "seed": seed}
 
     def layers_of(self, view: GroupView) -> list[Member]:
         """The layers that describe a group, if they can be measured: their moments are expected."""
@@ -71,7 +77,7 @@ class Space:
             return self.head_distances([view])
         total: Tensor | None = None
         for member in layers:
-            gram = profile_gram(self._moments_of(member), self._metric)
+            gram = profile_gram(self._moments_of(member), self._metric, **self._sampling)
             if total is None:
                 total = gram.new_zeros(view.n_components, view.n_components)
             for rows, components in _turns(member, member.components):
@@ -109,7 +115,7 @@ class Space:
                 "scope='layer'."
             )
         gram = sum(
-            pooled_gram([m for m, _ in layers], [pool for _, pool in layers], self._metric)
+            pooled_gram([m for m, _ in layers], [pool for _, pool in layers], self._metric, **self._sampling)
             for layers in zip(*parts, strict=True)
         )
         assert isinstance(gram, Tensor)
