@@ -1,7 +1,14 @@
 """Complementary separability pruning (CoSeP) for Torch-Pruning."""
 
 from tp_cosep.compensator import Compensator, Repair
-from tp_cosep.errors import CoSePError, InputError, MissingDependencyError, NotFittedError, PruningError
+from tp_cosep.errors import (
+    CoSePError,
+    DistributedError,
+    InputError,
+    MissingDependencyError,
+    NotFittedError,
+    PruningError,
+)
 from tp_cosep.heads import attention_heads
 from tp_cosep.importance import CoSePSelector
 from tp_cosep.knee import KneeMethod
@@ -20,6 +27,7 @@ __all__ = [
     "CoSePPruner",
     "CoSePSelector",
     "Compensator",
+    "DistributedError",
     "GroupPlan",
     "InputError",
     "KneeMethod",

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from tp_cosep.errors import InputError
 
 __all__ = [
+    "EMPTY",
     "BatchReader",
     "Collector",
     "evaluating",
@@ -26,7 +27,8 @@ __all__ = [
     "take_samples",
 ]
 
-_EMPTY = (
+#: What is wrong with a loader without samples.
+EMPTY = (
     "fit: expected at least one batch, the loader gave none; a generator can be read only once, and a loader "
     "with drop_last=True gives nothing from fewer samples than one batch."
 )
@@ -165,19 +167,21 @@ class Collector(Protocol):
         """Called with the labels of the i-th batch after its run, if there are labels."""
 
 
-def peek(loader: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Iterator[Any]]:
     """Look at the first batch of a loader.
 
     Returns:
-        The first batch, and all of them.
+        The first batch, or ``None``, and all of them.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none and there has to be.
     """
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
-        raise InputError(_EMPTY)
+        if may_be_empty:
+            return None, batches
+        raise InputError(EMPTY)
     return first, itertools.chain([first], batches)
 
 
@@ -191,6 +195,7 @@ def run_pass(
     what: str,
     progress: bool,
     with_labels: bool = True,
+    may_be_empty: bool = False,
 ) -> Counter[int]:
     """Run a model on all batches, in eval mode and without gradients, while collectors watch.
 
@@ -203,6 +208,7 @@ def run_pass(
         what: What is being measured, for the progress bar.
         progress: Show it on a terminal.
         with_labels: Whether the collectors are told labels.
+        may_be_empty: Whether it is all right if no batch has a sample.
 
     Returns:
         Number of samples by label; empty without labels.
@@ -229,8 +235,8 @@ def run_pass(
                 samples.update(labels.tolist())
                 for collector in collectors:
                     collector.add(labels, i)
-    if not has_run:
-        raise InputError(_EMPTY)
+    if not has_run and not may_be_empty:
+        raise InputError(EMPTY)
     return samples
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "channel_dim_of",
     "check_fit_options",
     "collect_moments",
+    "finished",
     "measured_layers",
 ]
 
@@ -129,7 +130,7 @@ def collect_moments(
     collector = ClassCollector(chosen, tap=tap, channel_dims=channel_dims)
     collector.choose_cells(model, reader, first, spatial, n_classes=n_classes, memory_budget=memory_budget)
     samples = run_pass(model, reader, batches, [collector], loader=loader, what="class moments", progress=progress)
-    return collector.finished(samples, rare_classes)
+    return finished(collector.moments, collector.unclear, samples, tap=tap, rare_classes=rare_classes)
 
 
 def check_fit_options(spatial: int | str | None, labels: str, rare_classes: str, tap: str) -> None:
@@ -199,34 +200,6 @@ class ClassCollector:
         if spatial == "auto":
             with evaluating(model):
                 self._n_cells = _fit_spatial(model, self, reader, first, n_classes, memory_budget)
-
-    def finished(
-        self,
-        samples: Counter[int],
-        rare_classes: str,
-        consequence: str = "groups of such layers alone are left alone",
-    ) -> dict[str, ClassMoments]:
-        """What was gathered, once all batches were seen.
-
-        Args:
-            samples: Number of samples by label.
-            rare_classes: As for :func:`collect_moments`, or ``"keep"``.
-            consequence: What it means that a layer's tensors cannot be told apart by sample.
-
-        Returns:
-            Moments by layer name.
-
-        Raises:
-            InputError: If there are fewer than two classes, or a class has too few samples.
-        """
-        unclear = sorted(self.unclear & set(self.moments))
-        if unclear and samples:
-            warnings.warn(
-                f"fit: cannot measure {', '.join(unclear)}: what in the {_WHERE[self._tap]} of these layers belongs to "
-                f"which sample cannot be told; {consequence}.",
-                stacklevel=4,
-            )
-        return _drop_rare_classes(self.moments, samples, rare_classes)
 
     @contextmanager
     def on_tensor(self, record: _Record) -> Iterator[None]:
@@ -385,6 +358,41 @@ def _fit_spatial(
             f"memory_budget is {memory_budget:,}; raise memory_budget."
         )
     return fitting[-1]
+
+
+def finished(
+    moments: dict[str, ClassMoments],
+    unclear: set[str],
+    samples: Counter[int],
+    *,
+    tap: str,
+    rare_classes: str,
+    consequence: str = "groups of such layers alone are left alone",
+) -> dict[str, ClassMoments]:
+    """What was gathered, once all batches were seen.
+
+    Args:
+        moments: By layer name.
+        unclear: Layers whose tensors cannot be told apart by sample.
+        samples: Number of samples by label.
+        tap: What was measured of them.
+        rare_classes: As for :func:`collect_moments`, or ``"keep"``.
+        consequence: What it means that a layer is unclear.
+
+    Returns:
+        Moments by layer name.
+
+    Raises:
+        InputError: If there are fewer than two classes, or a class has too few samples.
+    """
+    named = sorted(unclear & set(moments))
+    if named and samples:
+        warnings.warn(
+            f"fit: cannot measure {', '.join(named)}: what in the {_WHERE[tap]} of these layers belongs to which "
+            f"sample cannot be told; {consequence}.",
+            stacklevel=4,
+        )
+    return _drop_rare_classes(moments, samples, rare_classes)
 
 
 def _drop_rare_classes(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.distributed import agreed, is_distributed, merged_seconds, own_seed
 from tp_cosep.errors import InputError, NotFittedError
 from tp_cosep.groups import module_names
 from tp_cosep.heads import attention_heads
@@ -172,6 +173,11 @@ class Compensator:
             InputError: If the loader gives nothing or can be read only once in sequential mode, the second moments
                 need more than ``memory_budget``, or inputs are NaN or infinite.
         """
+        if self.mode == "sequential" and is_distributed():
+            raise InputError(
+                "Compensator: mode='sequential' measures in a single process; under torch.distributed use "
+                "mode='one-shot'."
+            )
         if self.mode == "sequential" and iter(loader) is loader:
             raise InputError(
                 "Compensator: mode='sequential' reads the data again for every group; pass a DataLoader or a list of "
@@ -203,7 +209,7 @@ class Compensator:
             )
 
     def _measure(self, batches: Iterable[Any], readers: Mapping[nn.Module, MeasuredReader]) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(own_seed(self.seed))
 
         def take(layer: nn.Module, x: Tensor) -> None:
             reader = readers[layer]
@@ -211,13 +217,18 @@ class Compensator:
                 n = self.max_positions or affordable(reader.reading, x.shape)
                 reader.moments.update(reader.reading.sampler(x.shape, n, generator)(x))
 
-        n_seen = 0
-        with evaluating(self.model), on_inputs(readers, take):
-            for inputs in batches:
-                if n_samples(inputs) != 0:
-                    self._run(self.model, inputs)
-                    n_seen += 1
-        if not n_seen:
+        def run() -> int:
+            n_seen = 0
+            with evaluating(self.model), on_inputs(readers, take):
+                for inputs in batches:
+                    if n_samples(inputs) != 0:
+                        self._run(self.model, inputs)
+                        n_seen += 1
+            return n_seen
+
+        n_seen = agreed(run)
+        merged_seconds([reader.moments for reader in readers.values()])
+        if not n_seen and not any(reader.moments.n_rows for reader in readers.values()):
             raise InputError("Compensator: expected at least one batch, the loader gave none.")
 
     def _run(self, model: nn.Module, inputs: Any) -> None:

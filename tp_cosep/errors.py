@@ -1,6 +1,6 @@
 """Exceptions of tp_cosep: one base class, one subclass per thing a caller may want to handle."""
 
-__all__ = ["CoSePError", "InputError", "MissingDependencyError", "NotFittedError", "PruningError"]
+__all__ = ["CoSePError", "DistributedError", "InputError", "MissingDependencyError", "NotFittedError", "PruningError"]
 
 
 class CoSePError(Exception):
@@ -17,6 +17,10 @@ class NotFittedError(CoSePError, RuntimeError):
 
 class PruningError(CoSePError, RuntimeError):
     """Pruning failed; the model is as it was before the call."""
+
+
+class DistributedError(CoSePError, RuntimeError):
+    """Another process of a distributed run failed or is gone."""
 
 
 class MissingDependencyError(CoSePError, ImportError):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from tp_cosep.batches import BatchReader, Collector, n_samples, peek, run_model, run_pass, take_samples
-from tp_cosep.collect import ClassCollector, check_fit_options, measured_layers
+from tp_cosep.batches import EMPTY, BatchReader, Collector, n_samples, peek, run_model, run_pass, take_samples
+from tp_cosep.collect import ClassCollector, check_fit_options, finished, measured_layers
+from tp_cosep.distributed import agreed, all_samples, is_distributed, merged_classes, merged_readers, own_seed
 from tp_cosep.errors import InputError
 from tp_cosep.groups import is_output, prunable_groups
 from tp_cosep.heads import attention_layers_of, head_parameters
@@ -89,43 +91,91 @@ def measure(
     check_fit_options(spatial, labels, rare_classes, tap)
     with_labels = by_classes or reader_classes
     reader = BatchReader(model, target_fn, predicted=labels == "predicted" or not with_labels)
-    first, batches = peek(loader)
-    survey = _survey(
-        model, reader.split(first, 0)[0], list(ignored), channel_dims, num_heads, layers, with_readings=by_readers
-    )
-    if not (survey.layers or survey.readings):
-        raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
-    collectors: list[Collector] = []
-    made: ClassCollector | None = None
-    readers: ReaderCollector | None = None
-    read: ClassCollector | None = None
-    chosen = survey.layers if by_classes else survey.unread if reader_classes else {}
-    if chosen:
-        made = ClassCollector(chosen, tap=tap, channel_dims=channel_dims)
-        made.choose_cells(model, reader, first, spatial, n_classes=n_classes, memory_budget=memory_budget)
-        collectors.append(made)
-    if by_readers:
-        check_memory(survey.readings, memory_budget)
-        readers = ReaderCollector(survey.readings)
-        collectors.append(readers)
-        if reader_classes:
-            read = ClassCollector(
+    collectors = _Collectors()
+
+    def run() -> Counter[int]:
+        first, batches = peek(loader, may_be_empty=is_distributed())
+        if first is None:
+            return Counter()
+        inputs = reader.split(first, 0)[0]
+        survey = _survey(model, inputs, list(ignored), channel_dims, num_heads, layers, with_readings=by_readers)
+        if not (survey.layers or survey.readings):
+            raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
+        chosen = survey.layers if by_classes else survey.unread if reader_classes else {}
+        if chosen:
+            collectors.made = ClassCollector(chosen, tap=tap, channel_dims=channel_dims)
+            collectors.made.choose_cells(
+                model, reader, first, spatial, n_classes=n_classes, memory_budget=memory_budget
+            )
+        if by_readers:
+            check_memory(survey.readings, memory_budget)
+            collectors.readers = ReaderCollector(survey.readings, seed=own_seed(0))
+        if by_readers and reader_classes:
+            collectors.read = ClassCollector(
                 {name: r.layer for name, r in survey.readings.items()},
                 tap="consumers",
                 n_cells=4 if isinstance(spatial, str) else spatial,
             )
-            collectors.append(read)
-    what = "class moments" if by_classes else "what layers read"
-    samples = run_pass(
-        model, reader, batches, collectors, loader=loader, what=what, progress=progress, with_labels=with_labels
-    )
-    found = {} if readers is None else readers.found
-    if read is not None:
+        return run_pass(
+            model,
+            reader,
+            batches,
+            collectors.all,
+            loader=loader,
+            what="class moments" if by_classes else "what layers read",
+            progress=progress,
+            with_labels=with_labels,
+            may_be_empty=is_distributed(),
+        )
+
+    samples = all_samples(agreed(run))
+    return _of_all_processes(collectors, samples, model, reader, tap=tap, rare_classes=rare_classes)
+
+
+@dataclass
+class _Collectors:
+    """Whatever measures in this process.
+
+    Attributes:
+        made: Class moments by ``tap``, or of what no layer reads by weights.
+        readers: Second moments of what layers read.
+        read: Class moments of the same.
+    """
+
+    made: ClassCollector | None = None
+    readers: ReaderCollector | None = None
+    read: ClassCollector | None = None
+
+    @property
+    def all(self) -> list[Collector]:
+        """Those that there are."""
+        return [c for c in (self.made, self.readers, self.read) if c is not None]
+
+
+def _of_all_processes(
+    collectors: _Collectors,
+    samples: Counter[int],
+    model: nn.Module,
+    reader: BatchReader,
+    *,
+    tap: str,
+    rare_classes: str,
+) -> tuple[dict[str, ClassMoments], dict[str, ReaderMoments]]:
+    """What all processes gathered together, checked."""
+    made, unclear_made = merged_classes(collectors.made, reader.device)
+    read, unclear = merged_classes(collectors.read, reader.device)
+    found = merged_readers({} if collectors.readers is None else collectors.readers.found, model, reader.device)
+    if not (made or found):
+        raise InputError(EMPTY)
+    if read:
         # A class mean needs no second sample: what is rare is rare for variances alone.
         consequence = "there class means do not count"
-        for name, moments in read.finished(samples, "keep", consequence).items():
+        read = finished(read, unclear, samples, tap="consumers", rare_classes="keep", consequence=consequence)
+        for name, moments in read.items():
             found[name].classes = moments
-    return {} if made is None else made.finished(samples, rare_classes), found
+    if made:
+        made = finished(made, unclear_made, samples, tap=tap, rare_classes=rare_classes)
+    return made, found
 
 
 def _survey(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tp_cosep.batches import BatchReader, evaluating, progress_bar, run_model
+from tp_cosep.distributed import agreed, averaged
 from tp_cosep.errors import InputError
 from tp_cosep.snapshot import restored_on_error
 
@@ -62,21 +63,15 @@ def recalibrate(
                 m.reset_running_stats()
                 m.momentum = None  # a cumulative average
                 m.training = True
-            n_batches = 0
-            for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
-                try:
-                    run_model(model, reader.split(batch, i)[0])
-                except ValueError as error:
-                    if "more than 1 value per channel" not in str(error):
-                        raise
-                    raise InputError(
-                        f"batch {i}: expected more than one value per channel for every BatchNorm, got a single one "
-                        f"({error}); use larger batches, and drop a last one of a single sample."
-                    ) from error
-                n_batches += 1
+            n_batches = agreed(lambda: _run_all(model, loader, reader, progress=progress))
         finally:
             for m, momentum in momenta.items():
                 m.momentum = momentum
+        buffers = [x for m in norms.values() for x in (m.running_mean, m.running_var) if x is not None]
+        n_batches = averaged(buffers, n_batches)
+        for m in norms.values():
+            if m.num_batches_tracked is not None:
+                m.num_batches_tracked.fill_(n_batches)
         if not n_batches:
             raise InputError("recalibrate: expected at least one batch, the loader gave none.")
         for name, m in norms.items():
@@ -87,3 +82,20 @@ def recalibrate(
                     "give it batches of more than one value per channel."
                 )
     return len(norms)
+
+
+def _run_all(model: nn.Module, loader: Iterable[Any], reader: BatchReader, *, progress: bool) -> int:
+    """Run a model on all batches; returns their number."""
+    n_batches = 0
+    for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
+        try:
+            run_model(model, reader.split(batch, i)[0])
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"batch {i}: expected more than one value per channel for every BatchNorm, got a single one "
+                f"({error}); use larger batches, and drop a last one of a single sample."
+            ) from error
+        n_batches += 1
+    return n_batches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,13 @@ class SecondMoments:
             self._counts[fold] += len(rows)
             if sum(map(len, self._waiting[fold])) >= self.n_features:
                 self._add_up(fold)
+
+    def sum_up(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Add what others have, ``summed(x)`` being the sum of x over everybody."""
+        for fold in range(len(self._counts)):
+            self._add_up(fold)
+        self._sums = summed(self._sums)
+        self._counts = [round(float(sums[-1, -1])) for sums in self._sums]
 
     def of(self, features: Tensor) -> SecondMoments:
         """The moments of some of the features, ``[n]`` int64."""
