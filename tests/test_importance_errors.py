@@ -173,3 +173,28 @@ def test_a_count_beyond_the_group():
     for n_keep in (0, 11):
         with pytest.raises(InputError, match=rf"expected n_keep in 1 … 10 .* got {n_keep}"):
             selector.select(group_of(model, x[:1], "fc1"), n_keep=n_keep)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # inside torch.compile
+def test_wrapped_models():
+    from tp_cosep import Compensator, CoSePPruner
+
+    model, x, y = build("mlp", 10)
+    selector = fitted(model, x, y)
+    for wrapped, message in (
+        (nn.DataParallel(model), r"got a DataParallel, which holds on to parameters .*; pass model\.module"),
+        (torch.compile(model), r"got a compiled one \(OptimizedModule\).*; pass model\._orig_mod"),
+    ):
+        for use in (
+            lambda m=wrapped: CoSePSelector().fit(m, [(x, y)]),
+            lambda m=wrapped: CoSePPruner(m, x[:1], selector),
+            lambda m=wrapped: Compensator(m, x[:1]),
+        ):
+            assert_refused(InputError, message, model, use)
+
+    class Sharded(nn.Parameter):
+        device_mesh = None
+
+    model.fc1.weight = Sharded(model.fc1.weight)
+    with pytest.raises(InputError, match=r"expected whole parameters, got sharded ones \(fc1\.weight\)"):
+        CoSePSelector().fit(model, [(x, y)])

@@ -22,6 +22,7 @@ from tp_cosep.reading import Reading, reading_of
 from tp_cosep.refitting import MeasuredReader, Refit, Repair, apply, refit_to_original, refit_without
 from tp_cosep.second_moments import SecondMoments
 from tp_cosep.snapshot import restored_on_error
+from tp_cosep.tracing import check_plain
 
 __all__ = ["MODES", "Compensator", "Repair"]
 
@@ -130,6 +131,7 @@ class Compensator:
             raise InputError(f"Compensator: expected max_positions ≥ 1 or None, got {max_positions!r}.")
         if ridge is not None and not ridge > 0:
             raise InputError(f"Compensator: expected ridge > 0 or None, got {ridge!r}.")
+        check_plain(model)
         self.model = model
         self.example_inputs = example_inputs
         self.mode = mode

@@ -27,7 +27,7 @@ from tp_cosep.selection import ChannelSelection, select_by_elimination, select_c
 from tp_cosep.separability import PairMetric
 from tp_cosep.spaces import Space, weight_shape
 from tp_cosep.subset import Reader, backward_elimination
-from tp_cosep.tracing import ROOT_TYPES, resolve_layers, trace
+from tp_cosep.tracing import ROOT_TYPES, check_plain, resolve_layers, trace
 
 __all__ = ["CoSePSelector", "ratio_for"]
 
@@ -216,6 +216,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             InputError: If the loader, the labels or the activations cannot be used.
         """
+        check_plain(model)
         if num_heads is not None:
             self.num_heads = dict(num_heads)
         elif self._given_heads is None:

@@ -27,7 +27,7 @@ from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.recalibration import recalibrate
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.surgery import group_of, pruned
-from tp_cosep.tracing import resolve_layers, resolve_ratios, trace, trace_options, tracing
+from tp_cosep.tracing import check_plain, resolve_layers, resolve_ratios, trace, trace_options, tracing
 from tp_cosep.verification import OutputCheck
 
 __all__ = ["CoSePPruner"]
@@ -130,6 +130,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 f"CoSePPruner: expected a CoSePSelector as importance, got {type(importance).__name__}; a stock pruner "
                 "takes any other."
             )
+        check_plain(model)
         automatic = pruning_ratio is None and options.get("ch_sparsity") is None
         check_pruner(
             pruning_ratio,

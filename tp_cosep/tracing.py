@@ -13,10 +13,46 @@ from torch import nn
 from tp_cosep.batches import evaluating
 from tp_cosep.errors import InputError
 
-__all__ = ["ROOT_TYPES", "frozen_kept", "resolve_layers", "resolve_ratios", "trace", "trace_options", "tracing"]
+__all__ = [
+    "ROOT_TYPES",
+    "check_plain",
+    "frozen_kept",
+    "resolve_layers",
+    "resolve_ratios",
+    "trace",
+    "trace_options",
+    "tracing",
+]
 
 #: Torch-Pruning's default types of root layers.
 ROOT_TYPES: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse models in wrappers that hold on to the parameters as they are.
+
+    Raises:
+        InputError: If the model is wrapped for parallel training, compiled or sharded.
+    """
+    kind = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(
+            f"model: expected a plain module, got a {kind}, which holds on to parameters that pruning replaces; pass "
+            "model.module, and wrap it again after pruning."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise InputError(
+            f"model: expected a plain module, got a compiled one ({kind}), whose code is made for the shapes it has; "
+            "pass model._orig_mod, and compile again after pruning."
+        )
+    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
+    is_fsdp = any(type(m).__name__ in ("FullyShardedDataParallel", "FlatParameter") for m in model.modules())
+    if sharded is not None or is_fsdp:
+        raise InputError(
+            f"model: expected whole parameters, got sharded ones ({sharded or kind}); gather the model in every "
+            "process first (torch.distributed.checkpoint.state_dict with full_state_dict=True), and shard it again after "
+            "pruning."
+        )
 
 
 @contextmanager
