@@ -50,7 +50,7 @@ def check_plain(model: nn.Module) -> None:
     if sharded is not None or is_fsdp:
         raise InputError(
             f"model: expected whole parameters, got sharded ones ({sharded or kind}); gather the model in every "
-            "process first (torch.distributed.checkpoint.state_dict with full_state_dict=True), and shard it again after "
+            "process first (torch.distributed.checkpoint.state_dict, full_state_dict=True), and shard it again after "
             "pruning."
         )
 
