@@ -21,7 +21,7 @@ def allocate(
     Again and again the group goes next whose next components have the lowest ratio of loss to saving. Savings shrink
     while other groups lose components, since a layer's cost is a product of its inputs and outputs, so a ratio only
     grows, and the lowest one that is up to date is the lowest of all. Where losses grow with every component, as they
-    do here, this is the steepest descent that keeps the sum of losses low.
+    do here, this is the steepest descent that keeps the sum of losses low. The last step is the one that loses least.
 
     Args:
         losses: For every group ``[n]``, what the first, second … component to go loses, ascending.
@@ -37,18 +37,22 @@ def allocate(
         InputError: If the target is out of reach.
     """
     whole = costs.total
-    counts = [len(x) for x in losses]
-    kept = list(counts)
+    kept = [len(x) for x in losses]
+
+    def step(g: int) -> int:
+        # The first step of a group of odd size makes it a multiple.
+        return kept[g] % steps[g] or steps[g]
+
+    def loss(g: int) -> float:
+        first = len(losses[g]) - kept[g]
+        return float(losses[g][first : first + step(g)].sum())
 
     def ratio(g: int) -> float:
-        # The first step of a group of odd size makes it a multiple.
-        n = kept[g] % steps[g] or steps[g]
-        saving = costs.saving(g, n)
-        first = counts[g] - kept[g]
-        return float(losses[g][first : first + n].sum()) / saving if saving > 0 else float("inf")
+        saving = costs.saving(g, step(g))
+        return loss(g) / saving if saving > 0 else float("inf")
 
     def may_go_on(g: int) -> bool:
-        return kept[g] - (kept[g] % steps[g] or steps[g]) >= max(least[g], 1)
+        return kept[g] - step(g) >= max(least[g], 1)
 
     heap = [(ratio(g), g) for g in range(len(kept)) if may_go_on(g)]
     heapify(heap)
@@ -58,7 +62,11 @@ def allocate(
         if heap and now > known and now > heap[0][0]:
             heappush(heap, (now, g))
             continue
-        n = kept[g] % steps[g] or steps[g]
+        if costs.total - costs.saving(g, step(g)) <= target:
+            # A single step is left: of those that are enough the one that loses least.
+            enough = [h for _, h in heap if costs.total - costs.saving(h, step(h)) <= target]
+            g = min([g, *enough], key=loss)
+        n = step(g)
         costs.remove(g, n)
         kept[g] -= n
         if may_go_on(g):
@@ -66,6 +74,6 @@ def allocate(
     if costs.total > target:
         raise InputError(
             f"target: expected one that can be reached, got {target:.4g} of {whole:.4g}; with every group at its least "
-            f"{costs.total:.4g} are left. Ask for less, raise max_pruning_ratio, or ignore fewer layers."
+            f"{costs.total:.4g} are left. Ask for less, raise max_pruning_ratio, lower round_to, or ignore fewer layers."
         )
     return kept
