@@ -74,6 +74,7 @@ def allocate(
     if costs.total > target:
         raise InputError(
             f"target: expected one that can be reached, got {target:.4g} of {whole:.4g}; with every group at its least "
-            f"{costs.total:.4g} are left. Ask for less, raise max_pruning_ratio, lower round_to, or ignore fewer layers."
+            f"{costs.total:.4g} are left. Ask for less, raise max_pruning_ratio, lower round_to, or ignore fewer "
+            "layers."
         )
     return kept
