@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tp_cosep.errors import InputError
+from tp_cosep.moment_files import Checkpoint
 
 __all__ = [
     "EMPTY",
@@ -196,6 +197,7 @@ def run_pass(
     progress: bool,
     with_labels: bool = True,
     may_be_empty: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Counter[int]:
     """Run a model on all batches, in eval mode and without gradients, while collectors watch.
 
@@ -209,6 +211,7 @@ def run_pass(
         progress: Show it on a terminal.
         with_labels: Whether the collectors are told labels.
         may_be_empty: Whether it is all right if no batch has a sample.
+        checkpoint: Where the pass is kept on the way; one that was interrupted goes on behind the batches it has seen.
 
     Returns:
         Number of samples by label; empty without labels.
@@ -216,28 +219,38 @@ def run_pass(
     Raises:
         InputError: If no batch has a sample, or labels are not as :meth:`BatchReader.labels` wants them.
     """
-    samples: Counter[int] = Counter()
-    has_run = False
+    n_done, samples = (0, Counter[int]()) if checkpoint is None else checkpoint.restore()
+    has_run, i = n_done > 0, -1
     with evaluating(model):
         for i, batch in enumerate(progress_bar(batches, loader, what, shown=progress)):
+            if i < n_done:
+                continue
             inputs, given = reader.split(batch, i)
             if n_samples(inputs) == 0:
                 continue
-            for collector in collectors:
-                collector.prepare(model, inputs)
-            with ExitStack() as stack:
-                for collector in collectors:
-                    stack.enter_context(collector.watching(inputs))
-                outputs = run_model(model, inputs)
+            outputs = _watched(model, inputs, collectors)
             has_run = True
             if with_labels:
                 labels = reader.labels(outputs, given, i)
                 samples.update(labels.tolist())
                 for collector in collectors:
                     collector.add(labels, i)
+            if checkpoint is not None:
+                checkpoint.after(i + 1, samples)
+    if checkpoint is not None and i + 1 > n_done:
+        checkpoint.after(i + 1, samples, is_last=True)
     if not has_run and not may_be_empty:
         raise InputError(EMPTY)
     return samples
+
+
+def _watched(model: nn.Module, inputs: Any, collectors: Sequence[Collector]) -> Any:
+    for collector in collectors:
+        collector.prepare(model, inputs)
+    with ExitStack() as stack:
+        for collector in collectors:
+            stack.enter_context(collector.watching(inputs))
+        return run_model(model, inputs)
 
 
 def _describe(batch: Any) -> str:

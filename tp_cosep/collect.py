@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from tp_cosep.batches import BatchReader, evaluating, n_samples, peek, run_model, run_pass, take_samples
 from tp_cosep.errors import InputError
 from tp_cosep.layouts import Layout, find_layout, to_samples
+from tp_cosep.moment_files import moments_of, tensors_of
 from tp_cosep.moments import ClassMoments, to_cells
 
 __all__ = [
@@ -292,6 +293,22 @@ class ClassCollector:
                 _check_rows(x, labels, i)
                 _update(layer_moments, x, labels, name)
         self._records = {}
+
+    def state(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was gathered so far, see :class:`tp_cosep.moment_files.Part`."""
+        return tensors_of(self.moments, part), {
+            "names": [*self.moments],
+            "unclear": sorted(self.unclear),
+            "layouts": {name: [layout.dim, layout.is_minor] for name, layout in self._layouts.items()},
+            "has_looked": self._has_looked,
+        }
+
+    def restore(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+        """The inverse of :meth:`state`."""
+        self.moments = moments_of(tensors, part, facts["names"], device)
+        self.unclear = set(facts["unclear"])
+        self._layouts = {name: Layout(*layout) for name, layout in facts["layouts"].items()}
+        self._has_looked = facts["has_looked"]
 
     def shapes(self, model: nn.Module, inputs: Any) -> tuple[dict[str, tuple[int, ...]], Any]:
         """Components and positions of every layer's tensors, and the model's output."""

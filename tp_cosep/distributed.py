@@ -5,8 +5,10 @@ Every process ends with the moments of all data, the same in all of them, and so
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +21,18 @@ from tp_cosep.reader_moments import ReaderMoments
 from tp_cosep.reading import Reading
 from tp_cosep.second_moments import SecondMoments
 
-__all__ = ["agreed", "all_samples", "is_distributed", "merged_classes", "merged_readers", "merged_seconds", "own_seed"]
+__all__ = [
+    "agreed",
+    "all_samples",
+    "averaged",
+    "is_distributed",
+    "merged_classes",
+    "merged_readers",
+    "merged_seconds",
+    "own_path",
+    "own_seed",
+    "place",
+]
 
 T = TypeVar("T")
 
@@ -32,6 +45,16 @@ def is_distributed() -> bool:
 def own_seed(seed: int) -> int:
     """A seed of this process's own, where chance is to differ between processes."""
     return seed + distributed.get_rank() if is_distributed() else seed
+
+
+def place() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if is_distributed() else (0, 1)
+
+
+def own_path(path: str | os.PathLike[str]) -> Path:
+    """A path of this process's own: the rank is added where there are others."""
+    return Path(f"{os.fspath(path)}.{place()[0]}" if is_distributed() else path)
 
 
 def agreed(run: Callable[[], T]) -> T:

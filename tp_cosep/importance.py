@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -190,6 +191,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         n_classes: int | None = None,
         num_heads: Mapping[nn.Module, int] | None = None,
         progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
     ) -> CoSePSelector:
         """Measure a model's layers on calibration data, in one pass and in eval mode.
 
@@ -209,6 +212,10 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             n_classes: As in ``collect_moments``.
             num_heads: Number of heads by attention layer, in place of the selector's own.
             progress: Show a progress bar on a terminal.
+            checkpoint: A file that keeps the pass on the way. A pass that was interrupted goes on from it, behind the
+                batches it has seen, so the loader has to give the same ones in the same order; one that was finished
+                is not repeated. Delete the file to measure anew.
+            checkpoint_every: Batches between two writes of it.
 
         Returns:
             The selector itself.
@@ -248,6 +255,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             n_classes=n_classes,
             memory_budget=self.memory_budget,
             progress=progress,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
         )
         self.moments, self.readers = moments, readers
         shapes = {name: weight_shape(m) for name, m in measured_layers(model, self.channel_dims).items()}

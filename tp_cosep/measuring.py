@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,10 +13,20 @@ from torch import nn
 
 from tp_cosep.batches import EMPTY, BatchReader, Collector, n_samples, peek, run_model, run_pass, take_samples
 from tp_cosep.collect import ClassCollector, check_fit_options, finished, measured_layers
-from tp_cosep.distributed import agreed, all_samples, is_distributed, merged_classes, merged_readers, own_seed
+from tp_cosep.distributed import (
+    agreed,
+    all_samples,
+    is_distributed,
+    merged_classes,
+    merged_readers,
+    own_path,
+    own_seed,
+    place,
+)
 from tp_cosep.errors import InputError
 from tp_cosep.groups import is_output, prunable_groups
 from tp_cosep.heads import attention_layers_of, head_parameters
+from tp_cosep.moment_files import Checkpoint, fingerprint
 from tp_cosep.moments import ClassMoments
 from tp_cosep.reader_moments import ReaderCollector, ReaderMoments, check_memory
 from tp_cosep.readers import readable, readings_of
@@ -59,6 +70,8 @@ def measure(
     n_classes: int | None,
     memory_budget: int,
     progress: bool,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
 ) -> tuple[dict[str, ClassMoments], dict[str, ReaderMoments]]:
     """Measure layers in one pass, in eval mode; the model stays as it is.
 
@@ -81,6 +94,8 @@ def measure(
         n_classes: As for ``collect_moments``.
         memory_budget: As for ``collect_moments``, and bytes for the second moments of all readers.
         progress: Show a progress bar on a terminal.
+        checkpoint: A file that keeps the pass on the way, and from which one that was interrupted goes on.
+        checkpoint_every: Batches between two writes of it.
 
     Returns:
         Class moments of layers, and what readers see, by name.
@@ -92,6 +107,12 @@ def measure(
     with_labels = by_classes or reader_classes
     reader = BatchReader(model, target_fn, predicted=labels == "predicted" or not with_labels)
     collectors = _Collectors()
+    kept = None
+    if checkpoint is not None:
+        layers = None if layers is None else list(layers)
+        how = [by_classes, by_readers, reader_classes, tap, spatial, layers, labels, n_classes, *place()]
+        header = {"model": fingerprint(model), "measured": how}
+        kept = Checkpoint(own_path(checkpoint), checkpoint_every, header, reader.device)
 
     def run() -> Counter[int]:
         first, batches = peek(loader, may_be_empty=is_distributed())
@@ -116,6 +137,8 @@ def measure(
                 tap="consumers",
                 n_cells=4 if isinstance(spatial, str) else spatial,
             )
+        if kept is not None:
+            kept.parts = collectors.named
         return run_pass(
             model,
             reader,
@@ -126,6 +149,7 @@ def measure(
             progress=progress,
             with_labels=with_labels,
             may_be_empty=is_distributed(),
+            checkpoint=kept,
         )
 
     samples = all_samples(agreed(run))
@@ -147,9 +171,15 @@ class _Collectors:
     read: ClassCollector | None = None
 
     @property
+    def named(self) -> dict[str, Any]:
+        """Those that there are, by name."""
+        parts = {"made": self.made, "readers": self.readers, "read": self.read}
+        return {name: c for name, c in parts.items() if c is not None}
+
+    @property
     def all(self) -> list[Collector]:
         """Those that there are."""
-        return [c for c in (self.made, self.readers, self.read) if c is not None]
+        return [*self.named.values()]
 
 
 def _of_all_processes(

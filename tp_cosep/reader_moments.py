@@ -87,6 +87,19 @@ class ReaderCollector:
     def add(self, labels: Tensor, i: int) -> None:
         """Second moments do not depend on labels."""
 
+    def state(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was measured so far, see :class:`tp_cosep.moment_files.Part`."""
+        tensors = {f"{part}/{name}": m.second.folds for name, m in self.found.items()}
+        return {**tensors, f"{part}/": self._generator.get_state()}, {"names": [*self.found]}
+
+    def restore(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+        """The inverse of :meth:`state`."""
+        for name in facts["names"]:
+            reading = self._readings[name]
+            second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
+            self.found[name] = ReaderMoments(reading, reading.layer.weight.shape, second)  # type: ignore[arg-type]
+        self._generator.set_state(tensors[f"{part}/"])
+
     def _take(self, layer: nn.Module, x: Tensor) -> None:
         name = self._names[layer]
         reading = self._readings[name]

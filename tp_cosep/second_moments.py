@@ -39,6 +39,15 @@ class SecondMoments:
         self._waiting: list[list[Tensor]] = [[] for _ in range(n_folds)]
         self._counts = [0] * n_folds
 
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> SecondMoments:
+        """Moments of what has been summed before, see :attr:`folds`."""
+        moments = cls(0)
+        moments._sums = sums.clone()
+        moments._waiting = [[] for _ in sums]
+        moments._counts = [round(float(fold[-1, -1])) for fold in sums]
+        return moments
+
     @property
     def folds(self) -> Tensor:
         """The sums of every fold, ``[folds, n_features + 1, n_features + 1]`` float64."""
