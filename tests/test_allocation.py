@@ -250,3 +250,54 @@ def test_a_stock_count_is_close():
     whole = tp.utils.count_ops_and_params(model, x[:1])[0]
     CoSePPruner(model, x[:1], fitted(model, x, y, space="joint"), target={"macs": 0.5}).step()
     assert tp.utils.count_ops_and_params(model, x[:1])[0] / whole == pytest.approx(0.5, abs=0.05)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.lstm = nn.Linear(6, 24), nn.LSTM(24, 8, num_layers=2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.lstm(torch.relu(self.stem(x)))[0][:, -1])
+
+
+def test_recurrent_layers_count_and_keep_their_outputs():
+    torch.manual_seed(0)
+    model, x, y = Recurrent(), torch.randn(40, 5, 6), torch.arange(40) % 4
+    view = read_group(group_with(model, x, "stem"))
+    for unit, whole, per_channel in (
+        ("macs", 5 * (6 * 24 + 32 * 24 + 3 * 32 * 8) + 8 * 4, 5 * (6 + 32)),
+        ("params", sum(p.numel() for p in model.parameters()), 6 + 1 + 32),
+    ):
+        costs = measure_costs(model, lambda: model(x[:2]), [view], unit)
+        assert costs.total == whole
+        costs.remove(0, 4)
+        assert costs.total == pytest.approx(whole - 4 * per_channel)
+    pruner = CoSePPruner(model, x[:1], CoSePSelector().fit(model, [(x, y)], progress=False), target={"macs": 0.7})
+    pruner.step()
+    assert (model.lstm.hidden_size, model.lstm.input_size) == (8, model.stem.out_features)
+    assert model.stem.out_features < 24
+    (entry,) = [e for e in pruner.plan if e.name == "lstm"]
+    assert entry.reason == "Torch-Pruning cannot prune the outputs of a recurrent layer"
+
+
+def test_a_target_that_is_missed_is_said_to_be():
+    model, x, y = build("vgg", 24)
+    pruner = CoSePPruner(model, x[:1], fitted(model, x, y, space="joint"), target={"macs": 0.5})
+    with pytest.warns(UserWarning, match=r"step: the target of .* macs was missed, .* see the plan"):
+        for group in pruner.step(interactive=True):
+            if group[0].dep.target.module is model.conv1:
+                group.prune()
+
+
+def test_what_fits_comes_back():
+    model, x, _ = build("mlp", 30)
+    views = [read_group(group_with(model, x, names[0])) for names in PRODUCERS["mlp"].values()]
+    losses = [torch.rand(v.n_components, dtype=torch.float64).sort().values for v in views]
+    costs = measure_costs(model, lambda: model(x[:1]), views, "macs")
+    target = 0.5 * costs.total
+    kept = allocate(losses, costs, target, least=[1] * len(views), steps=[1] * len(views))
+    assert costs.total <= target
+    for g, k in enumerate(kept):
+        assert k == len(losses[g]) or costs.total - costs.saving(g, -1) > target

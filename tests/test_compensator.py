@@ -512,3 +512,11 @@ def test_sequential_repair_foresees_what_a_normalisation_over_channels_does(kind
         prune(pruned, x, "make", [3, 7, 11, 15], compensator)
         errors.append(float((pruned(x) - expected).detach().square().mean()))
     assert errors[2] < 0.7 * min(errors[:2])
+
+
+def test_too_little_data_is_said_to_be():
+    model, x, _ = build("vgg", 12)
+    with pytest.warns(
+        UserWarning, match=r"few samples for what \d+ layers read \(positions for features: 'conv2' 4 for 108"
+    ):
+        Compensator(model, x[:1], max_positions=4).fit([x[:1]], progress=False)

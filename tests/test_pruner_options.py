@@ -356,3 +356,40 @@ def test_a_model_without_anything_to_prune():
     pruner.step()
     assert_untouched(model, before)
     assert str(pruner.plan) == "0: left alone (its channels are the model's output)"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"round_to": -3}, r"expected round_to to be an integer ≥ 1 or None, got -3"),
+        ({"round_to": 2.5}, r"expected round_to to be an integer"),
+        ({"iterative_steps": 0}, r"expected iterative_steps to be an integer ≥ 1, got 0"),
+        ({"max_pruning_ratio": 1.5}, r"expected max_pruning_ratio in \[0, 1\], got 1\.5"),
+        ({"pruning_ratio_dict": {"fc1": -1}}, r"expected pruning_ratio_dict of 'fc1' in \[0, 1\], got -1"),
+        ({"pruning_ratio_dict": {nn.Linear: "half"}}, r"in \[0, 1\], got 'half'"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    model, x, y = build("mlp", 10)
+    with pytest.raises(InputError, match=message):
+        CoSePPruner(model, x[:1], fitted(model, x, y), **options)
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "skip"])
+def test_data_that_repair_cannot_read_is_no_failure_of_a_group(on_failure):
+    model, x, y = build("vgg", 10)
+    before, selector = fingerprint(model), fitted(model, x, y, space="joint")
+    options = {"on_failure": on_failure, "compensate": True, "fit_options": {"progress": False}}
+    for loader, error, message in (
+        ([], InputError, "expected at least one batch"),
+        ([{"image": x}], TypeError, "image"),
+        ([(x * float("nan"), y)], InputError, "NaN"),
+    ):
+        pruner = CoSePPruner(model, x[:1], selector, target={"macs": 0.5}, loader=loader, **options)
+        with pytest.raises(error, match=message):
+            pruner.step()
+        assert_untouched(model, before)
+    options["fit_options"]["target_fn"] = lambda batch: (batch["image"], None)
+    pruner = CoSePPruner(model, x[:1], selector, target={"macs": 0.5}, loader=[{"image": x}], **options)
+    pruner.step()
+    assert pruner.compensator.repairs

@@ -335,3 +335,19 @@ def test_labels_predicted_and_a_class_that_is_missing():
         model.head.bias -= model(x).mean(0)
     predicted = CoSePSelector().fit(model, [x], labels="predicted", progress=False).readers
     assert int(predicted["conv2"].classes.count.sum()) == len(x)
+
+
+@pytest.mark.parametrize("space", COLUMN_SPACES)
+def test_a_dead_layer_keeps_one_channel(space):
+    model, x, y = build("vgg", 12)
+    with torch.no_grad():
+        model.conv2.weight.zero_()
+        model.conv2.bias.fill_(-1)  # a ReLU behind: 0 for every sample
+        model.conv3.weight[5:] = 0  # outputs that never move
+    selector = CoSePSelector(space=space).fit(model, [(x, y)], progress=False)
+    dead = selector.select(group_with(model, x, "conv2"))
+    assert (dead.k, len(dead.keep_idxs)) == (1, 1)
+    pruner = CoSePPruner(model, x[:1], selector, target={"macs": 0.5})
+    pruner.step()
+    assert model.conv2.out_channels < 12
+    assert bool(torch.isfinite(model(x)).all())

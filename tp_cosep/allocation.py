@@ -77,4 +77,21 @@ def allocate(
             f"{costs.total:.4g} are left. Ask for less, raise max_pruning_ratio, lower round_to, or ignore fewer "
             "layers."
         )
+    _give_back(kept, losses, costs, target, steps)
     return kept
+
+
+def _give_back(kept: list[int], losses: Sequence[Tensor], costs: Costs, target: float, steps: Sequence[int]) -> None:
+    """Let groups have components back, those first that are missed most, as far as the target allows."""
+    while True:
+        fitting = []
+        for g, n_kept in enumerate(kept):
+            n = min(steps[g], len(losses[g]) - n_kept)
+            if n > 0 and costs.total - costs.saving(g, -n) <= target:
+                first = len(losses[g]) - n_kept - n
+                fitting.append((float(losses[g][first : first + n].sum()), g, n))
+        if not fitting:
+            return
+        _, g, n = max(fitting)
+        costs.remove(g, -n)
+        kept[g] += n

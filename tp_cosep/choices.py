@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -122,17 +123,33 @@ class Choices:
             told = self._told_of(view)
             ratio = p.max_pruning_ratio if told is None else told[p.current_step]
             least.append(max(1, n - int(n * ratio)))
-        unit, share = p.target
-        costs = measure_costs(p.model, p.run, views, unit)
+        costs = measure_costs(p.model, p.run, views, p.target[0])
         self._whole = self._whole or costs.total
-        target = share * self._whole if share < 1 else share
-        target = self._whole - (self._whole - target) * p.current_step / p.iterative_steps
         for i, view in enumerate(views):
             if self._told_of(view) is not None:
                 costs.remove(i, view.n_components - least[i])
                 least[i] = view.n_components
-        kept = allocate(losses, costs, target, least=least, steps=[self._step(view) or 1 for view in views])
+        kept = allocate(losses, costs, self._target(), least=least, steps=[self._step(view) or 1 for view in views])
         self._counts = {(v.root, v.side): k for v, k in zip(views, kept, strict=True)}
+
+    def _target(self) -> float:
+        """What the model may cost after this step."""
+        p, whole = self._pruner, self._whole or 0.0
+        share: float = p.target[1]
+        target = share * whole if share < 1 else share
+        now: float = whole - (whole - target) * p.current_step / p.iterative_steps
+        return now
+
+    def check_target(self) -> None:
+        """Say so if the target was missed, which groups that were skipped or not pruned by the caller make it be."""
+        p = self._pruner
+        left = measure_costs(p.model, p.run, [], p.target[0]).total
+        if self._whole is not None and p.current_step <= p.iterative_steps and left > 1.02 * self._target():
+            warnings.warn(
+                f"step: the target of {self._target():.4g} {p.target[0]} was missed, {left:.4g} are left: groups that "
+                "were to lose channels did not, see the plan.",
+                stacklevel=5,
+            )
 
     def _told_of(self, view: GroupView) -> list[float] | None:
         """What ``pruning_ratio_dict`` says of a group, step by step."""
@@ -193,6 +210,8 @@ class Choices:
         reason = ""
         if is_output(group):
             reason = "its channels are the model's output"
+        elif any(isinstance(m.layer, nn.RNNBase) for m in view.members):
+            reason = "Torch-Pruning cannot prune the outputs of a recurrent layer"
         elif not self._pruner._check_pruning_ratio(group):
             reason = "it has a single channel, or as few as max_pruning_ratio leaves"
         heads = {name: (n, n) for name, n in self.num_heads_of(group).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -192,6 +193,7 @@ class Compensator:
         readers = {r.layer: MeasuredReader.whole(name, r) for name, r in readings.items()}
         data = _Data(loader, target_fn, progress)
         self._measure(data.inputs(self.model), readers)
+        _warn_of_few(readers.values())
         self._readers, self._data = readers, data
         self._attention = set(attention_heads(self.model))
         if self.mode == "sequential":
@@ -367,6 +369,19 @@ class Compensator:
         with evaluating(model), on_inputs(readers, take):
             self._run(model, inputs)
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
+
+
+def _warn_of_few(readers: Iterable[MeasuredReader]) -> None:
+    """Say so where there is so little data that a repair may do harm."""
+    few = [(r.name, r.moments.n_rows, r.moments.n_features) for r in readers if r.moments.n_rows]
+    few = [(name, n, f) for name, n, f in few if n < f / 4]
+    if few:
+        shown = ", ".join(f"{name!r} {n} for {f}" for name, n, f in few[:3])
+        warnings.warn(
+            f"Compensator: few samples for what {len(few)} layers read (positions for features: {shown}); a repair may do "
+            "harm there. Use more data, or lower max_features.",
+            stacklevel=3,
+        )
 
 
 def _why_not(layer: nn.Module, *, is_known: bool) -> str:

@@ -76,9 +76,9 @@ def measure_costs(model: nn.Module, run: Callable[[], Any], views: Sequence[Grou
         model: The model.
         run: Runs it on example inputs.
         views: The groups that may lose components.
-        unit: ``"macs"``: multiply-accumulates of convolutions, linear and attention layers for one sample; products of
-            activations with each other, normalisation and activation functions are not counted. ``"params"``: all
-            parameters.
+        unit: ``"macs"``: multiply-accumulates of convolutions, linear, attention and recurrent layers for one sample;
+            products of activations with each other, normalisation and activation functions are not counted.
+            ``"params"``: all parameters.
 
     Returns:
         Costs, nothing removed yet.
@@ -110,17 +110,29 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bo
         if isinstance(layer, nn.MultiheadAttention):
             n_tokens = prod(x.shape[:-1]) // max(x.shape[0 if layer.batch_first else 1], 1) if x.dim() == 3 else len(x)
             n = n_tokens * sum(p.numel() for name, p in layer.named_parameters() if name.endswith("weight"))
+        elif isinstance(layer, nn.RNNBase):
+            n = prod(x.shape[:-1]) // max(x.shape[0 if layer.batch_first else 1], 1) if x.dim() == 3 else len(x)
         else:
             n = Reading(layer).n_products(x.shape)
         found[layer] = found.get(layer, 0.0) + n
 
     inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     layers = [
-        m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, nn.MultiheadAttention)) and m not in inside
+        m
+        for m in model.modules()
+        if isinstance(m, (_ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase)) and m not in inside
     ]
     with evaluating(model), on_inputs(layers, count):
         run()
-    return [(layer, _Part(n), True) for layer, n in found.items()]
+    parts: list[tuple[Any, _Part, bool]] = []
+    for layer, n in found.items():
+        if isinstance(layer, nn.RNNBase):  # n is the number of times; the first layer alone reads what is pruned
+            for name, p in layer.named_parameters():
+                if name.startswith("weight"):
+                    parts.append((layer, _Part(n * p.numel()), name.startswith("weight_ih_l0")))
+        else:
+            parts.append((layer, _Part(n), True))
+    return parts
 
 
 def _params(model: nn.Module) -> list[tuple[Any, _Part, bool]]:
@@ -132,5 +144,8 @@ def _params(model: nn.Module) -> list[tuple[Any, _Part, bool]]:
         # A parameter of the model's own is a layer to Torch-Pruning.
         is_layer = type(layer).__module__.startswith("torch.nn.")
         is_table = isinstance(layer, nn.Embedding)  # [entries, out]: what it reads are numbers of words
-        found.append((layer if is_layer else p, _Part(p.numel()), is_layer and p.dim() > 1 and not is_table))
+        reads = is_layer and p.dim() > 1 and not is_table
+        if isinstance(layer, nn.RNNBase):
+            reads = any(p is q for name, q in layer.named_parameters() if name.startswith("weight_ih_l0"))
+        found.append((layer if is_layer else p, _Part(p.numel()), reads))
     return found

@@ -71,7 +71,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         n_keep: Keep exactly this many channels of every group (at most all it has), whatever the knee.
         keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
         backend: Of the k-medoids solver, see :func:`tp_cosep.medoids.k_medoids`.
-        memory_budget: Bytes for ``spatial="auto"``, and for second moments of what layers read, f² · 8 for a layer
+        memory_budget: Bytes for ``spatial="auto"``, and for second moments of what layers read, f² · 16 for a layer
             with f inputs.
         max_class_pairs: Where there are more class pairs, separability looks at a sample of about so many, in which
             every class is as often as any other.

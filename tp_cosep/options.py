@@ -159,6 +159,7 @@ def check_pruner(
     automatic: bool,
     metric: str | PairMetric,
     on_failure: str,
+    options: Mapping[str, Any],
 ) -> None:
     """Check options of :class:`tp_cosep.CoSePPruner` against each other.
 
@@ -179,6 +180,20 @@ def check_pruner(
         )
     if on_failure not in ("raise", "skip"):
         raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
+    step, n_steps = options.get("round_to"), options.get("iterative_steps", 1)
+    if step is not None and (not isinstance(step, int) or step < 0):
+        raise InputError(f"CoSePPruner: expected round_to to be an integer ≥ 1 or None, got {step!r}.")
+    if not isinstance(n_steps, int) or n_steps < 1:
+        raise InputError(f"CoSePPruner: expected iterative_steps to be an integer ≥ 1, got {n_steps!r}.")
+    _check_ratio("max_pruning_ratio", options.get("max_pruning_ratio", 1.0))
+    for layers, ratio in (options.get("pruning_ratio_dict") or {}).items():
+        _check_ratio(f"pruning_ratio_dict of {layers!r}", ratio)
+
+
+def _check_ratio(name: str, ratio: Any) -> None:
+    # Counts are told to stock pruners by ratios a little below 0, see CoSePSelector.pruning_ratio_dict.
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not -1 < ratio <= 1:
+        raise InputError(f"CoSePPruner: expected {name} in [0, 1], got {ratio!r}.")
 
 
 def check_target(

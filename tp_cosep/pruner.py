@@ -84,7 +84,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             model, fitted or not. After fine-tuning it measures anew before it is used again.
         recalibrate: Estimate BatchNorm statistics anew on ``loader`` after each step (each group with ``layerwise``),
             before fine-tuning, see :func:`tp_cosep.recalibrate`.
-        fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``.
+        fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``, which repair and ``recalibrate``
+            read batches with too.
         **options: Every other keyword of ``tp.pruner.BasePruner``.
 
     Attributes:
@@ -139,6 +140,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             automatic=automatic,
             metric=importance.metric,
             on_failure=on_failure,
+            options=options,
         )
         self.target = check_target(target, automatic=automatic, options=options)
         if layerwise and loader is None:
@@ -226,6 +228,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._check.expect_shapes()
                 if self.loader is not None and (self.current_step > 1 or not self.importance.is_fitted):
                     self._fit()
+                self._fit_compensator()
                 for group in self._prune():
                     yield from self._visit(group, prune=prune)
                     if self.layerwise:
@@ -236,6 +239,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._record_unvisited()
                 if not self.layerwise:
                     self._finish()
+                if self.target is not None:
+                    self.choices.check_target()
                 if self.compensator is not None:
                     self.plan = replace(self.plan, new_biases=tuple(self.compensator.new_biases))
         except BaseException as error:
@@ -336,6 +341,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for i, name in enumerate(self.importance.measured):
             if i and self.choices.has_begun:
                 self._fit()
+                self._fit_compensator()
             yield from self._prune_chosen(name)
 
     def _prune_chosen(self, due: str | None) -> Iterator[Any]:
@@ -389,18 +395,19 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         options = {"layers": self._names, "num_heads": self.num_heads, **self.fit_options}
         selector.fit(self.model, self.loader, **options)
 
-    def _compensate(self, group: Any) -> None:
-        if self.compensator is None:
+    def _fit_compensator(self) -> None:
+        """Measure what a repair needs, unless it is known: before any group, so that errors are about the data."""
+        if self.compensator is None or (self.compensator.is_fitted and not self._is_stale):
             return
-        if self._is_stale or not self.compensator.is_fitted:
-            if self.loader is None:
-                raise InputError(
-                    "CoSePPruner: compensate= has to measure the model, also after fine-tuning; pass loader=."
-                )
-            target_fn = self.fit_options.get("target_fn")
-            self.compensator.fit(self.loader, target_fn=target_fn, progress=self.fit_options.get("progress", True))
-            self._is_stale = False
-        self.compensator(group)
+        if self.loader is None:
+            raise InputError("CoSePPruner: compensate= has to measure the model, also after fine-tuning; pass loader=.")
+        target_fn = self.fit_options.get("target_fn")
+        self.compensator.fit(self.loader, target_fn=target_fn, progress=self.fit_options.get("progress", True))
+        self._is_stale = False
+
+    def _compensate(self, group: Any) -> None:
+        if self.compensator is not None:
+            self.compensator(group)
 
     def _finish(self) -> None:
         """What comes after a step, or after a group with ``layerwise``."""

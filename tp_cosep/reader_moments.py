@@ -28,12 +28,14 @@ class ReaderMoments:
         shape: Of its weights.
         second: Second moments over positions.
         classes: Class moments of its input; empty if they were not measured.
+        precisions: What was inverted so far, see :func:`tp_cosep.reader_spaces.readers_of`.
     """
 
     reading: Reading
     shape: torch.Size
     second: SecondMoments
     classes: ClassMoments = field(default_factory=ClassMoments)
+    precisions: dict[str, tuple[int, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @property
     def covariance(self) -> Tensor:
@@ -116,12 +118,14 @@ def check_memory(readings: Mapping[str, Reading], memory_budget: int) -> None:
 
     Args:
         readings: How the layers read, by name.
-        memory_budget: Bytes for second moments; a layer with f features has (f + 1)² numbers of 8 bytes.
+        memory_budget: Bytes for second moments; a layer with f features has (f + 1)² numbers of 8 bytes, and their
+            inverse while channels are chosen.
 
     Raises:
         InputError: If they need more.
     """
-    sizes = sorted(((8 * (r.n_features + 1) ** 2, name) for name, r in readings.items()), reverse=True)
+    # The sums, and once more their inverse.
+    sizes = sorted(((16 * (r.n_features + 1) ** 2, name) for name, r in readings.items()), reverse=True)
     needed = sum(size for size, _ in sizes)
     if needed > memory_budget:
         largest = ", ".join(f"{name!r} {size / 2**20:,.0f} MiB" for size, name in sizes[:3])

@@ -15,7 +15,7 @@ from torch import Tensor
 from tp_cosep.errors import InputError
 from tp_cosep.groups import GroupView, Member
 from tp_cosep.reader_moments import ReaderMoments
-from tp_cosep.subset import Reader
+from tp_cosep.subset import Reader, precision_of
 
 __all__ = ["CLASS_WEIGHT", "READER_SPACES", "correlation_distances", "layers_read", "readers_of"]
 
@@ -56,14 +56,24 @@ def readers_of(view: GroupView, moments: Mapping[str, ReaderMoments], space: str
     for member, covariance, measured, components in _parts(view, moments, space):
         maps = measured.reading.maps(member.layer.weight)  # type: ignore[arg-type]
         n = maps.shape[1]
+        precisions = _precisions(measured, covariance, space, n)
         for i, w in enumerate(maps):
             block = slice(i * n, (i + 1) * n)
             total = measured.covariance[block, block]
             variance = torch.einsum("fop,fg,gop->o", w, total, w)
-            w = w * variance.clamp(min=torch.finfo(w.dtype).tiny).rsqrt()[:, None]
-            w = w.flatten(1)
-            found.append(Reader(covariance[block, block], w @ w.T, components[block]))
+            # An output that never moves has nothing to lose.
+            w = (w * torch.where(variance > 0, variance.rsqrt(), 0)[:, None]).flatten(1)
+            found.append(Reader(covariance[block, block], w @ w.T, components[block], precisions[i]))
     return found
+
+
+def _precisions(measured: ReaderMoments, covariance: Tensor, space: str, n: int) -> list[Tensor]:
+    """Of every channel group of a reader; inverted once, however many groups of channels it reads."""
+    found = measured.precisions.get(space)
+    if found is None or found[0] != measured.second.n_rows:
+        blocks = [covariance[i : i + n, i : i + n] for i in range(0, len(covariance), n)]
+        found = measured.precisions[space] = measured.second.n_rows, [precision_of(c) for c in blocks]
+    return found[1]
 
 
 def correlation_distances(view: GroupView, moments: Mapping[str, ReaderMoments], space: str) -> Tensor | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Elimination", "Reader", "backward_elimination"]
+__all__ = ["Elimination", "Reader", "backward_elimination", "precision_of"]
 
 # Added to the covariance, as shares of each variance and of the mean variance: copies of a channel stay invertible.
 _RIDGE, _FLOOR = 1e-4, 1e-10
@@ -34,11 +34,26 @@ class Reader:
         covariance: ``[f, f]`` of its inputs, C.
         costs: ``[f, f]``, K = Σ_o w_o w_oᵀ over its outputs, each scaled by what an error there costs.
         components: ``[f]`` int64, the component that each input goes with; −1 for inputs that stay.
+        precision: ``[f, f]``, what :func:`precision_of` makes of C, if it is known already.
     """
 
     covariance: Tensor
     costs: Tensor
     components: Tensor
+    precision: Tensor | None = None
+
+
+def precision_of(covariance: Tensor) -> Tensor:
+    """The inverse of a covariance to which as much is added that copies and constant inputs can be told apart.
+
+    Returns:
+        Like the covariance.
+    """
+    variance = covariance.diagonal()
+    # An input that never moves costs nothing, and stays invertible by the floor.
+    floor = _FLOOR * variance.mean()
+    inverse: Tensor = torch.linalg.inv(covariance + torch.diag(_RIDGE * variance + (floor if floor > 0 else 1)))
+    return inverse
 
 
 @dataclass(frozen=True)
@@ -103,24 +118,23 @@ class _State:
     """
 
     def __init__(self, reader: Reader, n_components: int) -> None:
-        c = reader.covariance
-        variance = c.diagonal()
-        # A channel that never moves costs nothing, and stays invertible by the floor.
-        c = c + torch.diag(_RIDGE * variance + _FLOOR * variance.mean() + torch.finfo(c.dtype).tiny)
-        counts = torch.bincount(reader.components[reader.components >= 0], minlength=n_components)
-        width, f = int(counts.max()), len(c)
+        precision = precision_of(reader.covariance) if reader.precision is None else reader.precision
+        # What stays has done its part in the inverse.
+        ours = (reader.components >= 0).nonzero()[:, 0]
+        components = reader.components[ours]
+        width, f = int(torch.bincount(components, minlength=n_components).max()), len(ours)
         self._n_features = f
-        p = torch.eye(f + width, dtype=c.dtype, device=c.device)
-        p[:f, :f] = torch.linalg.inv(c)
+        p = torch.eye(f + width, dtype=precision.dtype, device=precision.device)
+        p[:f, :f] = precision[ours[:, None], ours]
         k = torch.zeros_like(p)
-        k[:f, :f] = reader.costs
+        k[:f, :f] = reader.costs[ours[:, None], ours]
         self._p, self._k = _Lazy(p), _Lazy(k)
-        own = [(reader.components == i).nonzero()[:, 0] for i in range(n_components)]
-        inert = torch.arange(f, f + width, device=c.device)
+        own = [(components == i).nonzero()[:, 0] for i in range(n_components)]
+        inert = torch.arange(f, f + width, device=p.device)
         self._blocks = torch.stack([torch.cat([b, inert[: width - len(b)]]) for b in own])
         rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
         self._p_blocks, self._k_blocks = p[rows, columns], k[rows, columns]  # [n, q, q]
-        self._gone = torch.zeros(n_components, dtype=torch.bool, device=c.device)
+        self._gone = torch.zeros(n_components, dtype=torch.bool, device=p.device)
 
     def costs(self) -> Tensor:
         """What losing each component costs now, ``[n]``; 0 for one that is gone."""
