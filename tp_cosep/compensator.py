@@ -378,8 +378,8 @@ def _warn_of_few(readers: Iterable[MeasuredReader]) -> None:
     if few:
         shown = ", ".join(f"{name!r} {n} for {f}" for name, n, f in few[:3])
         warnings.warn(
-            f"Compensator: few samples for what {len(few)} layers read (positions for features: {shown}); a repair may do "
-            "harm there. Use more data, or lower max_features.",
+            f"Compensator: few samples for what {len(few)} layers read (positions for features: {shown}); a repair may "
+            "do harm there. Use more data, or lower max_features.",
             stacklevel=3,
         )
 
