@@ -1,0 +1,154 @@
+import copy
+import json
+
+import pytest
+import torch
+from fitted import group_with
+from models import assert_untouched, build, fingerprint
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tp_cosep import CoSePSelector, InputError
+
+OPTIONS = [
+    {"space": "separability"},
+    {"space": "joint"},
+    {"representative": "reconstruction"},
+    {"space": "reconstruction"},
+]
+
+
+def batches(x, y):
+    return [(x[i : i + 5], y[i : i + 5]) for i in range(0, len(x), 5)]
+
+
+class Interrupted:
+    """A loader that breaks down behind some batches."""
+
+    def __init__(self, given, n):
+        self.given, self.n = given, n
+
+    def __iter__(self):
+        yield from self.given[: self.n]
+        raise KeyboardInterrupt
+
+
+def assert_same(a, b):
+    assert list(a.moments) == list(b.moments)
+    assert list(a.readers) == list(b.readers)
+    for name, m in a.moments.items():
+        for field in ("classes", "count", "mean", "m2"):
+            assert torch.equal(getattr(m, field), getattr(b.moments[name], field))
+    for name, m in a.readers.items():
+        torch.testing.assert_close(m.covariance, b.readers[name].covariance, rtol=1e-12, atol=1e-12)
+        assert torch.equal(m.between_classes, b.readers[name].between_classes)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("n", [0, 3, 7])
+def test_a_pass_goes_on_where_it_was_interrupted(tmp_path, options, n):
+    model, x, y = build("resnet", 12)
+    given, path = batches(x, y), tmp_path / "moments.safetensors"
+    whole = CoSePSelector(**options).fit(model, given, progress=False)
+    keep = {"checkpoint": path, "checkpoint_every": 2, "progress": False}
+    before = fingerprint(model)
+    with pytest.raises(KeyboardInterrupt):
+        CoSePSelector(**options).fit(model, Interrupted(given, n), **keep)
+    assert path.is_file() == (n >= 2)
+    n_run = 0
+
+    def count(*_):
+        nonlocal n_run
+        n_run += 1
+
+    handle = model.conv1.register_forward_hook(count)
+    again = CoSePSelector(**options).fit(model, given, **keep)
+    # A trace, and where classes are told apart two short runs to find the samples, for each thing that is measured.
+    assert n_run - 3 <= len(given) - n // 2 * 2 + 2
+    assert_same(again, whole)
+    n_run = 0
+    finished = CoSePSelector(**options).fit(model, given, **keep)
+    handle.remove()
+    assert n_run <= 1  # the trace
+    assert_same(finished, whole)
+    group = group_with(model, x, "conv1")
+    assert finished.select(group) == whole.select(group)
+    assert_untouched(model, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["moments.safetensors"]
+
+
+@pytest.fixture
+def kept(tmp_path):
+    model, x, y = build("vgg", 12)
+    path = tmp_path / "kept"
+    CoSePSelector(spatial=2).fit(model, batches(x, y), checkpoint=path, progress=False)
+    return model, x, y, path
+
+
+def other_weights(model, path):
+    with torch.no_grad():
+        model.head.bias[0] += 1
+    return {}, "the model has other weights"
+
+
+def other_model(model, path):
+    model.extra = torch.nn.Linear(2, 2)
+    return {}, "the model has other weights"
+
+
+def other_options(model, path):
+    return {"spatial": 4}, "measured was .*, is .*; delete it to measure anew"
+
+
+def torn(model, path):
+    path.write_bytes(path.read_bytes()[:-100])
+    return {}, "damaged, or no file of moments"
+
+
+def foreign(model, path):
+    save_file({"x": torch.zeros(2)}, path)
+    return {}, "expected a file of moments, got another one"
+
+
+def newer(model, path):
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["tp_cosep"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
+    save_file(tensors, path, {"tp_cosep": json.dumps({**header, "version": 2})})
+    return {}, "expected version 1, got 2"
+
+
+def without_a_tensor(model, path):
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys() if "conv2" not in key}  # noqa: SIM118
+    save_file(tensors, path, header)
+    return {}, "damaged, KeyError"
+
+
+@pytest.mark.parametrize("spoil", [other_weights, other_model, other_options, torn, foreign, newer, without_a_tensor])
+def test_files_that_do_not_fit_are_refused(kept, spoil):
+    model, x, y, path = kept
+    options, message = spoil(model, path)
+    before, bytes_before = fingerprint(model), path.read_bytes()
+    with pytest.raises(InputError, match=f"moments '.*kept': .*{message}"):
+        CoSePSelector(**{"spatial": 2, **options}).fit(model, batches(x, y), checkpoint=path, progress=False)
+    assert path.read_bytes() == bytes_before
+    assert_untouched(model, before)
+
+
+def test_a_write_that_fails_leaves_the_old_file(kept, monkeypatch, tmp_path):
+    model, x, y, path = kept
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("tp_cosep.moment_files.os.replace", full)
+    more = batches(torch.cat([x, x]), torch.cat([y, y]))
+    with pytest.raises(OSError, match="no space"):
+        CoSePSelector(spatial=2).fit(model, more, checkpoint=path, checkpoint_every=1, progress=False)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+    with pytest.raises(InputError, match="expected an existing folder"):
+        CoSePSelector().fit(copy.deepcopy(model), more, checkpoint=tmp_path / "no" / "where", progress=False)
