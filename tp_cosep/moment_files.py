@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tp_cosep.errors import InputError
+from tp_cosep.files import replacing
 from tp_cosep.moments import ClassMoments
 
 __all__ = ["Checkpoint", "Part", "fingerprint", "moments_of", "read", "tensors_of", "write"]
@@ -66,19 +67,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     Raises:
         InputError: If the folder does not exist.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise InputError(f"moments: expected an existing folder to write to, got {str(target.parent)!r}.")
     document = json.dumps({"format": _FORMAT, "version": _VERSION, **header})
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path, "moments") as temporary:
         save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, {"tp_cosep": document})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from tp_cosep.batches import evaluating, run_model
 from tp_cosep.errors import InputError, PruningError
+from tp_cosep.files import replacing
 from tp_cosep.selection import ChannelSelection
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.surgery import add_biases, group_of, pruned
@@ -150,16 +151,8 @@ class PruningPlan:
             "new_biases": self.new_biases,
             "groups": [_group_to_json(group) for group in self.groups],
         }
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise InputError(f"plan: expected an existing folder to write to, got {str(target.parent)!r}.")
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path, "plan") as temporary:
             temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
