@@ -351,3 +351,16 @@ def test_a_dead_layer_keeps_one_channel(space):
     pruner.step()
     assert model.conv2.out_channels < 12
     assert bool(torch.isfinite(model(x)).all())
+
+
+def test_what_was_found_once_is_found_anew_when_something_changes():
+    model, x, y = build("vgg", 12)
+    selector = CoSePSelector().fit(model, [(x, y)], progress=False)
+    first = selector.select(group_with(model, x, "conv2"), n_keep=5)
+    assert selector.select(group_with(copy.deepcopy(model), x, "conv2"), n_keep=5) == first
+    with torch.no_grad():
+        model.conv3.weight[:, list(first.keep_idxs)] = 0  # read no more
+    other = selector.select(group_with(model, x, "conv2"), n_keep=5)
+    assert not set(other.keep_idxs) & set(first.keep_idxs)
+    again = selector.fit(model, [(x, y)], progress=False).select(group_with(model, x, "conv2"), n_keep=5)
+    assert again.keep_idxs == other.keep_idxs

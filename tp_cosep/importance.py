@@ -27,7 +27,7 @@ from tp_cosep.representatives import Preference, preference_of
 from tp_cosep.selection import ChannelSelection, select_by_elimination, select_channels
 from tp_cosep.separability import PairMetric
 from tp_cosep.spaces import Space, weight_shape
-from tp_cosep.subset import Reader, backward_elimination
+from tp_cosep.subset import Elimination, Reader, backward_elimination
 from tp_cosep.tracing import ROOT_TYPES, check_plain, resolve_layers, trace
 
 __all__ = ["CoSePSelector", "ratio_for"]
@@ -162,6 +162,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         self.attention: dict[str, Tensor] = {}
         self.readers: dict[str, ReaderMoments] = {}
         self._shapes: dict[str, torch.Size] = {}
+        self._eliminations: dict[tuple[str, str], tuple[Any, Elimination, Tensor]] = {}
 
     @classmethod
     def published(cls, **changed: Any) -> CoSePSelector:
@@ -259,6 +260,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             checkpoint_every=checkpoint_every,
         )
         self.moments, self.readers = moments, readers
+        self._eliminations.clear()
         shapes = {name: weight_shape(m) for name, m in measured_layers(model, self.channel_dims).items()}
         self._shapes = {name: shape for name, shape in shapes.items() if shape is not None and name in moments}
         return self
@@ -300,23 +302,35 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         """
         group = full_group(group)
         view = view or read_group(group, None, self.num_heads)
-        distances = self.distances(group, view=view)
-        if distances is None:
-            return None
         n_keep = n_keep if n_keep is not None else self._fixed_count(view.n_components)
         if self.method == "column-subset" and self.compares_readers(view):
-            readers = readers_of(view, self.readers, self.space_name)
-            elimination = backward_elimination(readers, view.n_components)
+            elimination, distances = self._eliminated(view)
             by_order = select_by_elimination(elimination, distances, n_keep=n_keep, knee=self.knee, round_to=round_to)
             return by_order.expanded(view.component_of)
+        found = self.distances(group, view=view)
+        if found is None:
+            return None
         selection = select_channels(
-            distances,
+            found,
             n_keep=n_keep,
             round_to=round_to,
             preference=self.preference(group, view),
             **self.rules,
         )
         return selection.expanded(view.component_of)
+
+    def _eliminated(self, view: GroupView) -> tuple[Elimination, Tensor]:
+        """The order in which a group's components go, and their distances; found once, whatever count is asked for."""
+        weights = [m.layer.weight.detach() for m in layers_read(view, self.readers, self.space_name)]
+        # The weights by what they are: those of a copy are as good.
+        state = view.component_of.numpy().tobytes(), [(w.shape, float(w.double().square().sum())) for w in weights]
+        key = view.name, view.side
+        if key not in self._eliminations or self._eliminations[key][0] != state:
+            readers = readers_of(view, self.readers, self.space_name)
+            distances = correlation_distances(view, self.readers, self.space_name)
+            assert distances is not None
+            self._eliminations[key] = state, backward_elimination(readers, view.n_components), distances
+        return self._eliminations[key][1:]
 
     def distances(self, group: Any, *, view: GroupView | None = None) -> Tensor | None:
         """Distances between the components of a group in separability space; arguments as in :meth:`select`.
