@@ -321,7 +321,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
 
     def _eliminated(self, view: GroupView) -> tuple[Elimination, Tensor]:
         """The order in which a group's components go, and their distances; found once, whatever count is asked for."""
-        weights = [m.layer.weight.detach() for m in layers_read(view, self.readers, self.space_name)]
+        read = layers_read(view, self.readers, self.space_name)
+        weights = [m.layer.get_parameter("weight").detach() for m in read]
         # The weights by what they are: those of a copy are as good.
         state = view.component_of.numpy().tobytes(), [(w.shape, float(w.double().square().sum())) for w in weights]
         key = view.name, view.side
