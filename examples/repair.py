@@ -20,8 +20,8 @@ def main(epochs: int | None = None) -> dict[str, list[float]]:
 
     selections: dict[str, Callable[[nn.Module], Any]] = {
         "L2": lambda model: tp.importance.GroupMagnitudeImportance(p=2),
-        "CoSeP": lambda model: CoSePSelector().fit(model, calibration),
-        "joint": lambda model: CoSePSelector(space="joint").fit(model, calibration),
+        "CoSeP": lambda model: CoSePSelector(space="separability").fit(model, calibration),
+        "joint": lambda model: CoSePSelector().fit(model, calibration),
     }
     results: dict[str, list[float]] = {}
     for name, select in selections.items():
