@@ -36,7 +36,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected", "ignore:Compensator. few samples")
 @pytest.mark.parametrize("name", MODELS)
 def test_repaired_outputs_are_nearer(name):
     torch.manual_seed(0)
