@@ -163,7 +163,9 @@ def _equal_macs_table(rows: list[_Row]) -> str:
 
 def _groups_table(rows: list[_Row]) -> str:
     """What is lost where a single group loses half of its channels."""
-    rows = [r for r in rows if r[0].amount.startswith("half of ") and r[0].recalibrated and r[0].repair == "one-shot"]
+    rows = [
+        r for r in rows if r[0].amount.startswith("half of ") and not r[0].recalibrated and r[0].repair == "one-shot"
+    ]
     if not rows:
         return ""
     groups = list(dict.fromkeys(c.amount.removeprefix("half of ") for c, _ in rows))
@@ -306,7 +308,7 @@ _SECTIONS = (
     (
         "## Which layers",
         "Points of accuracy lost where a single group loses half of its channels and all others stay whole; one-shot "
-        "repair and recalibration.",
+        "repair, without recalibration, which costs more than it brings where so little goes.",
         _groups_table,
     ),
     ("## The selections' own counts", "What a knee gives; one-shot repair and recalibration.", _own_counts_table),
