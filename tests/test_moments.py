@@ -277,3 +277,24 @@ def test_half_precision_is_pooled_in_float32(dtype, shape, spatial):
 def test_activation_without_components_is_refused(shape):
     with pytest.raises(InputError, match=r"activation: expected \[samples, components, ...\], got shape"):
         to_cells(torch.zeros(shape), spatial=2)
+
+
+@pytest.mark.parametrize("piece", [1, 8, 10**6])
+@pytest.mark.parametrize("sizes", [5, 60])
+def test_the_pieces_of_an_update_do_not_matter(piece, sizes, monkeypatch):
+    monkeypatch.setattr("tp_cosep.moments._PIECE", piece)
+    x, y = make_batch(labels=(5, 1, 30, 2))
+    assert_matches_two_pass(accumulate(x, y, sizes), x, y)
+
+
+def test_a_hundred_classes_that_come_in_any_order():
+    x, _ = make_batch(n=400)
+    y = torch.randperm(400, generator=torch.Generator().manual_seed(2)) % 101 * 3
+    moments = ClassMoments()
+    for i, batch in enumerate(zip(x.split(13), y.split(13), strict=True)):
+        moments.update(*batch)
+        if i == 4:  # to look on the way does not matter
+            assert_matches_two_pass(moments, x[: 13 * 5], y[: 13 * 5])
+    assert_matches_two_pass(moments, x, y)
+    other = accumulate(x[200:], y[200:], 7)
+    assert_matches_two_pass(accumulate(x[:200], y[:200], 11).merge(other), x, y)

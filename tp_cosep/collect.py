@@ -335,14 +335,14 @@ def _check_rows(x: Tensor, labels: Tensor, i: int) -> None:
 
 
 def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None:
-    batch = ClassMoments.from_batch(x, labels)
-    if not torch.isfinite(batch.m2).all():
+    # The sum is finite if all of them are, and otherwise only if infinities cancel, which makes NaN.
+    if not torch.isfinite(x.sum(dtype=torch.float64)):
         raise InputError(
             f"layer {name!r}: got NaN or infinite activations; check the inputs and the weights, or run the "
             "model in a wider floating-point type."
         )
     try:
-        moments.merge(batch)
+        moments.update(x, labels)
     except InputError as error:
         raise InputError(f"layer {name!r}: {error}") from error
 

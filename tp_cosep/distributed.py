@@ -174,9 +174,8 @@ def _merged(
             f"layer {name!r}: expected as many channels and cells in every process, got {sorted(sizes)}; give all of "
             "them inputs of one size, and with spatial='auto' n_classes."
         )
-    whole = ClassMoments()
     if not sizes:
-        return whole
+        return ClassMoments()
     classes = torch.tensor(sorted({label for shape in shapes for label in shape[0]}), device=device)
     count = torch.zeros(len(classes), dtype=torch.int64, device=device)
     total = torch.zeros(len(classes), *sizes.pop(), dtype=torch.float64, device=device)
@@ -185,13 +184,12 @@ def _merged(
         rows = torch.searchsorted(classes, own.classes)
         count[rows] = own.count
         total[rows] = own.mean * own.count[:, None, None]
-    whole.classes, whole.count = classes, _summed(count)
-    whole.mean = _summed(total) / count[:, None, None]
+    count = _summed(count)
+    mean = _summed(total) / count[:, None, None]
     if own is not None and has_own:
         # About the common mean: M2 + n (mean − common mean)².
-        squares[rows] = own.m2 + own.count[:, None, None] * (own.mean - whole.mean[rows]).square()
-    whole.m2 = _summed(squares)
-    return whole
+        squares[rows] = own.m2 + own.count[:, None, None] * (own.mean - mean[rows]).square()
+    return ClassMoments(classes, count, mean, _summed(squares))
 
 
 def averaged(buffers: Iterable[Tensor], n: int) -> int:

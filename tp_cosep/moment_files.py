@@ -49,11 +49,7 @@ def moments_of(
     tensors: Mapping[str, Tensor], part: str, names: list[str], device: torch.device
 ) -> dict[str, ClassMoments]:
     """The inverse of :func:`tensors_of`, for layers in the order of their names."""
-    found = {name: ClassMoments() for name in names}
-    for name, m in found.items():
-        for key in _FIELDS:
-            setattr(m, key, tensors[f"{part}/{name}/{key}"].to(device))
-    return found
+    return {name: ClassMoments(*(tensors[f"{part}/{name}/{key}"].to(device) for key in _FIELDS)) for name in names}
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

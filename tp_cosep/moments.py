@@ -7,6 +7,8 @@ neuron), a *cell* is one spatial position after pooling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,8 @@ from tp_cosep.errors import InputError
 
 __all__ = ["ClassMoments", "to_cells"]
 
+# Values that are added at once, of some tensors that stay in the cache of a core.
+_PIECE = 2**17
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
@@ -75,11 +79,17 @@ class ClassMoments:
     A class exists as soon as one of its samples was seen: labels need not be contiguous, and a label
     that never occurs costs nothing.
 
-    Attributes:
-        classes: ``[classes]`` int64, the labels seen, ascending.
-        count: ``[classes]`` int64, samples per class.
+    Args:
+        classes: ``[classes]`` int64, labels, ascending; none by default, and nothing else then.
+        count: ``[classes]`` int64, samples per class, at least 1.
         mean: ``[classes, components, cells]`` float64.
         m2: ``[classes, components, cells]`` float64, sums of squared deviations.
+
+    Attributes:
+        classes: As above, of what was seen.
+        count: Likewise.
+        mean: Likewise.
+        m2: Likewise.
 
     Example:
         >>> moments = ClassMoments()
@@ -88,55 +98,64 @@ class ClassMoments:
         ([4, 9], [2.0, 7.0], [1.0, 0.0])
     """
 
-    classes: Tensor
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    def __init__(self) -> None:
-        self.classes = torch.empty(0, dtype=torch.int64)
-        self.count = torch.empty(0, dtype=torch.int64)
-        self.mean = torch.empty(0, 0, 0, dtype=torch.float64)
-        self.m2 = torch.empty(0, 0, 0, dtype=torch.float64)
+    def __init__(
+        self,
+        classes: Tensor | None = None,
+        count: Tensor | None = None,
+        mean: Tensor | None = None,
+        m2: Tensor | None = None,
+    ) -> None:
+        # In the order in which classes came, with rows to spare behind them, so that a new class does not move all
+        # others. Whoever looks finds them ascending.
+        self._classes = torch.empty(0, dtype=torch.int64) if classes is None else classes
+        self._count = torch.empty(0, dtype=torch.int64) if count is None else count
+        self._mean = torch.empty(0, 0, 0, dtype=torch.float64) if mean is None else mean
+        self._m2 = torch.empty(0, 0, 0, dtype=torch.float64) if m2 is None else m2
 
     @classmethod
     def from_batch(cls, x: Tensor, labels: Tensor) -> ClassMoments:
-        """Moments of one batch, in two passes: means first, then squared deviations from them.
+        """Moments of one batch; arguments as for :meth:`update`.
+
+        Returns:
+            The moments of this batch alone, on the device of ``x``.
+        """
+        moments = cls()
+        moments.update(x, labels)
+        return moments
+
+    def update(self, x: Tensor, labels: Tensor) -> None:
+        """Add a batch, in two passes over it: means first, then squared deviations from them.
 
         Args:
             x: ``[samples, components, cells]``, any floating-point type.
             labels: ``[samples]``, integers, at least 0.
 
-        Returns:
-            The moments of this batch alone, on the device of ``x``.
-
         Raises:
-            InputError: If the shapes do not fit each other.
+            InputError: If the shapes do not fit each other, or what was seen before.
         """
         if x.dim() != 3 or labels.dim() != 1 or len(x) != len(labels):
             raise InputError(
                 "moments: expected activations [samples, components, cells] with one label per sample, "
                 f"got activations {tuple(x.shape)} and labels {tuple(labels.shape)}."
             )
-        moments = cls()
         if len(labels) == 0:
-            return moments
-        moments.classes, rows = torch.unique(labels.to(x.device, torch.int64), return_inverse=True)
-        n_classes = len(moments.classes)
-        moments.count = torch.bincount(rows, minlength=n_classes)
+            return
+        classes, of_sample = torch.unique(labels.to(x.device, torch.int64), return_inverse=True)
+        count = torch.bincount(of_sample, minlength=len(classes))
+        flat, is_one_each = x.flatten(1), len(classes) == len(labels)
+        order = of_sample.argsort()
         # A matrix product with the one-hot labels sums by class in a fixed order on every device;
         # index_add_ would not on a GPU.
-        one_hot = F.one_hot(rows, n_classes).T.to(torch.float64)
-        flat = x.flatten(1).to(torch.float64)
-        mean = one_hot @ flat / moments.count[:, None]
-        m2 = one_hot @ (flat - mean[rows]).square_()
-        moments.mean = mean.view(n_classes, *x.shape[1:])
-        moments.m2 = m2.view(n_classes, *x.shape[1:])
-        return moments
+        sums = F.one_hot(of_sample, len(classes)).T.to(torch.float64)
 
-    def update(self, x: Tensor, labels: Tensor) -> None:
-        """Add a batch: ``[samples, components, cells]`` with one label per sample."""
-        self.merge(ClassMoments.from_batch(x, labels))
+        def part(columns: slice) -> tuple[Tensor, Tensor | None]:
+            values = flat[:, columns].to(torch.float64)
+            if is_one_each:
+                return values[order], None
+            mean = sums @ values / count[:, None]
+            return mean, sums @ (values - mean[of_sample]).square_()
+
+        self._combine(classes, count, x.shape[1:], part)
 
     def merge(self, other: ClassMoments) -> ClassMoments:
         """Add what another stream of the same layer has seen, in place.
@@ -149,43 +168,106 @@ class ClassMoments:
         """
         if other.n_classes == 0:
             return self
-        if self.n_classes == 0:
-            self.mean = other.mean.new_empty(0, *other.mean.shape[1:])
-            self.m2, self.classes = self.mean.clone(), other.classes[:0]
-            self.count = other.count[:0]
-        if self.mean.shape[1:] != other.mean.shape[1:]:
-            raise InputError(
-                "moments: cannot merge moments of different layouts: "
-                f"{_layout(self)} and {_layout(other)}; all inputs must have the same size, or "
-                "set spatial= so that every map is pooled to the same cells."
-            )
-        self._add_classes(other.classes)
-        rows = torch.searchsorted(self.classes, other.classes)
-        n_a, n_b = self.count[rows], other.count
-        n = n_a + n_b
-        shape = (-1, 1, 1)
-        delta = other.mean - self.mean[rows]
-        self.mean[rows] += delta * (n_b / n.to(torch.float64)).view(shape)
-        self.m2[rows] += other.m2 + delta.square_() * (n_a * n_b / n.to(torch.float64)).view(shape)
-        self.count[rows] = n
+        means, m2s = other._mean.flatten(1), other._m2.flatten(1)
+        n = other.n_classes
+        self._combine(
+            other._classes,
+            other._count[:n],
+            other._mean.shape[1:],
+            lambda columns: (means[:n, columns].clone(), m2s[:n, columns]),
+        )
         return self
 
-    def _add_classes(self, classes: Tensor) -> None:
-        union = torch.unique(torch.cat([self.classes, classes]))
-        if len(union) == len(self.classes):
-            return
-        rows = torch.searchsorted(union, self.classes)
-        for name in ("count", "mean", "m2"):
+    def _combine(
+        self,
+        classes: Tensor,
+        count: Tensor,
+        shape: torch.Size,
+        part: Callable[[slice], tuple[Tensor, Tensor | None]],
+    ) -> None:
+        """Add means and squared deviations of some classes, which ``part`` gives for some columns."""
+        if self.n_classes == 0:
+            self._classes, self._count = classes[:0], count[:0]
+            self._mean = torch.empty(0, *shape, dtype=torch.float64, device=classes.device)
+            self._m2 = self._mean.clone()
+        if self._mean.shape[1:] != shape:
+            raise InputError(
+                "moments: cannot merge moments of different layouts: "
+                f"{_layout(self)} and n_components={shape[0]}, n_cells={shape[1]}; all inputs must have the same "
+                "size, or set spatial= so that every map is pooled to the same cells."
+            )
+        rows = self._rows_of(classes)
+        n_a, n_b = self._count[rows].double(), count.double()
+        share, weight = (n_b / (n_a + n_b))[:, None], (n_a * n_b / (n_a + n_b))[:, None]
+        means, m2s = self._mean.flatten(1), self._m2.flatten(1)
+        # Some columns at a time: what is computed on the way stays in the cache of a core.
+        n_columns = max(1, _PIECE // len(classes))
+        for start in range(0, means.shape[1], n_columns):
+            columns = slice(start, start + n_columns)
+            delta, m2 = part(columns)
+            delta -= means[:, columns].index_select(0, rows)
+            means[:, columns].index_add_(0, rows, delta * share)
+            deviations = delta.square_().mul_(weight)
+            m2s[:, columns].index_add_(0, rows, deviations if m2 is None else deviations.add_(m2))
+        self._count[rows] += count
+
+    def _rows_of(self, classes: Tensor) -> Tensor:
+        """Rows of some classes; those that are new get rows behind the others."""
+        new = classes[~torch.isin(classes, self._classes)]
+        if len(new):
+            n = self.n_classes + len(new)
+            if n > len(self._mean):
+                # Doubled, so that all of it is not copied for every batch that brings a new class. Rows that are
+                # never written take no memory but in the address space.
+                self._move_to(torch.arange(self.n_classes, device=classes.device), max(n, 2 * len(self._mean)))
+            self._classes = torch.cat([self._classes, new])
+        order = self._classes.argsort()
+        return order[torch.searchsorted(self._classes[order], classes)]
+
+    def _move_to(self, rows: Tensor, n_rows: int) -> None:
+        """Put some rows in front, with others to spare behind them."""
+        for name in ("_count", "_mean", "_m2"):
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(len(union), *old.shape[1:])
-            new[rows] = old
+            new = old.new_zeros(n_rows, *old.shape[1:])
+            new[: len(rows)] = old[rows]
             setattr(self, name, new)
-        self.classes = union
+
+    def _sort(self) -> None:
+        """Put the classes in ascending order, with nothing to spare."""
+        if len(self._mean) == self.n_classes and bool((self._classes[1:] > self._classes[:-1]).all()):
+            return
+        order = self._classes.argsort()
+        self._classes = self._classes[order]
+        self._move_to(order, self.n_classes)
+
+    @property
+    def classes(self) -> Tensor:
+        """``[classes]`` int64, the labels seen, ascending."""
+        self._sort()
+        return self._classes
+
+    @property
+    def count(self) -> Tensor:
+        """``[classes]`` int64, samples per class."""
+        self._sort()
+        return self._count
+
+    @property
+    def mean(self) -> Tensor:
+        """``[classes, components, cells]`` float64."""
+        self._sort()
+        return self._mean
+
+    @property
+    def m2(self) -> Tensor:
+        """``[classes, components, cells]`` float64, sums of squared deviations."""
+        self._sort()
+        return self._m2
 
     @property
     def n_classes(self) -> int:
         """Number of classes seen."""
-        return len(self.classes)
+        return len(self._classes)
 
     @property
     def is_empty(self) -> bool:
@@ -195,12 +277,12 @@ class ClassMoments:
     @property
     def n_components(self) -> int:
         """Number of components (channels, neurons)."""
-        return self.mean.shape[1]
+        return self._mean.shape[1]
 
     @property
     def n_cells(self) -> int:
         """Number of spatial cells per component."""
-        return self.mean.shape[2]
+        return self._mean.shape[2]
 
     @property
     def var(self) -> Tensor:
@@ -210,10 +292,7 @@ class ClassMoments:
     def without(self, classes: Tensor) -> ClassMoments:
         """The same moments with some classes left out."""
         keep = ~torch.isin(self.classes, classes.to(self.classes.device))
-        kept = ClassMoments()
-        kept.classes, kept.count = self.classes[keep], self.count[keep]
-        kept.mean, kept.m2 = self.mean[keep], self.m2[keep]
-        return kept
+        return ClassMoments(self.classes[keep], self.count[keep], self.mean[keep], self.m2[keep])
 
     def __repr__(self) -> str:
         return f"ClassMoments({_layout(self)}, n_samples={int(self.count.sum())})"
