@@ -220,6 +220,8 @@ class ClassMoments:
                 # Doubled, so that all of it is not copied for every batch that brings a new class. Rows that are
                 # never written take no memory but in the address space.
                 self._move_to(torch.arange(self.n_classes, device=classes.device), max(n, 2 * len(self._mean)))
+            for x in (self._count, self._mean, self._m2):
+                x[self.n_classes : n] = 0
             self._classes = torch.cat([self._classes, new])
         order = self._classes.argsort()
         return order[torch.searchsorted(self._classes[order], classes)]
@@ -228,7 +230,7 @@ class ClassMoments:
         """Put some rows in front, with others to spare behind them."""
         for name in ("_count", "_mean", "_m2"):
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(n_rows, *old.shape[1:])
+            new = old.new_empty(n_rows, *old.shape[1:])
             new[: len(rows)] = old[rows]
             setattr(self, name, new)
 
