@@ -319,7 +319,7 @@ def test_a_reader_that_was_not_measured():
     with pytest.raises(InputError, match=r"layer 'conv3': what it reads was not measured.* put 'conv2' into ignored"):
         selector.select(group_with(model, x, "conv2"))
     with pytest.raises(
-        InputError, match=r"need 0 MiB, the memory_budget is 0 MiB \(the largest: .*space='separability'"
+        InputError, match=r"needs 0 MiB .*the memory_budget is 0 MiB; the largest: conv2 .*space='separability'"
     ):
         CoSePSelector(memory_budget=1000).fit(model, [(x, y)], progress=False)
 

@@ -16,6 +16,7 @@ from tp_cosep.separability import (
     distances_from_gram,
     hellinger_distance,
     jm_distance,
+    pooled_gram,
     profile_gram,
     profiles,
     resolve_metric,
@@ -330,3 +331,20 @@ def test_a_sample_of_pairs_estimates_the_mean_over_all(metric):
     assert bool(((samples.mean(0) - exact).abs() < 5 * error).all())
     one_shift = torch.stack([profile_gram(moments, metric, max_pairs=31, seed=s) for s in range(300)])
     assert float(samples.std(0).mean()) < float(one_shift.std(0).mean())
+
+
+def test_the_error_of_a_sample_is_that_of_many_samples():
+    moments = random_moments(classes=61, components=9, n=300)
+    exact, nothing = pooled_gram([moments], [None])
+    assert nothing == 0
+    squared = distances_from_gram(exact).square()
+    errors, said = [], []
+    for seed in range(200):
+        gram, error = pooled_gram([moments], [None], max_pairs=6 * 61, seed=seed)
+        errors.append((distances_from_gram(gram).square() - squared).square().sum() / squared.square().sum())
+        said.append(error)
+    measured = float(torch.stack(errors).mean().sqrt())
+    assert 0.85 < float(np.mean(said)) / measured < 1.15
+    assert np.isnan(pooled_gram([moments], [None], max_pairs=5)[1])
+    few, most = (pooled_gram([moments], [None], max_pairs=n * 61)[1] for n in (3, 28))
+    assert most < few / 5  # 28 of 30 cycles

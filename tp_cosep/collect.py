@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from tp_cosep.batches import BatchReader, evaluating, n_samples, peek, run_model, run_pass, take_samples
 from tp_cosep.errors import InputError
 from tp_cosep.layouts import Layout, find_layout, to_samples
+from tp_cosep.memory import class_bytes
 from tp_cosep.moment_files import moments_of, tensors_of
 from tp_cosep.moments import ClassMoments, to_cells
 
@@ -31,6 +31,7 @@ __all__ = [
     "check_fit_options",
     "collect_moments",
     "finished",
+    "guessed_classes",
     "measured_layers",
 ]
 
@@ -48,7 +49,6 @@ CHANNEL_DIMS: dict[type[nn.Module], int] = {
 TAPS = ("producers", "consumers")
 _WHERE = {"producers": "outputs", "consumers": "inputs"}
 
-_BYTES_PER_MOMENT = 2 * 8  # mean and squared deviation, float64
 _Record = Callable[[str, Tensor], None]
 
 
@@ -166,6 +166,7 @@ class ClassCollector:
     Attributes:
         moments: By layer name, in the order in which the layers first ran.
         unclear: Layers whose tensors cannot be told apart by sample; their moments stay empty.
+        n_cells: As given, or as :meth:`choose_cells` found.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class ClassCollector:
         self.moments: dict[str, ClassMoments] = {}
         self.unclear: set[str] = set()
         self._tap = tap
-        self._n_cells = n_cells
+        self.n_cells = n_cells
         self._dims = {name: channel_dim_of(m, channel_dims) for name, m in layers.items()}
         self._layouts: dict[str, Layout] = {}
         self._has_looked = False
@@ -197,10 +198,10 @@ class ClassCollector:
         memory_budget: int,
     ) -> None:
         """Set the number of cells; the arguments are those of :func:`collect_moments`."""
-        self._n_cells = None if isinstance(spatial, str) else spatial
+        self.n_cells = None if isinstance(spatial, str) else spatial
         if spatial == "auto":
             with evaluating(model):
-                self._n_cells = _fit_spatial(model, self, reader, first, n_classes, memory_budget)
+                self.n_cells = _fit_spatial(model, self, reader, first, n_classes, memory_budget)
 
     @contextmanager
     def on_tensor(self, record: _Record) -> Iterator[None]:
@@ -277,7 +278,7 @@ class ClassCollector:
                     f"layer {name!r}: expected a multiple of {n} rows for {n} samples, got {x.shape[0]}; the first "
                     "dimension of every input has to be the sample."
                 )
-            cells = to_cells(samples, spatial=self._n_cells)
+            cells = to_cells(samples, spatial=self.n_cells)
             if cells.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
                 cells = cells.clone()  # the next layer may work in place, as ReLU(inplace=True) does
             activations.append(cells)
@@ -347,6 +348,28 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
         raise InputError(f"layer {name!r}: {error}") from error
 
 
+def guessed_classes(model: nn.Module, reader: BatchReader, inputs: Any, given: Any, n_classes: int | None) -> int:
+    """The number of classes, from a batch: the largest label or the width of the model's output, if that is a matrix.
+
+    Args:
+        model: The model.
+        reader: Of the batches.
+        inputs: Of the first batch.
+        given: Its labels.
+        n_classes: What the user says, if anything.
+
+    Returns:
+        What the user says, or a number that is not too large.
+    """
+    if n_classes is not None:
+        return n_classes
+    with evaluating(model):
+        outputs = run_model(model, take_samples(inputs, 3, n_samples(inputs) or 1))
+    labels = reader.labels(outputs, given, 0)
+    seen = int(labels.max()) + 1 if len(labels) else 1
+    return max(seen, outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() == 2 else 0)
+
+
 def _fit_spatial(
     model: nn.Module,
     collector: ClassCollector,
@@ -357,15 +380,11 @@ def _fit_spatial(
 ) -> int:
     """The largest number of cells per dimension whose moments fit."""
     inputs, given = reader.split(first, 0)
-    shapes, outputs = collector.shapes(model, inputs)
-    if n_classes is None:
-        labels = reader.labels(outputs, given, 0)
-        seen = int(labels.max()) + 1 if len(labels) else 1
-        n_classes = max(seen, outputs.shape[-1] if isinstance(outputs, Tensor) else 0)
+    shapes, _ = collector.shapes(model, inputs)
+    n_classes = guessed_classes(model, reader, inputs, given, n_classes)
 
     def n_bytes(s: int) -> int:
-        cells = (n * prod(min(s, length) for length in spatial) for n, *spatial in shapes.values())
-        return _BYTES_PER_MOMENT * n_classes * sum(cells)
+        return class_bytes(shapes.values(), n_classes, s)
 
     largest = max((max(shape[1:], default=1) for shape in shapes.values()), default=1)
     fitting = [s for s in range(1, largest + 1) if n_bytes(s) <= memory_budget]

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_cosep.attention import ATTENTION_JS, collect_attention
-from tp_cosep.collect import measured_layers
-from tp_cosep.errors import InputError, NotFittedError
+from tp_cosep.attention import ATTENTION_JS
+from tp_cosep.errors import InputError
 from tp_cosep.groups import GroupView, full_group, prunable_groups, read_group
 from tp_cosep.head_importance import with_head_scores
-from tp_cosep.heads import attention_heads, rerooted
+from tp_cosep.heads import rerooted
 from tp_cosep.knee import KneeMethod
-from tp_cosep.measuring import measure
-from tp_cosep.moments import ClassMoments
+from tp_cosep.measured import Measured
 from tp_cosep.options import DEFAULT_METHODS, check_selector, default_space
-from tp_cosep.reader_moments import ReaderMoments
 from tp_cosep.reader_spaces import READER_SPACES, correlation_distances, layers_read, readers_of
 from tp_cosep.reading import reading_of
 from tp_cosep.representatives import Preference, preference_of
 from tp_cosep.selection import ChannelSelection, select_by_elimination, select_channels
 from tp_cosep.separability import PairMetric
-from tp_cosep.spaces import Space, weight_shape
+from tp_cosep.spaces import Space
 from tp_cosep.subset import Elimination, Reader, backward_elimination
-from tp_cosep.tracing import ROOT_TYPES, check_plain, resolve_layers, trace
+from tp_cosep.tracing import ROOT_TYPES, resolve_layers, trace
 
 __all__ = ["CoSePSelector", "ratio_for"]
 
 
-class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
+class CoSePSelector(Measured):
     """Choose complementary channels: those from which the layers behind can compute what they did.
 
     By default the channels of a group that its readers can best do without, once refitted, go one after the
@@ -71,10 +66,10 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         n_keep: Keep exactly this many channels of every group (at most all it has), whatever the knee.
         keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
         backend: Of the k-medoids solver, see :func:`tp_cosep.medoids.k_medoids`.
-        memory_budget: Bytes for ``spatial="auto"``, and for second moments of what layers read, f² · 16 for a layer
-            with f inputs.
+        memory_budget: Bytes that measuring may take, see :meth:`memory_estimate`; :meth:`fit` refuses to begin where it
+            would take more, and ``spatial="auto"`` keeps to it.
         max_class_pairs: Where there are more class pairs, separability looks at a sample of about so many, in which
-            every class is as often as any other.
+            every class is as often as any other; ``sampling_errors`` says how much that is worth.
         seed: Of that sample.
         tap: Whose view of a channel counts: ``"producers"``, the layers that create it, or ``"consumers"``, the
             layers that read it, behind additions, normalisation and activations.
@@ -89,6 +84,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         moments: Class moments by layer name, of layers that are compared by separability; empty before :meth:`fit`.
         attention: Attention maps by layer name, with ``metric="attention-js"``.
         readers: What layers read, by name, with a ``space`` or ``representative`` that needs it.
+        sampling_errors: By layer, with ``max_class_pairs``, once a group of it was selected in: the relative standard
+            error of its squared distances, see :func:`tp_cosep.separability.pooled_gram`.
 
     Raises:
         InputError: If an option is unknown or out of range.
@@ -140,6 +137,7 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             keep_ratio=keep_ratio,
             max_class_pairs=max_class_pairs,
         )
+        super().__init__(num_heads)
         self.metric = metric
         self.spatial = spatial
         self.knee = KneeMethod.named(knee)
@@ -154,15 +152,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
         self.space_name = space
         self.method = method or DEFAULT_METHODS[space]
         self.tap = tap
-        self._given_heads = num_heads
-        self.num_heads = num_heads if num_heads is not None else {}
         self.scope = scope
         self.channel_dims = dict(channel_dims or {})
-        self.moments: dict[str, ClassMoments] = {}
-        self.attention: dict[str, Tensor] = {}
-        self.readers: dict[str, ReaderMoments] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        self._eliminations: dict[tuple[str, str], tuple[Any, Elimination, Tensor]] = {}
 
     @classmethod
     def published(cls, **changed: Any) -> CoSePSelector:
@@ -178,104 +169,6 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             A selector.
         """
         return cls(**{"space": "separability", "spatial": None, "knee": "paper", **changed})
-
-    def fit(
-        self,
-        model: nn.Module,
-        loader: Iterable[Any],
-        *,
-        layers: Iterable[str] | None = None,
-        ignored_layers: Iterable[Any] = (),
-        target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
-        labels: str = "given",
-        rare_classes: str = "error",
-        n_classes: int | None = None,
-        num_heads: Mapping[nn.Module, int] | None = None,
-        progress: bool = True,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int = 100,
-    ) -> CoSePSelector:
-        """Measure a model's layers on calibration data, in one pass and in eval mode.
-
-        Mode, weights, buffers and gradients stay as they are, also after an exception. What an earlier
-        call measured is replaced; it is kept if this one fails. The other arguments are those of
-        :func:`tp_cosep.collect.collect_moments`.
-
-        Args:
-            model: The model.
-            loader: Batches of inputs and labels.
-            layers: Names of the layers to measure. By default those that belong to a group that can be pruned,
-                which a trace on the first samples shows.
-            ignored_layers: As for the pruner: groups that contain one of these are not measured.
-            target_fn: As in ``collect_moments``.
-            labels: As in ``collect_moments``.
-            rare_classes: As in ``collect_moments``.
-            n_classes: As in ``collect_moments``.
-            num_heads: Number of heads by attention layer, in place of the selector's own.
-            progress: Show a progress bar on a terminal.
-            checkpoint: A file that keeps the pass on the way. A pass that was interrupted goes on from it, behind the
-                batches it has seen, so the loader has to give the same ones in the same order; one that was finished
-                is not repeated. Delete the file to measure anew.
-            checkpoint_every: Batches between two writes of it.
-
-        Returns:
-            The selector itself.
-
-        Raises:
-            InputError: If the loader, the labels or the activations cannot be used.
-        """
-        check_plain(model)
-        if num_heads is not None:
-            self.num_heads = dict(num_heads)
-        elif self._given_heads is None:
-            self.num_heads = attention_heads(model)
-        if self.metric == ATTENTION_JS:
-            if not self.num_heads:
-                raise InputError(
-                    "fit: metric='attention-js' compares attention heads, found none by name; pass num_heads= to the "
-                    "selector."
-                )
-            self.attention = collect_attention(model, loader, self.num_heads, target_fn=target_fn, progress=progress)
-            return self
-        by_readers = self.space_name in READER_SPACES
-        moments, readers = measure(
-            model,
-            loader,
-            by_classes=not by_readers,
-            by_readers=by_readers or self.representative == "reconstruction",
-            reader_classes=self.space_name in ("class-means", "joint"),
-            tap=self.tap,
-            spatial=self.spatial,
-            layers=layers,
-            ignored=resolve_layers(model, ignored_layers, "ignored_layers"),
-            channel_dims=self.channel_dims,
-            num_heads=self.num_heads,
-            target_fn=target_fn,
-            labels=labels,
-            rare_classes=rare_classes,
-            n_classes=n_classes,
-            memory_budget=self.memory_budget,
-            progress=progress,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-        )
-        self.moments, self.readers = moments, readers
-        self._eliminations.clear()
-        shapes = {name: weight_shape(m) for name, m in measured_layers(model, self.channel_dims).items()}
-        self._shapes = {name: shape for name, shape in shapes.items() if shape is not None and name in moments}
-        return self
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether anything was measured."""
-        return bool(self.measured)
-
-    @property
-    def measured(self) -> list[str]:
-        """Names of the layers that were measured, in the order in which they ran."""
-        if self.metric == ATTENTION_JS:
-            return list(self.attention)
-        return list(dict.fromkeys([*(self.readers if self.space_name in READER_SPACES else ()), *self.moments]))
 
     def select(
         self, group: Any, *, n_keep: int | None = None, view: GroupView | None = None, round_to: int | None = None
@@ -471,12 +364,8 @@ class CoSePSelector(tp.importance.Importance):  # type: ignore[misc]
             channel_dims=self.channel_dims,
             max_pairs=self.max_class_pairs,
             seed=self.seed,
+            errors=self.sampling_errors if self.max_class_pairs is not None else None,
         )
-
-    def check_fitted(self) -> None:
-        """Refuse to choose before :meth:`fit`."""
-        if not self.is_fitted:
-            raise NotFittedError("CoSePSelector: no data seen yet; call fit(model, loader) first.")
 
     def _fixed_count(self, n: int) -> int | None:
         if self.n_keep is not None:

@@ -11,8 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from tp_cosep.batches import EMPTY, BatchReader, Collector, n_samples, peek, run_model, run_pass, take_samples
-from tp_cosep.collect import ClassCollector, check_fit_options, finished, measured_layers
+from tp_cosep import memory
+from tp_cosep.batches import (
+    EMPTY,
+    BatchReader,
+    Collector,
+    evaluating,
+    n_samples,
+    peek,
+    run_model,
+    run_pass,
+    take_samples,
+)
+from tp_cosep.collect import ClassCollector, check_fit_options, finished, guessed_classes, measured_layers
 from tp_cosep.distributed import (
     agreed,
     all_samples,
@@ -28,12 +39,12 @@ from tp_cosep.groups import is_output, prunable_groups
 from tp_cosep.heads import attention_layers_of, head_parameters
 from tp_cosep.moment_files import Checkpoint, fingerprint
 from tp_cosep.moments import ClassMoments
-from tp_cosep.reader_moments import ReaderCollector, ReaderMoments, check_memory
+from tp_cosep.reader_moments import ReaderCollector, ReaderMoments
 from tp_cosep.readers import readable, readings_of
 from tp_cosep.reading import Reading, reading_of
 from tp_cosep.tracing import ROOT_TYPES, trace
 
-__all__ = ["measure"]
+__all__ = ["Wanted", "estimate_memory", "measure"]
 
 
 @dataclass(frozen=True)
@@ -51,24 +62,52 @@ class _Survey:
     unread: dict[str, nn.Module]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured.
+
+    Attributes:
+        by_classes: Class moments of all layers that create channels, or, by ``tap``, read them.
+        by_readers: Second moments of what layers read.
+        reader_classes: With second moments also class means of the same, and class moments of the layers that create
+            channels which nothing reads by weights alone.
+        tap: Whose class moments, see :data:`tp_cosep.collect.TAPS`.
+        spatial: Cells per dimension, as for ``collect_moments``; for class means of readers ``"auto"`` is 4.
+        channel_dims: As for ``collect_moments``.
+        num_heads: Number of heads by attention layer.
+        memory_budget: As for ``collect_moments``; what is measured may not take more bytes.
+    """
+
+    by_classes: bool
+    by_readers: bool
+    reader_classes: bool
+    tap: str
+    spatial: int | str | None
+    channel_dims: Mapping[type[nn.Module], int]
+    num_heads: Mapping[nn.Module, int]
+    memory_budget: int
+
+    @property
+    def with_labels(self) -> bool:
+        """Whether labels are needed."""
+        return self.by_classes or self.reader_classes
+
+    def facts(self) -> list[Any]:
+        """What a file of moments says of this."""
+        return [self.by_classes, self.by_readers, self.reader_classes, self.tap, self.spatial]
+
+
 def measure(
     model: nn.Module,
     loader: Iterable[Any],
+    wanted: Wanted,
     *,
-    by_classes: bool,
-    by_readers: bool,
-    reader_classes: bool,
-    tap: str,
-    spatial: int | str | None,
     layers: Iterable[str] | None,
     ignored: Iterable[nn.Module],
-    channel_dims: Mapping[type[nn.Module], int],
-    num_heads: Mapping[nn.Module, int],
     target_fn: Callable[[Any], tuple[Any, Any]] | None,
     labels: str,
     rare_classes: str,
     n_classes: int | None,
-    memory_budget: int,
     progress: bool,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
@@ -78,21 +117,13 @@ def measure(
     Args:
         model: Any module that Torch-Pruning can trace on the first batch.
         loader: As for :func:`tp_cosep.collect.collect_moments`.
-        by_classes: Class moments of all layers that create channels, or, by ``tap``, read them.
-        by_readers: Second moments of what layers read.
-        reader_classes: With second moments also class means of the same, and class moments of the layers that create
-            channels which nothing reads by weights alone.
-        tap: Whose class moments, see :data:`tp_cosep.collect.TAPS`.
-        spatial: Cells per dimension, as for ``collect_moments``; for class means of readers ``"auto"`` is 4.
+        wanted: What is measured.
         layers: Names of layers that create channels; nothing but these, and what reads their channels, is measured.
         ignored: Groups that contain one of these are left out.
-        channel_dims: As for ``collect_moments``.
-        num_heads: Number of heads by attention layer.
         target_fn: As for ``collect_moments``.
         labels: As for ``collect_moments``.
         rare_classes: As for ``collect_moments``.
         n_classes: As for ``collect_moments``.
-        memory_budget: As for ``collect_moments``, and bytes for the second moments of all readers.
         progress: Show a progress bar on a terminal.
         checkpoint: A file that keeps the pass on the way, and from which one that was interrupted goes on.
         checkpoint_every: Batches between two writes of it.
@@ -103,40 +134,31 @@ def measure(
     Raises:
         InputError: If the loader, the labels or the activations cannot be used, or memory does not suffice.
     """
-    check_fit_options(spatial, labels, rare_classes, tap)
-    with_labels = by_classes or reader_classes
-    reader = BatchReader(model, target_fn, predicted=labels == "predicted" or not with_labels)
+    check_fit_options(wanted.spatial, labels, rare_classes, wanted.tap)
+    reader = BatchReader(model, target_fn, predicted=labels == "predicted" or not wanted.with_labels)
     collectors = _Collectors()
     kept = None
     if checkpoint is not None:
         layers = None if layers is None else list(layers)
-        how = [by_classes, by_readers, reader_classes, tap, spatial, layers, labels, n_classes, *place()]
+        how = [*wanted.facts(), layers, labels, n_classes, *place()]
         header = {"model": fingerprint(model), "measured": how}
         kept = Checkpoint(own_path(checkpoint), checkpoint_every, header, reader.device)
 
     def run() -> Counter[int]:
+        nonlocal collectors
         first, batches = peek(loader, may_be_empty=is_distributed())
         if first is None:
             return Counter()
-        inputs = reader.split(first, 0)[0]
-        survey = _survey(model, inputs, list(ignored), channel_dims, num_heads, layers, with_readings=by_readers)
-        if not (survey.layers or survey.readings):
+        inputs, given = reader.split(first, 0)
+        collectors = _collectors(model, inputs, wanted, list(ignored), layers)
+        if not collectors.all:
             raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
-        chosen = survey.layers if by_classes else survey.unread if reader_classes else {}
-        if chosen:
-            collectors.made = ClassCollector(chosen, tap=tap, channel_dims=channel_dims)
+        if collectors.made is not None:
             collectors.made.choose_cells(
-                model, reader, first, spatial, n_classes=n_classes, memory_budget=memory_budget
+                model, reader, first, wanted.spatial, n_classes=n_classes, memory_budget=wanted.memory_budget
             )
-        if by_readers:
-            check_memory(survey.readings, memory_budget)
-            collectors.readers = ReaderCollector(survey.readings, seed=own_seed(0))
-        if by_readers and reader_classes:
-            collectors.read = ClassCollector(
-                {name: r.layer for name, r in survey.readings.items()},
-                tap="consumers",
-                n_cells=4 if isinstance(spatial, str) else spatial,
-            )
+        n = guessed_classes(model, reader, inputs, given, n_classes) if wanted.with_labels else 0
+        memory.check(*_needed(model, inputs, collectors, wanted, n), memory_budget=wanted.memory_budget, n_classes=n)
         if kept is not None:
             kept.parts = collectors.named
         return run_pass(
@@ -145,15 +167,78 @@ def measure(
             batches,
             collectors.all,
             loader=loader,
-            what="class moments" if by_classes else "what layers read",
+            what="class moments" if wanted.by_classes else "what layers read",
             progress=progress,
-            with_labels=with_labels,
+            with_labels=wanted.with_labels,
             may_be_empty=is_distributed(),
             checkpoint=kept,
         )
 
     samples = all_samples(agreed(run))
-    return _of_all_processes(collectors, samples, model, reader, tap=tap, rare_classes=rare_classes)
+    return _of_all_processes(collectors, samples, model, reader, tap=wanted.tap, rare_classes=rare_classes)
+
+
+def estimate_memory(
+    model: nn.Module, example_inputs: Any, wanted: Wanted, n_classes: int, ignored: Iterable[nn.Module]
+) -> memory.MemoryEstimate:
+    """What :func:`measure` and a selection take.
+
+    Args:
+        model: The model.
+        example_inputs: Of the size of the calibration data.
+        wanted: What is measured.
+        n_classes: Number of classes.
+        ignored: Groups that contain one of these are left out.
+
+    Returns:
+        The estimate.
+    """
+    reader = BatchReader(model, None, predicted=True)
+    inputs = reader.split((example_inputs, None), 0)[0]
+    collectors = _collectors(model, inputs, wanted, list(ignored), None)
+    if collectors.made is not None:
+        first = (example_inputs, None)
+        collectors.made.choose_cells(
+            model, reader, first, wanted.spatial, n_classes=n_classes, memory_budget=wanted.memory_budget
+        )
+    return _needed(model, inputs, collectors, wanted, n_classes)[0]
+
+
+def _needed(
+    model: nn.Module, inputs: Any, collectors: _Collectors, wanted: Wanted, n_classes: int
+) -> tuple[memory.MemoryEstimate, dict[str, tuple[int, ...]], dict[str, int]]:
+    """What measuring takes, from a run on a few samples, and the sizes that it comes from."""
+    few = take_samples(inputs, 3, n_samples(inputs) or 1)
+    shapes: dict[str, tuple[int, ...]] = {}
+    with evaluating(model):
+        for what, collector in (("outputs", collectors.made), ("inputs", collectors.read)):
+            if collector is not None:
+                shapes |= {f"{name} ({what})": shape for name, shape in collector.shapes(model, few)[0].items()}
+    readers = collectors.readers
+    n_features = {} if readers is None else {name: r.n_features for name, r in readers.readings.items()}
+    cells = next((c.n_cells for c in (collectors.made, collectors.read) if c is not None), None)
+    found = memory.estimate(shapes, n_features.values(), n_classes, cells, by_separability=wanted.by_classes)
+    return found, shapes, n_features
+
+
+def _collectors(
+    model: nn.Module, inputs: Any, wanted: Wanted, ignored: list[nn.Module], layers: Iterable[str] | None
+) -> _Collectors:
+    """Whatever is to measure the layers that are worth it, from a trace of the model on a few samples."""
+    survey = _survey(
+        model, inputs, ignored, wanted.channel_dims, wanted.num_heads, layers, with_readings=wanted.by_readers
+    )
+    found = _Collectors()
+    chosen = survey.layers if wanted.by_classes else survey.unread if wanted.reader_classes else {}
+    cells = 4 if isinstance(wanted.spatial, str) else wanted.spatial
+    if chosen:
+        found.made = ClassCollector(chosen, tap=wanted.tap, channel_dims=wanted.channel_dims, n_cells=cells)
+    if wanted.by_readers and survey.readings:
+        found.readers = ReaderCollector(survey.readings, seed=own_seed(0))
+        if wanted.reader_classes:
+            layers_read = {name: r.layer for name, r in survey.readings.items()}
+            found.read = ClassCollector(layers_read, tap="consumers", n_cells=cells)
+    return found
 
 
 @dataclass

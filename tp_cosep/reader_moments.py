@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_cosep.errors import InputError
 from tp_cosep.moments import ClassMoments
 from tp_cosep.readers import affordable, named, on_inputs
 from tp_cosep.reading import Reading
 from tp_cosep.second_moments import SecondMoments
 
-__all__ = ["ReaderCollector", "ReaderMoments", "check_memory"]
+__all__ = ["ReaderCollector", "ReaderMoments"]
 
 
 @dataclass
@@ -68,12 +67,13 @@ class ReaderCollector:
         seed: Of the positions at which second moments are taken.
 
     Attributes:
+        readings: As given.
         found: What was measured, by name, in the order in which the layers first ran.
     """
 
     def __init__(self, readings: Mapping[str, Reading], *, seed: int = 0) -> None:
         self.found: dict[str, ReaderMoments] = {}
-        self._readings = readings
+        self.readings = readings
         self._names = {r.layer: name for name, r in readings.items()}
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -97,40 +97,17 @@ class ReaderCollector:
     def restore(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
         """The inverse of :meth:`state`."""
         for name in facts["names"]:
-            reading = self._readings[name]
+            reading = self.readings[name]
             second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
             self.found[name] = ReaderMoments(reading, reading.layer.weight.shape, second)  # type: ignore[arg-type]
         self._generator.set_state(tensors[f"{part}/"])
 
     def _take(self, layer: nn.Module, x: Tensor) -> None:
         name = self._names[layer]
-        reading = self._readings[name]
+        reading = self.readings[name]
         if name not in self.found:
             second = SecondMoments(reading.n_features, x.device, n_folds=1)
             self.found[name] = ReaderMoments(reading, layer.weight.shape, second)  # type: ignore[arg-type]
         with named(name):
             sampler = reading.sampler(x.shape, affordable(reading, x.shape), self._generator)
             self.found[name].second.update(sampler(x))
-
-
-def check_memory(readings: Mapping[str, Reading], memory_budget: int) -> None:
-    """Refuse to measure what does not fit, before anything is measured.
-
-    Args:
-        readings: How the layers read, by name.
-        memory_budget: Bytes for second moments; a layer with f features has (f + 1)² numbers of 8 bytes, and their
-            inverse while channels are chosen.
-
-    Raises:
-        InputError: If they need more.
-    """
-    # The sums, and once more their inverse.
-    sizes = sorted(((16 * (r.n_features + 1) ** 2, name) for name, r in readings.items()), reverse=True)
-    needed = sum(size for size, _ in sizes)
-    if needed > memory_budget:
-        largest = ", ".join(f"{name!r} {size / 2**20:,.0f} MiB" for size, name in sizes[:3])
-        raise InputError(
-            f"fit: the second moments of what layers read need {needed / 2**20:,.0f} MiB, the memory_budget is "
-            f"{memory_budget / 2**20:,.0f} MiB (the largest: {largest}); raise memory_budget, leave layers out by "
-            "ignored_layers= or layers=, or use space='separability'."
-        )

@@ -11,6 +11,7 @@ the two classes of a pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -230,7 +231,7 @@ def profile_gram(
     Returns:
         ``[components, components]``, float64, symmetric.
     """
-    return pooled_gram([moments], [None], metric, max_pairs=max_pairs, seed=seed)
+    return pooled_gram([moments], [None], metric, max_pairs=max_pairs, seed=seed)[0]
 
 
 def pooled_gram(
@@ -240,7 +241,7 @@ def pooled_gram(
     *,
     max_pairs: int | None = None,
     seed: int = 0,
-) -> Tensor:
+) -> tuple[Tensor, float]:
     """Inner products of weighted sums of profiles, over several layers at once.
 
     G = Y Yᵀ / d, where Y stacks the P_l X_l of all layers: X_l the profiles of layer l, P_l its pool. With the rows of
@@ -254,7 +255,10 @@ def pooled_gram(
         seed: As in :func:`profile_gram`.
 
     Returns:
-        ``[rows, rows]`` over the rows of all layers, float64, symmetric.
+        ``[rows, rows]`` over the rows of all layers, float64, symmetric; and the relative standard error of the squared
+        distances in it, √(Σ SE² / Σ D⁴) over all pairs of rows: 0 for all class pairs, and NaN for a sample of a single
+        cycle. A sample is of m out of M cycles of class pairs (:func:`tp_cosep.pairs.sampled_pairs`), SE² is
+        (1 − m/M) s² / m with s² the variance between cycles.
 
     Raises:
         InputError: If the layers' classes or numbers of cells differ.
@@ -269,19 +273,41 @@ def pooled_gram(
             )
     kernels = [_kernel(m.mean, m.var, metric) for m in moments]
     n_pairs = first.n_classes * (first.n_classes - 1) // 2
-    if max_pairs is not None and max_pairs < n_pairs - first.n_classes:
+    is_sampled = max_pairs is not None and max_pairs < n_pairs - first.n_classes
+    if is_sampled:
+        assert max_pairs is not None
         pieces = [sampled_pairs(kernel, max_pairs, seed) for kernel in kernels]
     else:
         n_columns = max(1, _CHUNK_BYTES // (8 * sum(m.n_components for m in moments)))
         pieces = [all_pairs(kernel, n_columns) for kernel in kernels]
-    gram, n_values = None, 0
+    gram, n_values, n_pieces, spread = None, 0, 0, 0.0
     for chunks in zip(*pieces, strict=True):
         parts = [c if p is None else p.to(c) @ c for c, p in zip(chunks, pools, strict=True)]
         product = self_product(parts[0] if len(parts) == 1 else torch.cat(parts))
+        if is_sampled:
+            spread += float(_squared_distances(product / parts[0].shape[1]).square().sum())
         gram = product if gram is None else gram.add_(product)
         n_values += parts[0].shape[1]
+        n_pieces += 1
     assert gram is not None
-    return gram / n_values
+    gram /= n_values
+    if not is_sampled:
+        return gram, 0.0
+    whole = float(_squared_distances(gram).square().sum())
+    return gram, _relative_error(spread, whole, n_pieces, (first.n_classes - 1) // 2)
+
+
+def _relative_error(spread: float, whole: float, m: int, n_cycles: int) -> float:
+    """√(Σ SE² / Σ D⁴), from the sums over all pairs of rows of the cycles' D⁴ and of the mean's."""
+    if m < 2:
+        return float("nan")
+    variance = max(spread - m * whole, 0.0) / (m - 1)
+    return sqrt((1 - m / n_cycles) * variance / m / whole) if whole > 0 else 0.0
+
+
+def _squared_distances(gram: Tensor) -> Tensor:
+    squares = gram.diagonal()
+    return squares[:, None] + squares[None, :] - 2 * gram
 
 
 def distances_from_gram(gram: Tensor) -> Tensor:

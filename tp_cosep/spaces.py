@@ -12,7 +12,7 @@ from tp_cosep.collect import channel_dim_of
 from tp_cosep.errors import InputError
 from tp_cosep.groups import GroupView, Member
 from tp_cosep.moments import ClassMoments
-from tp_cosep.separability import PairMetric, distances_from_gram, pooled_gram, profile_gram
+from tp_cosep.separability import PairMetric, distances_from_gram, pooled_gram
 
 __all__ = ["Space"]
 
@@ -28,6 +28,7 @@ class Space:
         channel_dims: Further types of layers that are measured.
         max_pairs: As for :func:`tp_cosep.separability.profile_gram`.
         seed: As there.
+        errors: Where the relative standard errors of sampled distances are put, by layer.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Space:
         channel_dims: Mapping[type[nn.Module], int] | None = None,
         max_pairs: int | None = None,
         seed: int = 0,
+        errors: dict[str, float] | None = None,
     ) -> None:
         self.moments = moments
         self._shapes = shapes
@@ -47,6 +49,7 @@ class Space:
         self._tap = tap
         self._channel_dims = channel_dims
         self._sampling: dict[str, Any] = {"max_pairs": max_pairs, "seed": seed}
+        self._errors = {} if errors is None else errors
 
     def layers_of(self, view: GroupView) -> list[Member]:
         """The layers that describe a group, if they can be measured: their moments are expected."""
@@ -77,7 +80,8 @@ class Space:
             return self.head_distances([view])
         total: Tensor | None = None
         for member in layers:
-            gram = profile_gram(self._moments_of(member), self._metric, **self._sampling)
+            gram, error = pooled_gram([self._moments_of(member)], [None], self._metric, **self._sampling)
+            self._errors[member.name] = error
             if total is None:
                 total = gram.new_zeros(view.n_components, view.n_components)
             for rows, components in _turns(member, member.components):
@@ -114,22 +118,25 @@ class Space:
                 f"{', '.join(f'{v.name!r} with {len(p)}' for v, p in zip(views, parts, strict=True))}; use "
                 "scope='layer'."
             )
-        gram = sum(
-            pooled_gram([m for m, _ in layers], [pool for _, pool in layers], self._metric, **self._sampling)
-            for layers in zip(*parts, strict=True)
-        )
-        assert isinstance(gram, Tensor)
-        return distances_from_gram(gram)
+        total: Tensor | None = None
+        for layers in zip(*parts, strict=True):
+            names, moments, pools = zip(*layers, strict=True)
+            gram, error = pooled_gram(moments, pools, self._metric, **self._sampling)
+            for name in names:
+                self._errors[name] = error
+            total = gram if total is None else total + gram
+        assert total is not None
+        return distances_from_gram(total)
 
-    def _projections(self, view: GroupView) -> Iterator[tuple[ClassMoments, Tensor]]:
-        """Moments of every projection that makes a head, and ``[heads, channels]`` that averages its dimensions."""
+    def _projections(self, view: GroupView) -> Iterator[tuple[str, ClassMoments, Tensor]]:
+        """Projections that make heads: name, moments, and ``[heads, channels]`` that averages a head's dimensions."""
         for member in self.layers_of(view):
             moments = self._moments_of(member)
             # A fused layer has the queries' channel first, then the keys' that goes with it, then the values'.
             for rows, channels in _turns(member, member.channels):
                 pool = torch.zeros(view.n_components, member.n_channels, dtype=torch.float64)
                 pool[view.component_of[channels], rows] = 1
-                yield moments, pool / pool.sum(1, keepdim=True).clamp(min=1)
+                yield member.name, moments, pool / pool.sum(1, keepdim=True).clamp(min=1)
 
     def _moments_of(self, member: Member) -> ClassMoments:
         moments = self.moments.get(member.name)
