@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from math import ceil, gcd
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_cosep.allocation import allocate
+from tp_cosep.batches import run_model
 from tp_cosep.collect import channel_dim_of
 from tp_cosep.costs import measure_costs
 from tp_cosep.errors import InputError
@@ -20,9 +20,11 @@ from tp_cosep.groups import GroupView, is_output, prunable_groups, read_group, s
 from tp_cosep.head_importance import select_heads
 from tp_cosep.heads import attention_layers_of, heads_of, rerooted
 from tp_cosep.importance import CoSePSelector, ratio_for
-from tp_cosep.plan import GroupPlan
+from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.reading import reading_of
 from tp_cosep.selection import ChannelSelection
+from tp_cosep.sharing import Room, counts_for_latency
+from tp_cosep.timing import median_times
 
 __all__ = ["NOT_MEASURED", "Choices"]
 
@@ -93,18 +95,19 @@ class Choices:
         return sorted({m.name for group in self.groups() for m in self.view(group).tapped(self._selector.tap)})
 
     @torch.no_grad()
-    def share_out(self) -> None:
-        """Decide how many components every group keeps, so that the model meets the pruner's target in this step.
+    def room(self, step: int) -> Room:
+        """What the groups can lose, as the pruner's options allow.
 
         What a component loses is its score, the share of what a group's readers see that goes with it, times the
         number of these readers.
 
-        Raises:
-            InputError: If the target is out of reach.
+        Args:
+            step: Of the pruner's steps, from 1.
+
+        Returns:
+            It.
         """
-        p = self._pruner
-        views: list[GroupView] = []
-        losses, least = [], []
+        p, room = self._pruner, Room()
         for group in self.groups():
             try:
                 view = self.view(group)
@@ -118,33 +121,74 @@ class Choices:
             scores = torch.empty(view.n_components, dtype=torch.float64)
             scores[view.component_of] = chosen.scores
             n_readers = sum(reading_of(m.layer) is not None for m in view.readers)
-            views.append(view)
-            losses.append(scores.sort().values * max(n_readers, 1))
             told = self._told_of(view)
-            ratio = p.max_pruning_ratio if told is None else told[p.current_step]
-            least.append(max(1, n - int(n * ratio)))
-        costs = measure_costs(p.model, p.run, views, p.target[0])
-        self._whole = self._whole or costs.total
-        for i, view in enumerate(views):
-            if self._told_of(view) is not None:
-                costs.remove(i, view.n_components - least[i])
-                least[i] = view.n_components
-        kept = allocate(losses, costs, self._target(), least=least, steps=[self._step(view) or 1 for view in views])
-        self._counts = {(v.root, v.side): k for v, k in zip(views, kept, strict=True)}
+            ratio = p.max_pruning_ratio if told is None else told[step]
+            least = max(1, n - int(n * ratio))
+            if told is not None:
+                room.told[len(room.views)] = view.n_components - least
+            room.views.append(view)
+            room.losses.append(scores.sort().values * max(n_readers, 1))
+            room.least.append(least if told is None else view.n_components)
+            room.steps.append(self._step(view) or 1)
+        return room
+
+    def share_out(self) -> None:
+        """Decide how many components every group keeps, so that the model meets the pruner's target in this step.
+
+        Raises:
+            InputError: If the target is out of reach.
+        """
+        p = self._pruner
+        room = self.room(p.current_step)
+        costs, whole = room.costs(p.model, p.run, p.target[0])
+        if p.target[0] == "latency":
+            now = self._seconds({"now": p.model})["now"]
+            self._whole = self._whole or now
+            kept = counts_for_latency(room, costs, lambda kept: self._share_of(room, kept), self._target() / now)
+        else:
+            self._whole = self._whole or whole
+            kept = room.kept(costs, self._target())
+        self._count(room, kept)
+
+    def _count(self, room: Room, kept: Sequence[int]) -> None:
+        self._counts = {(v.root, v.side): k for v, k in zip(room.views, kept, strict=True)}
+
+    def _share_of(self, room: Room, kept: Sequence[int]) -> float:
+        """The time of a copy that keeps so many components, as a share of the model's."""
+        p, trial = self._pruner, self.saved()
+        trial.begin()
+        trial._count(room, kept)
+        entries = tuple(trial.entries())
+        # Together, since trace options may name parameters of the model.
+        model, options = deepcopy((p.model, p._trace_options))
+        plan = PruningPlan(entries, ignored_params=p.plan.ignored_params)
+        times = self._seconds({"now": p.model, "then": plan.apply(model, p.example_inputs, adapt=p.adapt, **options)})
+        return times["then"] / times["now"]
+
+    def _seconds(self, models: dict[str, nn.Module]) -> dict[str, float]:
+        p = self._pruner
+        run = p._trace_options.get("forward_fn") or run_model
+        device = next((x.device for x in p.model.parameters()), torch.device("cpu"))
+        return median_times(models, lambda model: run(model, p.example_inputs), device)
 
     def _target(self) -> float:
         """What the model may cost after this step."""
         p, whole = self._pruner, self._whole or 0.0
         share: float = p.target[1]
-        target = share * whole if share < 1 else share
+        target = share * whole if share < 1 else share / (1000 if p.target[0] == "latency" else 1)
         now: float = whole - (whole - target) * p.current_step / p.iterative_steps
         return now
 
     def check_target(self) -> None:
-        """Say so if the target was missed, which groups that were skipped or not pruned by the caller make it be."""
+        """Say so if the target was missed, which groups that were skipped or not pruned by the caller make it be.
+
+        A latency is not measured again: a busy machine would make it miss by chance.
+        """
         p = self._pruner
+        if p.target[0] == "latency" or self._whole is None or p.current_step > p.iterative_steps:
+            return
         left = measure_costs(p.model, p.run, [], p.target[0]).total
-        if self._whole is not None and p.current_step <= p.iterative_steps and left > 1.02 * self._target():
+        if left > 1.02 * self._target():
             warnings.warn(
                 f"step: the target of {self._target():.4g} {p.target[0]} was missed, {left:.4g} are left: groups that "
                 "were to lose channels did not, see the plan.",

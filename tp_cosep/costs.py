@@ -15,11 +15,12 @@ from tp_cosep.batches import evaluating
 from tp_cosep.groups import GroupView
 from tp_cosep.readers import on_inputs
 from tp_cosep.reading import Reading
+from tp_cosep.timing import layer_times
 
 __all__ = ["UNITS", "Costs", "measure_costs"]
 
 #: What costs are counted in.
-UNITS = ("macs", "params")
+UNITS = ("macs", "params", "latency")
 
 
 @dataclass
@@ -78,7 +79,8 @@ def measure_costs(model: nn.Module, run: Callable[[], Any], views: Sequence[Grou
         views: The groups that may lose components.
         unit: ``"macs"``: multiply-accumulates of convolutions, linear, attention and recurrent layers for one sample;
             products of activations with each other, normalisation and activation functions are not counted.
-            ``"params"``: all parameters.
+            ``"params"``: all parameters. ``"latency"``: seconds that layers take on ``run``'s inputs, measured one by
+            one and taken to shrink as their inputs and outputs do: what a step saves beside others, not what is left.
 
     Returns:
         Costs, nothing removed yet.
@@ -89,7 +91,8 @@ def measure_costs(model: nn.Module, run: Callable[[], Any], views: Sequence[Grou
             for member in members:
                 by_group = shares.setdefault(member.layer, ({}, {}))[side]
                 by_group[g] = by_group.get(g, 0.0) + len(member.rows) / (member.n_channels * view.n_components)
-    parts = _macs(model, run) if unit == "macs" else _params(model)
+    count = {"macs": _macs, "params": _params, "latency": _seconds}[unit]
+    parts = count(model, run)
     for layer, part, has_inputs in parts:
         inputs, outputs = shares.get(layer, ({}, {}))
         part.outputs = outputs
@@ -135,7 +138,7 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bo
     return parts
 
 
-def _params(model: nn.Module) -> list[tuple[Any, _Part, bool]]:
+def _params(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bool]]:
     found: list[tuple[Any, _Part, bool]] = []
     attention = {id(p): m for m in model.modules() if isinstance(m, nn.MultiheadAttention) for p in m.parameters()}
     layer_of = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
@@ -149,3 +152,10 @@ def _params(model: nn.Module) -> list[tuple[Any, _Part, bool]]:
             reads = any(p is q for name, q in layer.named_parameters() if name.startswith("weight_ih_l0"))
         found.append((layer if is_layer else p, _Part(p.numel()), reads))
     return found
+
+
+def _seconds(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bool]]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    has_weights = (_ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase)
+    times = layer_times(model, run, device)
+    return [(layer, _Part(seconds), isinstance(layer, has_weights)) for layer, seconds in times.items()]

@@ -217,7 +217,7 @@ def check_target(
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf") or value == 1:
         raise InputError(
             f"CoSePPruner: expected a target in {unit} between 0 and 1, a share of the model as it is, or above, the "
-            f"number itself, got {value!r}."
+            f"number itself (of a latency milliseconds), got {value!r}."
         )
     for name, is_given in (("pruning_ratio", not automatic), ("prune_num_heads", options.get("prune_num_heads"))):
         if is_given:

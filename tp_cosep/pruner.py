@@ -17,6 +17,7 @@ from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.compensator import Compensator
+from tp_cosep.costs import UNITS
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
@@ -25,6 +26,7 @@ from tp_cosep.importance import CoSePSelector
 from tp_cosep.options import check_heads, check_pruner, check_target, compensator_for
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.recalibration import recalibrate
+from tp_cosep.sharing import Preview, trade_offs
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.surgery import group_of, pruned
 from tp_cosep.tracing import check_plain, resolve_layers, resolve_ratios, trace, trace_options, tracing
@@ -61,9 +63,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         importance: A :class:`CoSePSelector`; it need not be fitted if ``loader`` is given.
         global_pruning: As in the stock pruner; needs a ``pruning_ratio``.
         pruning_ratio: Share of channels to remove, or ``None`` for CoSeP's own counts.
-        target: What the pruned model may cost, ``{"macs": 0.5}`` or ``{"params": 2e6}``: shares of the original below
-            1, numbers above (see :func:`tp_cosep.costs.measure_costs`). The channels come from where they lose least
-            for what they save, over all layers (:func:`tp_cosep.allocation.allocate`).
+        target: What the pruned model may cost, ``{"macs": 0.5}``, ``{"params": 2e6}`` or ``{"latency": 0.5}``: shares
+            of the original below 1, numbers above (see :func:`tp_cosep.costs.measure_costs`). A latency is that of
+            ``example_inputs``, all of the batch, on the model's device, above 1 in milliseconds. The channels come from
+            where they lose least for what they save, over all layers (:func:`tp_cosep.allocation.allocate`); for a
+            latency some pruned copies are timed. ``round_to`` makes widths that hardware likes.
         loader: Calibration data to (re)fit the selector on, for ``layerwise`` and ``iterative_steps``.
         layerwise: Prune as the papers do: group after group in the order in which they run, with fresh
             moments for each.
@@ -216,6 +220,32 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for _ in run:
             pass
         return None
+
+    def preview(self, unit: str | None = None, n_points: int = 21) -> Preview:
+        """What targets would leave, without touching the model.
+
+        Args:
+            unit: What is to be saved, ``"macs"``, ``"params"`` or ``"latency"``; by default that of ``target``, or
+                ``"macs"``.
+            n_points: Number of sizes between the whole model and the smallest one that the pruner's options allow.
+
+        Returns:
+            Multiply-accumulates, parameters, expected coverage and the counts of every group at each size; ``str``
+            makes a table of it.
+
+        Raises:
+            NotFittedError: If the selector saw no data and there is no ``loader``.
+            InputError: If the unit is unknown, or ``n_points`` < 1.
+        """
+        unit = unit or (self.target[0] if self.target is not None else "macs")
+        if unit not in UNITS or n_points < 1:
+            raise InputError(
+                f"preview: expected a unit of {list(UNITS)} and n_points ≥ 1, got {unit!r} and {n_points!r}."
+            )
+        if self.loader is not None and not self.importance.is_fitted:
+            self._fit()
+        step = min(self.current_step + 1, self.iterative_steps)
+        return trade_offs(self.choices.saved().room(step), self.model, self.run, unit, n_points)
 
     def _run(self, *, prune: bool) -> Iterator[Any]:
         """Yield groups; check, record and call back after each; undo everything if anything fails."""

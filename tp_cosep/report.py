@@ -6,13 +6,10 @@ The numbers (:func:`layer_rows`, :func:`measure`, :func:`model_rows`) are apart 
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from rich import box
 from rich.table import Table
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from tp_cosep.batches import evaluating, run_model
 from tp_cosep.errors import InputError
 from tp_cosep.plan import GroupPlan, PruningPlan
+from tp_cosep.timing import median_times
 
 __all__ = [
     "LayerRow",
@@ -203,17 +201,15 @@ def measure_models(
     first = next(_tensors(example_inputs), None)
     if first is None or not first.dim() or not len(first):
         raise InputError("measure: expected example_inputs with a tensor of at least one sample, found none.")
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(n_warmup + n_runs):
-        for name, model in models.items():
-            times[name].append(_latency(model, example_inputs, first.device))
+    times = median_times(
+        models, lambda model: run_model(model, example_inputs), first.device, n_runs=n_runs, n_warmup=n_warmup
+    )
     stats = {}
     for name, model in models.items():
         n_macs, n_parameters = tp.utils.count_ops_and_params(model, _first_sample(example_inputs))
         with evaluating(model):
             accuracy = None if evaluate is None else float(evaluate(model))
-        latency = statistics.median(times[name][n_warmup:])
-        stats[name] = ModelStats(accuracy, int(n_parameters), int(n_macs), latency, len(first))
+        stats[name] = ModelStats(accuracy, int(n_parameters), int(n_macs), times[name], len(first))
     return stats
 
 
@@ -234,17 +230,6 @@ def _first_sample(inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(_first_sample(value) for value in inputs)
     return inputs
-
-
-def _latency(model: nn.Module, inputs: Any, device: torch.device) -> float:
-    # Accelerators answer before they have finished.
-    synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
-    with evaluating(model):
-        synchronize()
-        start = time.perf_counter()
-        run_model(model, inputs)
-        synchronize()
-        return time.perf_counter() - start
 
 
 def model_rows(stats: Mapping[str, ModelStats]) -> list[ModelRow]:
