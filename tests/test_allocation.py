@@ -226,7 +226,7 @@ def test_refusals():
     selector, before = fitted(model, x, y), fingerprint(model)
     for target, message in (
         ({}, "expected target with one of"),
-        ({"flops": 0.5}, r"expected target with one of \['macs', 'params'\]"),
+        ({"flops": 0.5}, r"expected target with one of \['macs', 'params', 'latency'\]"),
         ({"macs": 0.5, "params": 0.5}, "expected target with one of"),
         ({"macs": 0}, "between 0 and 1"),
         ({"macs": 1}, "between 0 and 1"),

@@ -151,8 +151,8 @@ def counts_for_latency(room: Room, costs: Costs, share_of: Callable[[list[int]],
         InputError: If the smallest model that is allowed takes longer.
     """
     smallest = deepcopy(costs)
-    for i, (x, least) in enumerate(zip(room.losses, room.least, strict=True)):
-        smallest.remove(i, (len(x) - least) // room.steps[i] * room.steps[i])
+    for i, (x, n) in enumerate(zip(room.losses, room.least, strict=True)):
+        smallest.remove(i, (len(x) - n) // room.steps[i] * room.steps[i])
     least = smallest.total * (1 + 1e-9)
     low, high = least, costs.total
     at = max(target * costs.total, low)
@@ -174,8 +174,7 @@ def counts_for_latency(room: Room, costs: Costs, share_of: Callable[[list[int]],
             )
         else:
             high = at
-        # The first try that is too slow is followed by the smallest that there is, to see whether it can be done.
+        # After two that are too slow the smallest that there is, to see whether it can be done.
         at = least if best is None and len(found) > 2 else (low + high) / 2
-    if best is None:
-        best = room.kept(deepcopy(costs), least)
+    assert best is not None  # the third try at the latest meets the target or raises
     return best
