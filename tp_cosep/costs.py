@@ -16,7 +16,7 @@ from tp_cosep.groups import GroupView
 from tp_cosep.readers import on_inputs
 from tp_cosep.reading import Reading
 
-__all__ = ["UNITS", "Costs", "measure_costs"]
+__all__ = ["UNITS", "Costs", "layer_costs", "measure_costs"]
 
 #: What costs are counted in.
 UNITS = ("macs", "params")
@@ -98,6 +98,28 @@ def measure_costs(model: nn.Module, run: Callable[[], Any], views: Sequence[Grou
     return Costs([part for _, part, _ in parts], len(views))
 
 
+def layer_costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, dict[str, int]]:
+    """What every layer of a model costs.
+
+    Args:
+        model: The model.
+        run: Runs it on example inputs.
+
+    Returns:
+        By unit, see :data:`UNITS`: multiply-accumulates by the name of the layer, in the order in which the layers run;
+        and parameters by the name of the module that has them, or by their own if that is the model itself.
+    """
+    names = {layer: name for name, layer in model.named_modules()}
+    macs: dict[str, int] = {}
+    for layer, part, _ in _macs(model, run):
+        macs[names[layer]] = macs.get(names[layer], 0) + round(part.amount)
+    params: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        owner = name.rpartition(".")[0] or name
+        params[owner] = params.get(owner, 0) + p.numel()
+    return {"macs": macs, "params": params}
+
+
 def _is_depthwise(layer: Any) -> bool:
     """Whether every output reads a single input, so that its inputs cost nothing beside its outputs."""
     return isinstance(layer, _ConvNd) and layer.groups == layer.in_channels == layer.out_channels
@@ -113,7 +135,8 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bo
         elif isinstance(layer, nn.RNNBase):
             n = prod(x.shape[:-1]) // max(x.shape[0 if layer.batch_first else 1], 1) if x.dim() == 3 else len(x)
         else:
-            n = Reading(layer).n_products(x.shape)
+            is_batch = not isinstance(layer, _ConvNd) or x.dim() == layer.weight.dim()
+            n = Reading(layer).n_products(x.shape if is_batch else torch.Size([1, *x.shape]))
         found[layer] = found.get(layer, 0.0) + n
 
     inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}

@@ -17,6 +17,7 @@ from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.compensator import Compensator
+from tp_cosep.costs import layer_costs
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
@@ -84,6 +85,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             model, fitted or not. After fine-tuning it measures anew before it is used again.
         recalibrate: Estimate BatchNorm statistics anew on ``loader`` after each step (each group with ``layerwise``),
             before fine-tuning, see :func:`tp_cosep.recalibrate`.
+        pictures: Record in the plan what :meth:`PruningPlan.report` draws of each group: its channels in the plane, and
+            which classes their clusters tell apart.
         fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``, which repair and ``recalibrate``
             read batches with too.
         **options: Every other keyword of ``tp.pruner.BasePruner``.
@@ -123,6 +126,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         verify: bool = True,
         compensate: bool | str | Compensator = False,
         recalibrate: bool = False,
+        pictures: bool = True,
         fit_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -158,6 +162,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.adapt = adapt
         self.on_failure = on_failure
         self.verify = verify
+        self.pictures = pictures
         self.fit_options = fit_options or {}
         self.plan = PruningPlan(
             options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
@@ -226,6 +231,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._pending.clear()
                 self._left.clear()
                 self._check.expect_shapes()
+                costs = layer_costs(self.model, self.run)
                 if self.loader is not None and (self.current_step > 1 or not self.importance.is_fitted):
                     self._fit()
                 self._fit_compensator()
@@ -243,6 +249,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     self.choices.check_target()
                 if self.compensator is not None:
                     self.plan = replace(self.plan, new_biases=tuple(self.compensator.new_biases))
+                self._record_costs(costs)
         except BaseException as error:
             # An interactive caller who stops early keeps what was pruned so far.
             if not isinstance(error, GeneratorExit):
@@ -376,7 +383,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 scores = None if selection is None else selection.scores
                 scores = with_head_scores(selector, group, scores, self.num_heads)
                 reason = "ranked against other layers" if scores is not None else NOT_MEASURED
-                entry = replace(entry, selection=selection, reason=reason)
+                entry = self.choices.pictured(group, view, replace(entry, selection=selection, reason=reason))
         except InputError as error:
             scores, entry = None, self.choices.refused(group, error)
         self._pending[self._key(group)] = entry
@@ -441,6 +448,16 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _record(self, entry: GroupPlan) -> None:
         self.plan = replace(self.plan, groups=(*self.plan.groups, entry))
+
+    def _record_costs(self, before: Mapping[str, Mapping[str, int]]) -> None:
+        """Note what every layer costs now, beside what it did before this step and those that the plan has."""
+        after = layer_costs(self.model, self.run)
+        first = {unit: {name: n for name, (n, _) in layers.items()} for unit, layers in self.plan.costs.items()}
+        costs = {
+            unit: {name: (n, after[unit].get(name, 0)) for name, n in first.get(unit, layers).items()}
+            for unit, layers in before.items()
+        }
+        self.plan = replace(self.plan, costs=costs)
 
     def _record_unvisited(self) -> None:
         """List the layers that no group showed to this pruner, so that the plan hides nothing."""
