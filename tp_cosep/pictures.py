@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tp_cosep.assignment import few_threads
 from tp_cosep.groups import GroupView
 from tp_cosep.head_importance import head_distances
 from tp_cosep.moments import ClassMoments
@@ -155,12 +158,13 @@ def picture_of(
     distances = head_distances(selector, [view]) if view.unit == "head" else selector.distances(group, view=view)
     if distances is None:
         return None
-    points, shares = plane(distances)
+    with few_threads(distances):
+        points, shares = plane(distances)
+        pairs, n_classes = _best_pairs(_described(selector, view), selection)
     scale = float(points.abs().max())
     # Adding 0 makes 0 of −0.
     rounded = (points / (scale or 1.0)).mul(1000).round().div(1000).add(0.0).tolist()
     component_of = view.component_of[: selection.n_channels].tolist()
-    pairs, n_classes = _best_pairs(_described(selector, view), selection)
     return GroupPicture(
         positions=tuple((x, y) for x, y in rounded),
         scale=scale,
@@ -222,16 +226,15 @@ def cluster_colours(points: Tensor, selection: ChannelSelection) -> list[int]:
     Returns:
         Numbers from 0 to :data:`N_COLOURS` − 1, or −1 for a component that is alone in its cluster.
     """
-    medoids = points[list(selection.medoids)]
-    between = torch.cdist(medoids, medoids)
-    sizes = torch.bincount(torch.tensor(selection.labels), minlength=len(medoids)).tolist()
+    medoids = points.numpy()[list(selection.medoids)]
+    sizes = Counter(selection.labels)
     # Of every colour, how near its nearest cluster is to each medoid.
-    nearest = torch.full((N_COLOURS, len(medoids)), torch.inf, dtype=torch.float64)
+    nearest = np.full((N_COLOURS, len(medoids)), np.inf)
     chosen = []
-    for j, size in enumerate(sizes):
-        colour = -1 if size == 1 else int(nearest[:, j].argmax())
-        if size > 1:
-            nearest[colour] = torch.minimum(nearest[colour], between[j])
+    for j, medoid in enumerate(medoids):
+        colour = -1 if sizes[j] == 1 else int(nearest[:, j].argmax())
+        if colour >= 0:
+            nearest[colour] = np.minimum(nearest[colour], np.hypot(*(medoids - medoid).T))
         chosen.append(colour)
     return chosen
 
