@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +30,8 @@ __all__ = ["N_COLOURS", "ClassPair", "GroupPicture", "cluster_colours", "kept_co
 N_COLOURS = 6
 _N_PAIRS = 3
 # Values of class profiles that are computed for one group, so that a picture costs little beside the choice.
-_MOST_VALUES, _MOST_CELLS, _FEWEST_CLASSES = 2**22, 64, 10
-_MOST_LANDMARKS = 512
+_MOST_VALUES, _MOST_CELLS, _FEWEST_CLASSES = 2**21, 64, 10
+_MOST_LANDMARKS, _MOST_PAIRS = 256, 2000
 
 
 class ClassPair(NamedTuple):
@@ -155,7 +156,10 @@ def picture_of(
     Returns:
         The picture, or ``None`` if its components cannot be compared.
     """
-    distances = head_distances(selector, [view]) if view.unit == "head" else selector.distances(group, view=view)
+    # Class pairs that were chosen by, or a sample of them: a picture is not worth as much as the choice.
+    sampling = copy(selector)
+    sampling.max_class_pairs = min(selector.max_class_pairs or _MOST_PAIRS, _MOST_PAIRS)
+    distances = head_distances(sampling, [view]) if view.unit == "head" else sampling.distances(group, view=view)
     if distances is None:
         return None
     with few_threads(distances):
@@ -184,7 +188,7 @@ def plane(distances: Tensor) -> tuple[Tensor, tuple[float, float]]:
     distances that the two axes show. Negative eigenvalues, which only distances that are not Euclidean have,
     are left out.
 
-    Of more than 512 components that many, evenly spaced, are landmarks, and the others are placed by their distances
+    Of more than 256 components that many, evenly spaced, are landmarks, and the others are placed by their distances
     to them (de Silva & Tenenbaum, 2004): x = ½ Λ^(−½) Vᵀ (δ̄ − δ), with δ the squared distances of a component to the
     landmarks and δ̄ the mean of that over the landmarks.
 
@@ -239,13 +243,38 @@ def cluster_colours(points: Tensor, selection: ChannelSelection) -> list[int]:
     return chosen
 
 
-def _described(selector: CoSePSelector, view: GroupView) -> list[tuple[ClassMoments, Tensor]]:
-    """Class moments of the group's channels in every layer that describes them, and the component of each channel.
+@dataclass(frozen=True)
+class _Described:
+    """Where class moments of a group's channels are: in some components of a layer's, several next to each other."""
+
+    moments: ClassMoments
+    rows: Tensor
+    components: Tensor
+    n_components: int
+
+    @property
+    def cells(self) -> Tensor:
+        n_cells = self.moments.n_components * self.moments.n_cells // self.n_components
+        return _evenly(n_cells, _MOST_CELLS)
+
+    def profiles(self, classes: Tensor) -> Tensor:
+        """JM distances of the class pairs among some classes, ``[rows, pairs]``, means over cells."""
+        # The classes first: what is copied after that is small.
+        mean, m2 = (
+            x[classes].reshape(len(classes), self.n_components, -1)[:, self.rows][:, :, self.cells]
+            for x in (self.moments.mean, self.moments.m2)
+        )
+        part = ClassMoments(self.moments.classes[classes], self.moments.count[classes], mean, m2)
+        return profiles(part).reshape(len(self.rows), -1, mean.shape[2]).mean(2).cpu()
+
+
+def _described(selector: CoSePSelector, view: GroupView) -> list[_Described]:
+    """The layers that describe a group, and which component each of their channels is.
 
     Returns:
         One entry per layer; those that saw other classes than the first are left out.
     """
-    found: list[tuple[ClassMoments, Tensor]] = []
+    found: list[_Described] = []
     if selector.compares_readers(view):
         for member in layers_read(view, selector.readers, selector.space_name):
             measured = selector.readers[member.name]
@@ -254,20 +283,13 @@ def _described(selector: CoSePSelector, view: GroupView) -> list[tuple[ClassMome
             is_first = member.rows % repeat == 0
             rows, components = member.rows[is_first] // repeat, member.components[is_first]
             if not measured.classes.is_empty:
-                found.append((_rows_of(measured.classes, rows, measured.second.n_features), components))
+                found.append(_Described(measured.classes, rows, components, measured.second.n_features))
     else:
         for member in selector.space.layers_of(view):
             moments = selector.moments.get(member.name)
             if moments is not None and len(member.rows):
-                found.append((_rows_of(moments, member.rows, moments.n_components), member.components))
-    return [(m, of) for m, of in found if torch.equal(m.classes, found[0][0].classes)]
-
-
-def _rows_of(moments: ClassMoments, rows: Tensor, n_components: int) -> ClassMoments:
-    """Moments of some components, in some of the cells where there are many."""
-    mean, m2 = (x.reshape(len(x), n_components, -1)[:, rows] for x in (moments.mean, moments.m2))
-    cells = _evenly(mean.shape[2], _MOST_CELLS)
-    return ClassMoments(moments.classes, moments.count, mean[:, :, cells], m2[:, :, cells])
+                found.append(_Described(moments, member.rows, member.components, moments.n_components))
+    return [layer for layer in found if torch.equal(layer.moments.classes, found[0].moments.classes)]
 
 
 def _evenly(n: int, most: int) -> Tensor:
@@ -275,24 +297,22 @@ def _evenly(n: int, most: int) -> Tensor:
 
 
 def _best_pairs(
-    layers: Iterable[tuple[ClassMoments, Tensor]], selection: ChannelSelection
+    layers: Sequence[_Described], selection: ChannelSelection
 ) -> tuple[tuple[tuple[ClassPair, ...], ...], tuple[int, int]]:
     """For every cluster the pairs that it tells apart best, and how many classes were compared of how many."""
-    layers = list(layers)
-    n_values = sum(m.n_components * m.n_cells for m, _ in layers)
-    if not n_values or layers[0][0].n_classes < 2:
+    if not layers or layers[0].moments.n_classes < 2:
         return (), (0, 0)
-    classes = layers[0][0].classes.cpu()
+    classes = layers[0].moments.classes.cpu()
+    n_values = sum(len(layer.rows) * len(layer.cells) for layer in layers)
     compared = _evenly(len(classes), max(_FEWEST_CLASSES, int((2 * _MOST_VALUES / n_values) ** 0.5)))
     first, second = torch.triu_indices(len(compared), len(compared), 1)
     labels = torch.tensor(selection.labels)
     total = torch.zeros(len(selection.medoids), len(first), dtype=torch.float64)
     n_rows = torch.zeros(len(selection.medoids), dtype=torch.float64)
-    for moments, components in layers:
-        part = ClassMoments(*(x[compared] for x in (moments.classes, moments.count, moments.mean, moments.m2)))
-        of_rows = profiles(part).reshape(moments.n_components, len(first), -1).mean(2).cpu()
-        total.index_add_(0, labels[components], of_rows)
-        n_rows.index_add_(0, labels[components], torch.ones(len(components), dtype=torch.float64))
+    for layer in layers:
+        of_rows = labels[layer.components]
+        total.index_add_(0, of_rows, layer.profiles(compared))
+        n_rows.index_add_(0, of_rows, torch.ones(len(of_rows), dtype=torch.float64))
     best = (total / n_rows.clamp(min=1)[:, None]).topk(min(_N_PAIRS, len(first)))
     a, b = (classes[compared][side][best.indices].tolist() for side in (first, second))
     distances = best.values.mul(1000).round().div(1000).tolist()
