@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["GroupPlan", "PruningPlan"]
 
 _FORMAT, _VERSION = "tp_cosep.plan", 1
+_CRITERIA = ("silhouette", "coverage")
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,22 @@ def _costs_from_json(document: Mapping[str, Any]) -> dict[str, dict[str, tuple[i
     }
 
 
+def _check_selection(name: str, selection: ChannelSelection) -> None:
+    if sorted(selection.keep_idxs + selection.prune_idxs) != list(range(selection.n_channels)):
+        raise ValueError(f"layer {name!r}: kept and pruned channels do not add up")
+    if len(selection.scores) != selection.n_channels:
+        raise ValueError(f"layer {name!r}: {len(selection.scores)} scores for its channels")
+    knee = 0 if selection.knee_k is None else selection.knee_k
+    numbers = (selection.k, knee, selection.knee_strength, *selection.ks, *selection.mss)
+    if not selection.ks or len(selection.ks) != len(selection.mss) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"layer {name!r}: expected a finite number for each k of its curve")
+    n_clusters, n = len(selection.medoids), len(selection.labels)
+    if not set(selection.labels) <= set(range(n_clusters)) or not set(selection.medoids) <= set(range(n)):
+        raise ValueError(f"layer {name!r}: labels and medoids do not fit each other")
+    if selection.criterion not in _CRITERIA:
+        raise ValueError(f"layer {name!r}: criterion is {selection.criterion!r}")
+
+
 def _group_from_json(document: dict[str, Any]) -> GroupPlan:
     selection = None
     if document["side"] not in ("out", "in"):
@@ -277,10 +295,7 @@ def _group_from_json(document: dict[str, Any]) -> GroupPlan:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document["selection"].items()}
         values["scores"] = torch.tensor(values["scores"], dtype=torch.float64)
         selection = ChannelSelection(**values)
-        if sorted(selection.keep_idxs + selection.prune_idxs) != list(range(selection.n_channels)):
-            raise ValueError(f"layer {document['name']!r}: kept and pruned channels do not add up")
-        if len(selection.scores) != selection.n_channels:
-            raise ValueError(f"layer {document['name']!r}: {len(selection.scores)} scores for its channels")
+        _check_selection(document["name"], selection)
     heads = {name: (int(before), int(after)) for name, (before, after) in document.get("heads", {}).items()}
     picture = None
     if selection is not None and document.get("picture") is not None:
