@@ -4,63 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
-from itertools import groupby
-from typing import Any
 from xml.etree.ElementTree import Element
 
 import tp_cosep
 from tp_cosep.errors import InputError
-from tp_cosep.figures import CRITERIA, curve, placed, space
 from tp_cosep.files import replacing
 from tp_cosep.markup import Child, element, html
-from tp_cosep.pictures import GroupPicture, cluster_colours, kept_components
-from tp_cosep.plan import GroupPlan, PruningPlan
+from tp_cosep.page_layers import Row, breakable, details, json_data, rows_of
+from tp_cosep.pictures import GroupPicture
+from tp_cosep.plan import PruningPlan
 from tp_cosep.report import ModelStats, group_label, model_rows, quantity
-from tp_cosep.selection import ChannelSelection
 
 __all__ = ["write_page"]
 
 _NOTHING = "–"
 _NO_COSTS = "The plan does not say what its layers cost: it was made by an earlier release, or not to its end."
-_NO_PICTURE = "The plan holds no picture of this group: it was made with pictures=False, or by an earlier release."
-
-
-@dataclass(frozen=True)
-class _Row:
-    """All visits to a group.
-
-    Attributes:
-        label: Its name for the reader.
-        ident: Unique on the page.
-        unit: ``"channel"`` or ``"head"``.
-        visits: In the order of the plan.
-        macs: Multiply-accumulates of its layers before and after; ``None`` if not known.
-    """
-
-    label: str
-    ident: str
-    unit: str
-    visits: tuple[GroupPlan, ...]
-    macs: tuple[int, int] | None
-
-    @property
-    def chosen(self) -> list[tuple[GroupPlan, ChannelSelection]]:
-        return [(visit, visit.selection) for visit in self.visits if visit.selection is not None]
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """What is kept after the last visit, and what there was before the first."""
-        last, first = self.chosen[-1], self.chosen[0]
-        return len(kept_components(last[1], last[0].picture)), len(first[1].labels)
-
-    @property
-    def n_channels(self) -> tuple[int, int]:
-        return len(self.chosen[-1][1].keep_idxs), self.chosen[0][1].n_channels
 
 
 def write_page(
@@ -112,7 +73,7 @@ def _by_label(class_names: Sequence[str] | Mapping[int, str] | None) -> dict[int
 
 
 def _page(plan: PruningPlan, stats: Mapping[str, ModelStats], names: Mapping[int, str], title: str) -> str:
-    rows = list(_rows(plan))
+    rows = list(rows_of(plan))
     style, script = (
         files(tp_cosep).joinpath("assets", name).read_text("utf-8") for name in ("report.css", "report.js")
     )
@@ -138,7 +99,7 @@ def _page(plan: PruningPlan, stats: Mapping[str, ModelStats], names: Mapping[int
         _models(stats),
         _layers(plan, [row for row in rows if row.chosen]),
         _left_alone(plan, [row for row in rows if not row.chosen]),
-        _details([row for row in rows if row.chosen], names),
+        details([row for row in rows if row.chosen]),
     )
     used = {label for row in rows for v, _ in row.chosen if v.picture for label in _labels_of(v.picture)}
     body = element(
@@ -146,17 +107,11 @@ def _page(plan: PruningPlan, stats: Mapping[str, ModelStats], names: Mapping[int
         element("header", element("h1", title), element("p", _lead(plan, rows), class_="lead")),
         main,
         element("footer", element("p", f"Written by tp_cosep {tp_cosep.__version__}.")),
-        _data({str(label): names[label] for label in sorted(used) if label in names}, id="class-names"),
+        json_data({str(label): names[label] for label in sorted(used) if label in names}, id="class-names"),
         element("div", id="tip", role="status", hidden=True),
         element("script", script),
     )
     return "<!DOCTYPE html>\n" + html(element("html", head, body, lang="en")) + "\n"
-
-
-def _data(value: Any, **attributes: str) -> Element:
-    """Data for the script; nothing in it can end the element that it is in."""
-    text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
-    return element("script", text, type="application/json", **attributes)
 
 
 def _labels_of(picture: GroupPicture) -> Iterator[int]:
@@ -165,39 +120,26 @@ def _labels_of(picture: GroupPicture) -> Iterator[int]:
             yield from (pair.first, pair.second)
 
 
-def _rows(plan: PruningPlan) -> Iterator[_Row]:
-    """Groups in the order in which their layers run, where the plan knows it."""
-    macs = plan.costs.get("macs", {})
-    order = {name: i for i, name in enumerate(macs)}
-    visits: dict[tuple[str, str], list[GroupPlan]] = {}
-    for group in plan:
-        visits.setdefault((group_label(group), group.unit), []).append(group)
-    found = []
-    for i, ((label, unit), entries) in enumerate(visits.items()):
-        layers = {name for entry in entries for name in entry.layers}
-        known = [macs[name] for name in layers if name in macs]
-        cost = (sum(n for n, _ in known), sum(n for _, n in known)) if known else None
-        place = min((order[name] for name in layers if name in order), default=len(order))
-        found.append((place, i, _Row(label, f"layer-{i}", unit, tuple(entries), cost)))
-    yield from (row for _, _, row in sorted(found, key=lambda entry: entry[:2]))
-
-
 def _totals(plan: PruningPlan, unit: str) -> tuple[int, int] | None:
     costs = plan.costs.get(unit)
     return (sum(n for n, _ in costs.values()), sum(n for _, n in costs.values())) if costs else None
 
 
-def _channels(rows: Sequence[_Row]) -> tuple[int, int]:
-    """Channels kept and channels there were; heads count where no channels were chosen of the same layer."""
-    of_channels = {row.label for row in rows if row.unit == "channel" and row.chosen}
-    counts = [r.n_channels for r in rows if r.chosen and (r.unit == "channel" or r.label not in of_channels)]
-    return sum(kept for kept, _ in counts), sum(total for _, total in counts)
+def _channels(plan: PruningPlan) -> tuple[int, int]:
+    """Channels after the last visit to each group, and before the first."""
+    kept: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for group in plan:
+        if group.selection is not None:
+            total.setdefault(group_label(group), group.selection.n_channels)
+            kept[group_label(group)] = len(group.selection.keep_idxs)
+    return sum(kept.values()), sum(total.values())
 
 
-def _lead(plan: PruningPlan, rows: Sequence[_Row]) -> str:
+def _lead(plan: PruningPlan, rows: Sequence[Row]) -> str:
     if not rows:
         return "The plan is empty."
-    kept, total = _channels(rows)
+    kept, total = _channels(plan)
     if kept == total:
         return "Nothing was pruned."
     told = f"{kept:,} of {total:,} channels stay"
@@ -207,12 +149,8 @@ def _lead(plan: PruningPlan, rows: Sequence[_Row]) -> str:
     return told + "."
 
 
-def _n(n: int, what: str) -> str:
-    return f"{n:,} {what}" + ("" if n == 1 else "s")
-
-
-def _summary(plan: PruningPlan, rows: Sequence[_Row], stats: Mapping[str, ModelStats]) -> Element:
-    n_chosen, channels = sum(bool(row.chosen) for row in rows), _channels(rows)
+def _summary(plan: PruningPlan, rows: Sequence[Row], stats: Mapping[str, ModelStats]) -> Element:
+    n_chosen, channels = sum(bool(row.chosen) for row in rows), _channels(plan)
     tiles: list[Child] = [_tile("channels", _change(channels[::-1]), f"{channels[1]:,} → {channels[0]:,}")]
     for unit, what in (("macs", "MACs"), ("params", "parameters")):
         totals = _totals(plan, unit)
@@ -336,7 +274,7 @@ def _share(share: float | None) -> Element:
     return cell
 
 
-def _layers(plan: PruningPlan, rows: Sequence[_Row]) -> Element:
+def _layers(plan: PruningPlan, rows: Sequence[Row]) -> Element:
     whole = _totals(plan, "macs")
     body = []
     for row in rows:
@@ -347,9 +285,7 @@ def _layers(plan: PruningPlan, rows: Sequence[_Row]) -> Element:
         body.append(
             element(
                 "tr",
-                element(
-                    "th", element("a", *_breakable(row.label), href=f"#{row.ident}"), scope="row", data_v=row.label
-                ),
+                element("th", element("a", *breakable(row.label), href=f"#{row.ident}"), scope="row", data_v=row.label),
                 _number(kept, f"{kept} / {total}{heads}"),
                 _share(kept / total),
                 _number(selection.k),
@@ -370,144 +306,16 @@ def _layers(plan: PruningPlan, rows: Sequence[_Row]) -> Element:
     return element("section", element("h2", "Layers", id="layers"), *content, aria_labelledby="layers")
 
 
-def _left_alone(plan: PruningPlan, rows: Sequence[_Row]) -> Element:
+def _left_alone(plan: PruningPlan, rows: Sequence[Row]) -> Element:
     whole = _totals(plan, "macs")
     body = []
     for row in rows:
         share = row.macs[0] / whole[0] if row.macs and whole and whole[0] else None
         reason = row.visits[-1].reason
-        name = element("th", *_breakable(row.label), scope="row", data_v=row.label)
+        name = element("th", *breakable(row.label), scope="row", data_v=row.label)
         body.append(element("tr", name, _share(share), element("td", reason, data_v=reason)))
     columns = {"layer": False, "MACs": True, "why": False}
     note = "They are as they were. Shares of MACs are of the unpruned model."
     nothing = [element("p", "Nothing: every group was chosen from.", class_="note")]
     content = _table("Left alone", columns, body, note, sorts=True) if rows else nothing
     return element("section", element("h2", "Left alone", id="left"), *content, aria_labelledby="left")
-
-
-def _details(rows: Sequence[_Row], names: Mapping[int, str]) -> Element:
-    return element(
-        "section",
-        element("h2", "Layer by layer", id="details"),
-        element("noscript", element("p", "What clusters tell apart is shown with JavaScript only.", class_="note")),
-        *(_detail(row) for row in rows),
-        aria_labelledby="details",
-    )
-
-
-def _detail(row: _Row) -> Element:
-    kept, total = row.counts
-    summary = element(
-        "summary",
-        element("span", *_breakable(row.label), class_="name"),
-        element("span", f"{kept} of {_n(total, row.unit)} kept", class_="badge"),
-    )
-    parts = []
-    for i, visit in enumerate(row.visits):
-        heading = element("h3", f"Visit {i + 1} of {len(row.visits)}") if len(row.visits) > 1 else None
-        parts.append(element("div", heading, *_visit(row, visit), class_="visit"))
-    return element("details", summary, *parts, id=row.ident, class_="layer")
-
-
-def _visit(row: _Row, visit: GroupPlan) -> list[Child]:
-    selection, picture = visit.selection, visit.picture
-    if selection is None:
-        return [element("p", f"Left alone: {visit.reason}.")]
-    heads = ", ".join(f"{name} {before} → {after}" for name, (before, after) in visit.heads.items() if before != after)
-    n_gone = len(selection.prune_idxs)
-    facts = [
-        ("count by", visit.reason),
-        ("made by", ", ".join(visit.layers)),
-        ("heads", heads),
-        ("kept channels", _ranges(selection.keep_idxs)),
-        (f"{_n(n_gone, 'pruned channel')}", _ranges(selection.prune_idxs) or "none"),
-    ]
-    listed = [element("div", element("dt", name), element("dd", value)) for name, value in facts if value]
-    figures = [_curve_figure(selection, row.label)]
-    data = None
-    if picture is not None:
-        figures.append(_space_figure(selection, picture, row))
-        data = _clusters(selection, picture)
-    note = _NO_PICTURE if picture is None else _pairs_note(picture)
-    return [
-        element("div", *figures, class_="figures"),
-        element("p", note, class_="note"),
-        element("div", data, class_="clusters", data_unit=row.unit) if data is not None else None,
-        element("dl", *listed, class_="facts"),
-    ]
-
-
-def _pairs_note(picture: GroupPicture) -> str:
-    if picture.note:
-        return f"Which classes the clusters tell apart is not known: {picture.note}."
-    compared, there = picture.n_classes
-    among = "" if compared == there else f", among {compared} of the {there:,} classes"
-    return (
-        f"What each cluster tells apart best{among}. Numbers are Jeffries–Matusita distances, from 0 (alike) to 2 "
-        "(told apart without fail), the mean over the cluster’s channels."
-    )
-
-
-def _curve_figure(selection: ChannelSelection, name: str) -> Element:
-    n_kept, n = len(kept_components(selection)), len(selection.labels)
-    knee = "no knee"
-    if selection.knee_k is not None:
-        knee = f"knee at k = {selection.knee_k}, strength {selection.knee_strength:.2f}"
-    keys = [
-        _key("curve", CRITERIA[selection.criterion][2]),
-        _key("straight", "straight line"),
-        _key("knee", knee) if selection.knee_k is not None else element("li", knee),
-        _key("count", f"kept: {n_kept} of {n}"),
-    ]
-    caption = element("figcaption", element("b", CRITERIA[selection.criterion][0]), element("ul", *keys))
-    return element("figure", curve(selection, name), caption)
-
-
-def _space_figure(selection: ChannelSelection, picture: GroupPicture, row: _Row) -> Element:
-    what = "Separability space" if selection.criterion == "silhouette" else "Channels by 1 − |correlation|"
-    one_kept = "the one kept" if selection.criterion == "coverage" else "the medoid"
-    keys = [
-        _key("ring", "kept"),
-        _key("dot", "pruned, a line to " + one_kept),
-        _key("alone", "alone in its cluster"),
-        element("li", f"axes show {picture.shares[0]:.1%} and {picture.shares[1]:.1%} of the squared distances"),
-    ]
-    caption = element("figcaption", element("b", what), element("ul", *keys))
-    return element("figure", space(selection, picture, row.label, row.unit), caption)
-
-
-def _key(kind: str, text: str) -> Element:
-    return element("li", element("i", class_=f"key {kind}"), text)
-
-
-def _clusters(selection: ChannelSelection, picture: GroupPicture) -> Element:
-    """What the script makes the table of clusters from, and the tips over the plane."""
-    return _data(
-        {
-            "labels": selection.labels,
-            "medoids": selection.medoids,
-            "kept": kept_components(selection, picture),
-            "colours": cluster_colours(picture.points, selection),
-            "xy": [x for position in placed(picture) for x in position],
-            "pairs": [[x for pair in pairs for x in (*pair[:2], round(pair[2], 2))] for pairs in picture.pairs],
-        }
-    )
-
-
-def _breakable(name: str) -> Iterator[Child]:
-    """A module's name, which may go on in another line behind its dots."""
-    first, *others = name.split(".")
-    yield first
-    for part in others:
-        yield "."
-        yield element("wbr")
-        yield part
-
-
-def _ranges(idxs: Sequence[int]) -> str:
-    """Ascending numbers, runs of three and more as ranges: 0, 3–7, 9."""
-    parts: list[str] = []
-    for _, run in groupby(enumerate(idxs), lambda pair: pair[1] - pair[0]):
-        numbers = [n for _, n in run]
-        parts += [f"{numbers[0]}–{numbers[-1]}"] if len(numbers) > 2 else map(str, numbers)
-    return ", ".join(parts)
