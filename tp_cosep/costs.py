@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from tp_cosep.groups import GroupView
 from tp_cosep.readers import on_inputs
 from tp_cosep.reading import Reading
 
-__all__ = ["UNITS", "Costs", "layer_costs", "measure_costs"]
+__all__ = ["UNITS", "Costs", "costs_beside", "layer_costs", "measure_costs"]
 
 #: What costs are counted in.
 UNITS = ("macs", "params")
@@ -118,6 +118,27 @@ def layer_costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, dict[str,
         owner = name.rpartition(".")[0] or name
         params[owner] = params.get(owner, 0) + p.numel()
     return {"macs": macs, "params": params}
+
+
+def costs_beside(
+    known: Mapping[str, Mapping[str, tuple[int, int]]],
+    before: Mapping[str, Mapping[str, int]],
+    after: Mapping[str, Mapping[str, int]],
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Costs before and after side by side, by unit and layer.
+
+    Args:
+        known: What an earlier step found so; what a layer cost before that step stays.
+        before: Of this step, see :func:`layer_costs`.
+        after: Likewise; a layer that is gone costs nothing.
+
+    Returns:
+        Pairs of costs.
+    """
+    return {
+        unit: {name: (known.get(unit, {}).get(name, (n, n))[0], after[unit].get(name, 0)) for name, n in layers.items()}
+        for unit, layers in before.items()
+    }
 
 
 def _is_depthwise(layer: Any) -> bool:

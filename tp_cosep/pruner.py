@@ -17,7 +17,7 @@ from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.compensator import Compensator
-from tp_cosep.costs import layer_costs
+from tp_cosep.costs import costs_beside, layer_costs
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
@@ -249,7 +249,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     self.choices.check_target()
                 if self.compensator is not None:
                     self.plan = replace(self.plan, new_biases=tuple(self.compensator.new_biases))
-                self._record_costs(costs)
+                after = layer_costs(self.model, self.run)
+                self.plan = replace(self.plan, costs=costs_beside(self.plan.costs, costs, after))
         except BaseException as error:
             # An interactive caller who stops early keeps what was pruned so far.
             if not isinstance(error, GeneratorExit):
@@ -448,16 +449,6 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _record(self, entry: GroupPlan) -> None:
         self.plan = replace(self.plan, groups=(*self.plan.groups, entry))
-
-    def _record_costs(self, before: Mapping[str, Mapping[str, int]]) -> None:
-        """Note what every layer costs now, beside what it did before this step and those that the plan has."""
-        after = layer_costs(self.model, self.run)
-        first = {unit: {name: n for name, (n, _) in layers.items()} for unit, layers in self.plan.costs.items()}
-        costs = {
-            unit: {name: (n, after[unit].get(name, 0)) for name, n in first.get(unit, layers).items()}
-            for unit, layers in before.items()
-        }
-        self.plan = replace(self.plan, costs=costs)
 
     def _record_unvisited(self) -> None:
         """List the layers that no group showed to this pruner, so that the plan hides nothing."""
