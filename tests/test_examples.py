@@ -51,3 +51,12 @@ def test_repair(capsys):
     for pruned, repaired, _ in results.values():
         assert repaired > pruned
     assert capsys.readouterr().out.count("repaired") == 3
+
+
+def test_report(capsys, tmp_path):
+    page = load("report").main(epochs=1, path=tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "A small VGG for handwritten digits" in page
+    assert all(f">{name}<" in page for name in ("conv1", "conv2", "conv3", "conv4"))
+    assert '"3":"three"' in page
+    assert "pruned, repaired" in page
+    assert capsys.readouterr().out.endswith("channels went\n")

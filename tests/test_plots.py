@@ -12,6 +12,7 @@ from matplotlib.colors import same_color, to_hex
 from matplotlib.figure import Figure
 
 from tp_cosep.errors import InputError, MissingDependencyError
+from tp_cosep.pictures import GroupPicture, plane
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.plots import plot_kept_channels, plot_mss, plot_separability_space
 from tp_cosep.selection import select_channels
@@ -83,6 +84,11 @@ class TestMss:
         _, _, selection = planted
         _, ax = plot_mss(replace(selection, keep_idxs=(0, 1, 2), prune_idxs=tuple(range(3, 24))))
         assert line(ax, "kept").get_label() == "kept: 3 of 24"
+
+    def test_heads_count_once(self, planted):
+        _, _, selection = planted
+        _, ax = plot_mss(selection.expanded(torch.arange(24).repeat_interleave(4)))
+        assert line(ax, "kept").get_label() == f"kept: {selection.k} of 24"
 
     def test_channel_groups_count_once(self, planted):
         _, _, selection = planted
@@ -224,6 +230,30 @@ class TestSeparabilitySpace:
         size = ax.collections[0].get_sizes()[0]
         assert n * size < 0.1 * area
         assert size > 12
+
+    def test_a_picture_draws_what_distances_do(self, planted):
+        """As a plan that was loaded has it: positions rounded to thousandths of the largest."""
+        _, distances, selection = planted
+        points, shares = plane(distances)
+        scale = float(points.abs().max())
+        picture = GroupPicture(tuple((x, y) for x, y in (points / scale).tolist()), scale, shares)
+        drawn = [plot_separability_space(given, selection)[1] for given in (distances, picture)]
+        (xy, colours, rings), (xy_again, colours_again, rings_again) = (self.drawn(ax, selection) for ax in drawn)
+        np.testing.assert_allclose(xy, xy_again)
+        np.testing.assert_allclose(rings, rings_again)
+        assert colours == colours_again
+        assert drawn[0].get_xlabel() == drawn[1].get_xlabel()
+
+    def test_heads_are_drawn_as_heads(self, planted):
+        _, distances, selection = planted
+        _, ax = plot_separability_space(distances, selection.expanded(torch.arange(24).repeat_interleave(4)))
+        xy, _, rings = self.drawn(ax, selection)
+        np.testing.assert_array_equal(rings, xy[list(selection.keep_idxs)])
+
+    def test_other_pictures_are_an_error(self, planted):
+        _, _, selection = planted
+        with pytest.raises(InputError, match=r"expected positions of shape \(24, 2\).*got \(3, 2\)"):
+            plot_separability_space(GroupPicture(((0.0, 0.0),) * 3, 1.0, (0.5, 0.5)), selection)
 
     def test_other_distances_are_an_error(self, planted):
         _, distances, selection = planted

@@ -20,6 +20,7 @@ from tp_cosep.groups import GroupView, is_output, prunable_groups, read_group, s
 from tp_cosep.head_importance import select_heads
 from tp_cosep.heads import attention_layers_of, heads_of, rerooted
 from tp_cosep.importance import CoSePSelector, ratio_for
+from tp_cosep.pictures import picture_of
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.reading import reading_of
 from tp_cosep.selection import ChannelSelection
@@ -53,6 +54,7 @@ class Choices:
         self._whole: float | None = None
         # Layerwise: the groups that had their turn.
         self._done: set[_Key] = set()
+        self._draws = True
         self.seen: set[str] = set()
 
     @property
@@ -157,6 +159,7 @@ class Choices:
         """The time of a copy that keeps so many components, as a share of the model's."""
         p, trial = self._pruner, self.saved()
         trial.begin()
+        trial._draws = False
         trial._count(room, kept)
         entries = tuple(trial.entries())
         # Together, since trace options may name parameters of the model.
@@ -247,7 +250,13 @@ class Choices:
 
     def _chosen(self, group: Any, view: GroupView, entry: GroupPlan) -> GroupPlan:
         selection, reason = self._choose(group, view)
-        return replace(entry, selection=selection, reason=reason)
+        return self.pictured(group, view, replace(entry, selection=selection, reason=reason))
+
+    def pictured(self, group: Any, view: GroupView, entry: GroupPlan) -> GroupPlan:
+        """The entry with a picture of its group, if there is a choice to draw; before anything is pruned."""
+        if entry.selection is None or not (self._draws and self._pruner.pictures):
+            return entry
+        return replace(entry, picture=picture_of(self._selector, group, view, entry.selection))
 
     def entry(self, group: Any, view: GroupView) -> GroupPlan:
         """The entry of a group before anything is chosen; with a reason if nothing is to be."""
@@ -322,12 +331,14 @@ class Choices:
             after = {name: n_left if n == n_heads else n for name, n in before.items()}
             if heads is not None or not p.prune_head_dims:
                 changed = {name: (n, after[name]) for name, n in before.items()}
-                yield replace(entry, selection=heads, reason=reason, unit="head", heads=changed)
+                whole = replace(entry, selection=heads, reason=reason, unit="head", heads=changed)
+                yield self.pictured(group, read_group(group, n_heads=n_heads), whole)
             if p.prune_head_dims:
                 dims, reason = self._choose(group, view)
                 if dims is not None:
                     dims = dims.first_channels(view.n_channels // n_heads * n_left)
-                yield replace(entry, selection=dims, reason=reason, heads={name: (n, n) for name, n in after.items()})
+                left = {name: (n, n) for name, n in after.items()}
+                yield self.pictured(group, view, replace(entry, selection=dims, reason=reason, heads=left))
 
     def _choose_heads(self, groups: list[Any]) -> list[_Choice]:
         """Selections of whole heads with the counts that this step is to keep, and how these came about."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -17,7 +17,7 @@ from tp_cosep.readers import on_inputs
 from tp_cosep.reading import Reading
 from tp_cosep.timing import layer_times
 
-__all__ = ["UNITS", "Costs", "measure_costs"]
+__all__ = ["UNITS", "Costs", "costs_beside", "layer_costs", "measure_costs"]
 
 #: What costs are counted in.
 UNITS = ("macs", "params", "latency")
@@ -101,6 +101,49 @@ def measure_costs(model: nn.Module, run: Callable[[], Any], views: Sequence[Grou
     return Costs([part for _, part, _ in parts], len(views))
 
 
+def layer_costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, dict[str, int]]:
+    """What every layer of a model costs.
+
+    Args:
+        model: The model.
+        run: Runs it on example inputs.
+
+    Returns:
+        By unit, see :data:`UNITS`: multiply-accumulates by the name of the layer, in the order in which the layers run;
+        and parameters by the name of the module that has them, or by their own if that is the model itself.
+    """
+    names = {layer: name for name, layer in model.named_modules()}
+    macs: dict[str, int] = {}
+    for layer, part, _ in _macs(model, run):
+        macs[names[layer]] = macs.get(names[layer], 0) + round(part.amount)
+    params: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        owner = name.rpartition(".")[0] or name
+        params[owner] = params.get(owner, 0) + p.numel()
+    return {"macs": macs, "params": params}
+
+
+def costs_beside(
+    known: Mapping[str, Mapping[str, tuple[int, int]]],
+    before: Mapping[str, Mapping[str, int]],
+    after: Mapping[str, Mapping[str, int]],
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Costs before and after side by side, by unit and layer.
+
+    Args:
+        known: What an earlier step found so; what a layer cost before that step stays.
+        before: Of this step, see :func:`layer_costs`.
+        after: Likewise; a layer that is gone costs nothing.
+
+    Returns:
+        Pairs of costs.
+    """
+    return {
+        unit: {name: (known.get(unit, {}).get(name, (n, n))[0], after[unit].get(name, 0)) for name, n in layers.items()}
+        for unit, layers in before.items()
+    }
+
+
 def _is_depthwise(layer: Any) -> bool:
     """Whether every output reads a single input, so that its inputs cost nothing beside its outputs."""
     return isinstance(layer, _ConvNd) and layer.groups == layer.in_channels == layer.out_channels
@@ -116,7 +159,8 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bo
         elif isinstance(layer, nn.RNNBase):
             n = prod(x.shape[:-1]) // max(x.shape[0 if layer.batch_first else 1], 1) if x.dim() == 3 else len(x)
         else:
-            n = Reading(layer).n_products(x.shape)
+            is_batch = not isinstance(layer, _ConvNd) or x.dim() == layer.weight.dim()
+            n = Reading(layer).n_products(x.shape if is_batch else torch.Size([1, *x.shape]))
         found[layer] = found.get(layer, 0.0) + n
 
     inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}

@@ -19,7 +19,7 @@ from tp_cosep.tracing import ROOT_TYPES
 if TYPE_CHECKING:
     from tp_cosep.importance import CoSePSelector
 
-__all__ = ["select_heads", "with_head_scores"]
+__all__ = ["head_distances", "select_heads", "with_head_scores"]
 
 
 def select_heads(
@@ -57,7 +57,7 @@ def select_heads(
     counts = n_keep if isinstance(n_keep, Sequence) else [n_keep] * len(groups)
     selections: list[ChannelSelection | None] = []
     for group, view, count, (n, n_shared) in zip(groups, views, counts, numbers, strict=True):
-        distances = _distances(selector, [view])
+        distances = head_distances(selector, [view])
         if distances is None:
             selections.append(None)
             continue
@@ -87,9 +87,9 @@ def _select_in_model(
             "scope='model': expected as many key-value heads as query heads, got fewer; use scope='layer'."
         )
     # Layers that were not measured have no place in the common space.
-    known = [i for i, view in enumerate(views) if _distances(selector, [view]) is not None]
+    known = [i for i, view in enumerate(views) if head_distances(selector, [view]) is not None]
     selections: list[ChannelSelection | None] = [None] * len(views)
-    distances = _distances(selector, [views[i] for i in known]) if known else None
+    distances = head_distances(selector, [views[i] for i in known]) if known else None
     if distances is None:
         return selections
     preferences = [p for i in known if (p := _preference(selector, groups[i], views[i])) is not None]
@@ -105,7 +105,20 @@ def _select_in_model(
     return selections
 
 
-def _distances(selector: CoSePSelector, views: Sequence[GroupView]) -> Tensor | None:
+def head_distances(selector: CoSePSelector, views: Sequence[GroupView]) -> Tensor | None:
+    """Distances between the heads of one or more attention groups, those of all groups one after another.
+
+    Args:
+        selector: A fitted selector.
+        views: Groups read with heads as components.
+
+    Returns:
+        ``[heads, heads]`` float64, or ``None`` if a group was not measured.
+
+    Raises:
+        NotFittedError: If the selector was not fitted.
+        InputError: If what was measured does not fit the layers.
+    """
     selector.check_fitted()
     if selector.metric != ATTENTION_JS:
         return selector.space.head_distances(views)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,14 +16,19 @@ from torch import nn
 from tp_cosep.batches import evaluating, run_model
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.files import replacing
+from tp_cosep.pictures import GroupPicture
 from tp_cosep.selection import ChannelSelection
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.surgery import add_biases, group_of, pruned
 from tp_cosep.tracing import trace
 
+if TYPE_CHECKING:
+    from tp_cosep.report import ModelStats
+
 __all__ = ["GroupPlan", "PruningPlan"]
 
 _FORMAT, _VERSION = "tp_cosep.plan", 1
+_CRITERIA = ("silhouette", "coverage")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class GroupPlan:
         reason: Why it was left alone, or how the count came about.
         unit: What was chosen among: ``"channel"``, or ``"head"`` for whole attention heads.
         heads: For attention layers their numbers of heads before and after, by name.
+        picture: The group in the plane and what its clusters tell apart, where that was recorded.
     """
 
     name: str
@@ -46,6 +53,7 @@ class GroupPlan:
     reason: str
     unit: str = "channel"
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    picture: GroupPicture | None = None
 
     def without(self, idxs: Iterable[int]) -> GroupPlan:
         """The entry with the channels that really went: ranking across layers decides them late."""
@@ -66,12 +74,15 @@ class PruningPlan:
         ignored_params: Names of parameters outside of layers that the groups leave alone.
         new_biases: Names of layers that were given a bias by a :class:`tp_cosep.Compensator`; :meth:`apply` gives
             them one of zeros, for weights to be loaded into.
+        costs: By unit (``"macs"``, ``"params"``) and layer what it costs before and after, see
+            :func:`tp_cosep.costs.layer_costs`; empty if that was not recorded.
     """
 
     groups: tuple[GroupPlan, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     ignored_params: tuple[str, ...] = ()
     new_biases: tuple[str, ...] = ()
+    costs: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -137,6 +148,31 @@ class PruningPlan:
                 ) from error
         return model
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        stats: Mapping[str, ModelStats] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
+        title: str | None = None,
+    ) -> None:
+        """Write a page about the plan: one HTML file that needs nothing else, see :mod:`tp_cosep.page`.
+
+        Args:
+            path: Of the file; one that exists is replaced only when the new one is complete.
+            stats: Measurements by the name of the model, the first one unpruned, see
+                :func:`tp_cosep.report.measure_models`.
+            class_names: By label; a label without a name stands for itself.
+            title: Of the page.
+
+        Raises:
+            InputError: If the folder does not exist, or an argument is not as it should be.
+        """
+        # The page needs what this module defines.
+        from tp_cosep.page import write_page
+
+        write_page(self, path, stats=stats, class_names=class_names, title=title)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an existing file is replaced only when the new one is complete.
 
@@ -149,6 +185,7 @@ class PruningPlan:
             "options": self.options,
             "ignored_params": self.ignored_params,
             "new_biases": self.new_biases,
+            "costs": self.costs,
             "groups": [_group_to_json(group) for group in self.groups],
         }
         with replacing(path, "plan") as temporary:
@@ -176,9 +213,10 @@ class PruningPlan:
             )
         try:
             groups = tuple(_group_from_json(group) for group in document["groups"])
-            names = (tuple(document.get(key, ())) for key in ("ignored_params", "new_biases"))
-            return cls(groups, dict(document["options"]), *names)
-        except (KeyError, TypeError, ValueError) as error:
+            ignored, biases = (tuple(document.get(key, ())) for key in ("ignored_params", "new_biases"))
+            costs = _costs_from_json(document.get("costs", {}))
+            return cls(groups, dict(document["options"]), ignored, biases, costs)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"plan {str(path)!r}: damaged, {type(error).__name__}: {error}.") from error
 
 
@@ -220,7 +258,31 @@ def _group_to_json(group: GroupPlan) -> dict[str, Any]:
         "unit": group.unit,
         "heads": {name: list(numbers) for name, numbers in group.heads.items()},
         "selection": selection,
+        "picture": None if group.picture is None else group.picture.to_json(),
     }
+
+
+def _costs_from_json(document: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
+    return {
+        unit: {name: (int(before), int(after)) for name, (before, after) in by_layer.items()}
+        for unit, by_layer in document.items()
+    }
+
+
+def _check_selection(name: str, selection: ChannelSelection) -> None:
+    if sorted(selection.keep_idxs + selection.prune_idxs) != list(range(selection.n_channels)):
+        raise ValueError(f"layer {name!r}: kept and pruned channels do not add up")
+    if len(selection.scores) != selection.n_channels:
+        raise ValueError(f"layer {name!r}: {len(selection.scores)} scores for its channels")
+    knee = 0 if selection.knee_k is None else selection.knee_k
+    numbers = (selection.k, knee, selection.knee_strength, *selection.ks, *selection.mss)
+    if not selection.ks or len(selection.ks) != len(selection.mss) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"layer {name!r}: expected a finite number for each k of its curve")
+    n_clusters, n = len(selection.medoids), len(selection.labels)
+    if not set(selection.labels) <= set(range(n_clusters)) or not set(selection.medoids) <= set(range(n)):
+        raise ValueError(f"layer {name!r}: labels and medoids do not fit each other")
+    if selection.criterion not in _CRITERIA:
+        raise ValueError(f"layer {name!r}: criterion is {selection.criterion!r}")
 
 
 def _group_from_json(document: dict[str, Any]) -> GroupPlan:
@@ -233,11 +295,11 @@ def _group_from_json(document: dict[str, Any]) -> GroupPlan:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document["selection"].items()}
         values["scores"] = torch.tensor(values["scores"], dtype=torch.float64)
         selection = ChannelSelection(**values)
-        if sorted(selection.keep_idxs + selection.prune_idxs) != list(range(selection.n_channels)):
-            raise ValueError(f"layer {document['name']!r}: kept and pruned channels do not add up")
-        if len(selection.scores) != selection.n_channels:
-            raise ValueError(f"layer {document['name']!r}: {len(selection.scores)} scores for its channels")
+        _check_selection(document["name"], selection)
     heads = {name: (int(before), int(after)) for name, (before, after) in document.get("heads", {}).items()}
+    picture = None
+    if selection is not None and document.get("picture") is not None:
+        picture = GroupPicture.from_json(document["picture"], selection)
     return GroupPlan(
         document["name"],
         document["side"],
@@ -246,4 +308,5 @@ def _group_from_json(document: dict[str, Any]) -> GroupPlan:
         document["reason"],
         document.get("unit", "channel"),
         heads,
+        picture,
     )

@@ -7,13 +7,12 @@ pyplot does not know of, so nothing has to be closed. matplotlib is imported whe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tp_cosep.errors import InputError, MissingDependencyError
+from tp_cosep.pictures import GroupPicture, cluster_colours, kept_components, plane
 from tp_cosep.plan import PruningPlan
 from tp_cosep.report import group_label
 from tp_cosep.selection import ChannelSelection
@@ -94,7 +93,7 @@ def _draw_knee(selection: ChannelSelection, ax: Axes) -> None:
 
 
 def _draw_count(selection: ChannelSelection, ax: Axes) -> None:
-    n_kept, n = len(_kept_components(selection)), len(selection.labels)
+    n_kept, n = len(kept_components(selection)), len(selection.labels)
     label = f"kept: {n_kept} of {n}"
     if n_kept not in selection.ks:  # one channel, or a count that a whole-model ranking decided
         ax.axvline(n_kept, color=_INK, lw=1.2, ls=":", label=label)
@@ -104,7 +103,7 @@ def _draw_count(selection: ChannelSelection, ax: Axes) -> None:
 
 
 def plot_separability_space(
-    distances: Tensor, selection: ChannelSelection, ax: Axes | None = None
+    distances: Tensor | GroupPicture, selection: ChannelSelection, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
     """Draw the channels of a group in the space that compares them, as far as two dimensions can show it.
 
@@ -113,7 +112,8 @@ def plot_separability_space(
     line joins each channel to its medoid. Channels alone in their cluster are grey, and kept ones have a ring.
 
     Args:
-        distances: ``[components, components]``, see :meth:`tp_cosep.CoSePSelector.distances`.
+        distances: ``[components, components]``, see :meth:`tp_cosep.CoSePSelector.distances`; or the ``picture`` of
+            a :class:`tp_cosep.GroupPlan`, which is at hand when the plan was loaded from a file.
         selection: What was selected of the same group.
         ax: Where to draw; a new figure by default.
 
@@ -125,16 +125,19 @@ def plot_separability_space(
         MissingDependencyError: If matplotlib is not installed.
     """
     n = len(selection.labels)
-    if distances.shape != (n, n):
+    picture = distances if isinstance(distances, GroupPicture) else None
+    shape = (n, n) if picture is None else (n, 2)
+    found = distances if isinstance(distances, Tensor) else distances.points
+    if found.shape != shape:
         raise InputError(
-            f"plot: expected distances of shape ({n}, {n}), one row per component of the selection, got "
-            f"{tuple(distances.shape)}; take them from the selector before pruning."
+            f"plot: expected {'distances' if picture is None else 'positions'} of shape {shape}, one row per component "
+            f"of the selection, got {tuple(found.shape)}; take them from the selector before pruning."
         )
     fig, ax = _figure_and_axes(ax, (7.0, 6.2))
-    points, shares = _plane(distances)
+    points, shares = plane(found) if picture is None else (found, picture.shares)
     size = min(max(2600 / n, 14), 90)
     _draw_clusters(points, selection, size, ax)
-    kept = _kept_components(selection)
+    kept = kept_components(selection, picture)
     x, y = points[kept].T.tolist()
     ax.scatter(x, y, s=1.9 * size, facecolors="none", edgecolors=_INK, linewidths=1.1, zorder=4)
     ax.set_xlabel(f"dimension 1: {shares[0]:.0%} of the squared distances")
@@ -182,33 +185,8 @@ def _explain_space(selection: ChannelSelection, n_kept: int, ax: Axes) -> None:
     )
 
 
-def _plane(distances: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """Classical multidimensional scaling to the plane.
-
-    B = −½ J D² J with J = I − 11ᵀ/n; the coordinates are eigenvectors of B times the roots of their
-    eigenvalues λ. For Euclidean distances Σ_ij D²_ij = 2 n Σ λ, so λ₁/Σλ and λ₂/Σλ are the shares of the squared
-    distances that the two axes show. Negative eigenvalues, which only distances that are not Euclidean have,
-    are left out.
-
-    Returns:
-        ``[n, 2]`` coordinates, the largest of each axis positive, and the two shares, 0 if all distances are 0.
-    """
-    squared = distances.detach().to("cpu", torch.float64) ** 2
-    centred = squared - squared.mean(0)
-    centred = -0.5 * (centred - centred.mean(1, keepdim=True))
-    values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
-    values = values.clamp(min=0).abs()  # no −0
-    points = torch.zeros(len(squared), 2, dtype=torch.float64)
-    m = min(2, len(squared))
-    points[:, :m] = (vectors * values.sqrt()).flip(1)[:, :m]
-    points *= torch.where(points.gather(0, points.abs().argmax(0)[None]) < 0, -1.0, 1.0)
-    shown = [*values.flip(0)[:m].tolist(), 0.0]
-    total = float(values.sum()) or 1.0
-    return points, (shown[0] / total, shown[1] / total)
-
-
 def _draw_clusters(points: Tensor, selection: ChannelSelection, size: float, ax: Axes) -> None:
-    colours = _cluster_colours(points, selection)
+    colours = [_CLUSTER_COLOURS[c] if c >= 0 else _GREY for c in cluster_colours(points, selection)]
     for j, (medoid, colour) in enumerate(zip(selection.medoids, colours, strict=True)):
         members = [i for i, label in enumerate(selection.labels) if label == j]
         for i in members:
@@ -217,23 +195,6 @@ def _draw_clusters(points: Tensor, selection: ChannelSelection, size: float, ax:
                 ax.plot(x, y, color=colour, lw=0.9, alpha=0.6, zorder=2)
         x, y = points[members].T.tolist()
         ax.scatter(x, y, s=size, color=colour, linewidths=0, zorder=3)
-
-
-def _cluster_colours(points: Tensor, selection: ChannelSelection) -> Sequence[str]:
-    """A colour per cluster: of the palette, the one whose clusters so far are the furthest away."""
-    medoids = points[list(selection.medoids)]
-    between = torch.cdist(medoids, medoids)
-    chosen: list[int] = []
-    for j, row in enumerate(between):
-        if selection.labels.count(j) == 1:
-            chosen.append(-1)
-            continue
-        gaps = [
-            min((float(row[i]) for i in range(j) if chosen[i] == colour), default=float("inf"))
-            for colour in range(len(_CLUSTER_COLOURS))
-        ]
-        chosen.append(gaps.index(max(gaps)))
-    return [_GREY if colour < 0 else _CLUSTER_COLOURS[colour] for colour in chosen]
 
 
 def plot_kept_channels(plan: PruningPlan, ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -292,11 +253,6 @@ def _final_counts(plan: PruningPlan) -> tuple[dict[str, int], dict[str, int], di
 
 def _channels(n: int) -> str:
     return "1 channel" if n == 1 else f"{n} channels"
-
-
-def _kept_components(selection: ChannelSelection) -> list[int]:
-    """The components kept: with channel groups, the slots."""
-    return sorted({c % len(selection.labels) for c in selection.keep_idxs})
 
 
 def _figure_and_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:

@@ -17,7 +17,7 @@ from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.compensator import Compensator
-from tp_cosep.costs import UNITS
+from tp_cosep.costs import UNITS, costs_beside, layer_costs
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
@@ -88,6 +88,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             model, fitted or not. After fine-tuning it measures anew before it is used again.
         recalibrate: Estimate BatchNorm statistics anew on ``loader`` after each step (each group with ``layerwise``),
             before fine-tuning, see :func:`tp_cosep.recalibrate`.
+        pictures: Record in the plan what :meth:`PruningPlan.report` draws of each group: its channels in the plane, and
+            which classes their clusters tell apart.
         fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``, which repair and ``recalibrate``
             read batches with too.
         **options: Every other keyword of ``tp.pruner.BasePruner``.
@@ -127,6 +129,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         verify: bool = True,
         compensate: bool | str | Compensator = False,
         recalibrate: bool = False,
+        pictures: bool = True,
         fit_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -162,6 +165,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.adapt = adapt
         self.on_failure = on_failure
         self.verify = verify
+        self.pictures = pictures
         self.fit_options = fit_options or {}
         self.plan = PruningPlan(
             options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
@@ -256,6 +260,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._pending.clear()
                 self._left.clear()
                 self._check.expect_shapes()
+                costs = layer_costs(self.model, self.run)
                 if self.loader is not None and (self.current_step > 1 or not self.importance.is_fitted):
                     self._fit()
                 self._fit_compensator()
@@ -273,6 +278,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     self.choices.check_target()
                 if self.compensator is not None:
                     self.plan = replace(self.plan, new_biases=tuple(self.compensator.new_biases))
+                after = layer_costs(self.model, self.run)
+                self.plan = replace(self.plan, costs=costs_beside(self.plan.costs, costs, after))
         except BaseException as error:
             # An interactive caller who stops early keeps what was pruned so far.
             if not isinstance(error, GeneratorExit):
@@ -406,7 +413,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 scores = None if selection is None else selection.scores
                 scores = with_head_scores(selector, group, scores, self.num_heads)
                 reason = "ranked against other layers" if scores is not None else NOT_MEASURED
-                entry = replace(entry, selection=selection, reason=reason)
+                entry = self.choices.pictured(group, view, replace(entry, selection=selection, reason=reason))
         except InputError as error:
             scores, entry = None, self.choices.refused(group, error)
         self._pending[self._key(group)] = entry

@@ -32,6 +32,7 @@ __all__ = [
     "measure_models",
     "model_rows",
     "model_table",
+    "quantity",
 ]
 
 _NOTHING = "–"
@@ -319,7 +320,7 @@ def _measurements(row: ModelRow, *, is_base: bool) -> Iterable[Text]:
     values = (
         _NOTHING if row.stats.accuracy is None else f"{row.stats.accuracy:.2%}",
         f"{row.stats.n_parameters:,}",
-        _quantity(row.stats.n_macs),
+        quantity(row.stats.n_macs),
         f"{1000 * row.stats.latency:.2f} ms",
     )
     if is_base:
@@ -330,7 +331,7 @@ def _measurements(row: ModelRow, *, is_base: bool) -> Iterable[Text]:
     return [Text(f"{value}\n").append(other, "dim") for value, other in zip(values, beside, strict=True)]
 
 
-def _quantity(n: int) -> str:
+def quantity(n: int) -> str:
     """A count in three digits and a unit: 950, 15.3 k, 1.53 M, 4.09 G."""
     value, units = float(n), ["", " k", " M", " G", " T"]
     while value >= 999.5 and len(units) > 1:
