@@ -148,8 +148,8 @@ def select(name: str, n_classes: int, n_pairs: int) -> None:
         found[what] = timed(lambda s=selector: [s.select(group) for group in groups])  # type: ignore[misc]
         used = time.process_time() - used
         print(
-            f"{what}: {found[what][1]:.0f} s, {used:.0f} s of processors, {peak_mib() - before:.0f} MiB above the moments, "
-            f"relative standard error at most {max(selector.sampling_errors.values(), default=0):.3f}",
+            f"{what}: {found[what][1]:.0f} s, {used:.0f} s of processors, {peak_mib() - before:.0f} MiB above the "
+            f"moments, relative standard error at most {max(selector.sampling_errors.values(), default=0):.3f}",
             flush=True,
         )
     exact = found.pop("all pairs")[0]
