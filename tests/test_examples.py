@@ -1,6 +1,8 @@
 """The examples run, on a net that was trained too little, and do what they say."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,37 @@ def test_quantise(capsys):
     assert n_bytes["pruned and quantised"] < 0.35 * n_bytes["pruned"]
     assert results["pruned and quantised"][1] > results["pruned"][1] - 0.02 > 0.8
     assert capsys.readouterr().out.count("bytes, accuracy") == 4
+
+
+def test_the_notebook_runs_anew(monkeypatch):
+    pytest.importorskip("ipykernel")
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    for there, shorter in {
+        'train_net("digits", seed=0)': 'train_net("digits", seed=0, epochs=2)',
+        "0.7, 0.5, 0.35, 0.25, ": "",
+    }.items():
+        (cell,) = [cell for cell in notebook.cells if there in cell.source]
+        cell.source = cell.source.replace(there, shorter)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()  # raises what a cell raises
+    printed = "".join(o.text for c in notebook.cells for o in c.get("outputs", ()) if o.output_type == "stream")
+    shares = [float(share) for share in re.findall(r"accuracy ([\d.]+)%", printed)]
+    assert len(shares) == 11
+    trained, pruned, repaired, *_ = shares
+    assert min(trained, repaired) > max(80, pruned)
+    assert sum("image/png" in o.get("data", ()) for c in notebook.cells for o in c.get("outputs", ())) == 4
+
+
+def test_the_notebook_is_kept_with_its_output():
+    path = EXAMPLES / "notebook.ipynb"
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert all(cell["outputs"] for cell in cells[1:])  # the first has imports alone
+    assert not any(
+        output["output_type"] == "error" or output.get("name") == "stderr"
+        for cell in cells
+        for output in cell["outputs"]
+    )
+    assert path.stat().st_size < 300_000
