@@ -2,6 +2,8 @@
 
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 from snippets import ROOT, Classifier, python_blocks, run_blocks
@@ -63,3 +65,33 @@ def test_the_api_has_every_public_name():
     documented = re.findall(r"^::: tp_cosep\.(\w+)$", text, re.MULTILINE)
     assert {*tp_cosep.__all__} <= {*documented}
     assert len(documented) == len({*documented})
+
+
+def test_the_site_is_built_without_warnings_and_asks_no_other_server(tmp_path):
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        ROOT / "mkdocs.yml",
+        "-d",
+        tmp_path,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    pages = {
+        path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")
+    }
+    assert len(pages) > 20
+    for name, html in pages.items():
+        assert not re.search(
+            r'<(?:script|img|iframe)[^>]*\bsrc="?(?:https?:)?//|<link[^>]*\bhref="?https?://\S+css', html
+        ), name
+        assert not re.search(r":(?:attr|class|data|func|meth|mod):", html), name
+    anchors = set(re.findall(r'id="?tp_cosep\.(\w+)"?', "".join(pages.values())))
+    assert {*tp_cosep.__all__} <= anchors
+    assert 'href="#tp_cosep.CoSePSelector.fit"' in pages["api/selector/index.html"]  # from a role in a docstring
