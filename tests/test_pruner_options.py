@@ -229,6 +229,31 @@ def test_forward_fn_runs_the_model():
     assert len(calls) > 4
 
 
+def test_repair_is_told_of_parameters_outside_of_layers():
+    class Positioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 10, 1), nn.Linear(10, 4)
+            self.position = nn.Parameter(torch.randn(1, 12, 8, 8))  # Torch-Pruning would take the last dimension
+
+        def forward(self, x):
+            return self.head(torch.relu(self.second(torch.relu(self.first(x) + self.position))).mean((2, 3)))
+
+    model, (x, y) = initialise(Positioned()), images()
+    pruner = CoSePPruner(
+        model,
+        x[:1],
+        fitted(model, x, y),
+        pruning_ratio=0.5,
+        loader=[(x, y)],
+        compensate=True,
+        unwrapped_parameters=[(model.position, 1)],
+    )
+    pruner.step()
+    assert model.position.shape == (1, 6, 8, 8)
+    assert {repair.name for repair in pruner.compensator.repairs if not repair.reason} == {"second", "head"}
+
+
 def test_pruners_share_no_defaults():
     def grouped():
         layers = [nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=2), nn.Flatten(), nn.Linear(12 * 64, 4)]

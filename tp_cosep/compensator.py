@@ -87,6 +87,7 @@ class Compensator:
         memory_budget: Bytes that the second moments may take.
         seed: Of the positions.
         forward_fn: As for the pruner.
+        **trace_options: As for the pruner: ``unwrapped_parameters``, ``output_transform``, ``customized_pruners``.
 
     Attributes:
         repairs: One :class:`Repair` per reader of every group so far.
@@ -125,6 +126,7 @@ class Compensator:
         memory_budget: int = 2**32,
         seed: int = 0,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        **trace_options: Any,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"Compensator: expected mode of {list(MODES)}, got {mode!r}.")
@@ -142,6 +144,7 @@ class Compensator:
         self.memory_budget = memory_budget
         self.seed = seed
         self.forward_fn = forward_fn
+        self.trace_options = trace_options
         self.repairs: list[Repair] = []
         self.new_biases: list[str] = []
         self._readers: dict[nn.Module, MeasuredReader] = {}
@@ -187,7 +190,11 @@ class Compensator:
                 f"batches, got a {type(loader).__name__} that can be read once."
             )
         readings = find_readings(
-            self.model, self.example_inputs, max_features=self.max_features, forward_fn=self.forward_fn
+            self.model,
+            self.example_inputs,
+            max_features=self.max_features,
+            forward_fn=self.forward_fn,
+            **self.trace_options,
         )
         self._check_memory(readings)
         readers = {r.layer: MeasuredReader.whole(name, r) for name, r in readings.items()}

@@ -127,7 +127,7 @@ def compensator_for(
     model: nn.Module,
     example_inputs: Any,
     loader: Iterable[Any] | None,
-    forward_fn: Callable[[nn.Module, Any], Any] | None,
+    trace_options: Mapping[str, Any],
 ) -> Compensator | None:
     """The compensator that ``compensate=`` of :class:`tp_cosep.CoSePPruner` asks for.
 
@@ -145,7 +145,7 @@ def compensator_for(
         made = compensate
     else:
         mode = "one-shot" if compensate is True else compensate
-        made = Compensator(model, example_inputs, mode=mode, forward_fn=forward_fn)
+        made = Compensator(model, example_inputs, mode=mode, **trace_options)
     if loader is None and not made.is_fitted:
         raise InputError("CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator.")
     return made

@@ -154,7 +154,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         if recalibrate and loader is None:
             raise InputError("CoSePPruner: recalibrate=True runs the model on calibration data; pass loader=.")
-        self.compensator = compensator_for(compensate, model, example_inputs, loader, options.get("forward_fn"))
+        self._trace_options = {k: v for k, v in options.items() if k in _TRACE_OPTIONS}
+        self.compensator = compensator_for(compensate, model, example_inputs, loader, self._trace_options)
         self.recalibrate = recalibrate
         self._is_stale = False
         self.example_inputs = example_inputs
@@ -171,7 +172,6 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
             | ({} if target is None else {"target": dict(target)})
         )
-        self._trace_options = {k: v for k, v in options.items() if k in _TRACE_OPTIONS}
         # The stock pruner writes into these, and its default dicts are shared by all pruners.
         if options.get("num_heads") is None:
             options["num_heads"] = attention_heads(model)

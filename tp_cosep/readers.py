@@ -26,7 +26,7 @@ def find_readings(
     *,
     max_features: int,
     ignored: Iterable[nn.Module] = (),
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    **trace_options: Any,
 ) -> dict[str, Reading]:
     """How every layer reads that reads channels of a group and can be refitted.
 
@@ -35,13 +35,12 @@ def find_readings(
         example_inputs: For tracing.
         max_features: Taps of kernels, and positions of flattened maps, have features of their own up to this many.
         ignored: Groups that contain one of these are left out.
-        forward_fn: As for the pruner.
+        **trace_options: As for ``DependencyGraph.build_dependency``.
 
     Returns:
         Readings by layer name.
     """
-    options = {} if forward_fn is None else {"forward_fn": forward_fn}
-    graph = trace(model, example_inputs, **options)
+    graph = trace(model, example_inputs, **trace_options)
     views = [view for _, view in readable(prunable_groups(graph, ignored, ROOT_TYPES))]
     return readings_of(views, max_features=max_features)
 
