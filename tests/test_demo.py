@@ -58,8 +58,8 @@ class TestRun:
     def test_files(self, finished):
         folder, result, text = finished
         plots = {"kept_channels.png", *(f"{layer}_{kind}.png" for layer in LAYERS for kind in ("mss", "space"))}
-        assert {path.name for path in folder.iterdir()} == {"model.pt", "plan.json", *plots}
-        assert {path.name for path in result.files} == {"model.pt", "plan.json", *plots}
+        assert {path.name for path in folder.iterdir()} == {"model.pt", "plan.json", "report.html", *plots}
+        assert {path.name for path in result.files} == {"model.pt", "plan.json", "report.html", *plots}
         for name in plots:
             picture = imread(folder / name)
             assert min(picture.shape[:2]) > 300
@@ -148,8 +148,8 @@ class TestRun:
     def test_without_matplotlib(self, blind):
         folder, result, text = blind
         assert "plots skipped: pip install 'tp_cosep[plots]'" in text
-        assert {path.name for path in folder.iterdir()} == {"model.pt", "plan.json"}
-        assert {path.name for path in result.files} == {"model.pt", "plan.json"}
+        assert {path.name for path in folder.iterdir()} == {"model.pt", "plan.json", "report.html"}
+        assert {path.name for path in result.files} == {"model.pt", "plan.json", "report.html"}
 
     def test_leaves_torch_as_it_was(self, tmp_path, monkeypatch):
         """Threads and random numbers, also if the demo fails."""

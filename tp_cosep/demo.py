@@ -162,7 +162,9 @@ def _run(images: ImageData, recipe: _Recipe, folder: Path, seed: int, console: C
         f"{'thread' if torch.get_num_threads() == 1 else 'threads'}\n"
     )
     model = models["pruned, fine-tuned"]
-    files = [*_save_model(model, plan, recipe, images, folder), *_save_plots(shown, distances, folder, say)]
+    page = folder / "report.html"
+    shown.report(page, stats=stats, title=f"The demo on {images.source}")
+    files = [*_save_model(model, plan, recipe, images, folder), page, *_save_plots(shown, distances, folder, say)]
     say(f"{folder}: {', '.join(path.name for path in files)}\n")
     reload = _reload_code(recipe, images, folder)
     say(f"load the pruned model again:\n\n{reload}", soft_wrap=True)

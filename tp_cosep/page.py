@@ -74,9 +74,7 @@ def _by_label(class_names: Sequence[str] | Mapping[int, str] | None) -> dict[int
 
 def _page(plan: PruningPlan, stats: Mapping[str, ModelStats], names: Mapping[int, str], title: str) -> str:
     rows = list(rows_of(plan))
-    style, script = (
-        files(tp_cosep).joinpath("assets", name).read_text("utf-8") for name in ("report.css", "report.js")
-    )
+    style, script = ((files(tp_cosep) / "assets" / name).read_text("utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
