@@ -16,6 +16,7 @@ from tp_cosep.moments import ClassMoments
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.pruner import CoSePPruner
 from tp_cosep.recalibration import recalibrate
+from tp_cosep.saving import load, save
 from tp_cosep.selection import ChannelSelection
 
 __version__ = "0.1.0"
@@ -37,5 +38,7 @@ __all__ = [
     "PruningPlan",
     "Repair",
     "attention_heads",
+    "load",
     "recalibrate",
+    "save",
 ]
