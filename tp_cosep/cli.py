@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from tp_cosep.command.arguments import parser
@@ -32,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = parse(parser(), sys.argv[1:] if argv is None else argv)
     try:
-        if hasattr(options, "model"):
-            _import_torchvision()
-        import_module(options.run).run(options)
+        with _short_warnings(is_on=not options.debug):
+            if hasattr(options, "model"):
+                _import_torchvision()
+            import_module(options.run).run(options)
     except KeyboardInterrupt:
         print("\ntp-cosep: interrupted", file=sys.stderr)
         if options.command == "prune":
@@ -46,6 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tp-cosep: {' '.join(str(error).split())}", file=sys.stderr)
         return _FAILED
     return 0
+
+
+@contextmanager
+def _short_warnings(*, is_on: bool) -> Iterator[None]:
+    """Show warnings without the line of code that they come from."""
+    before = warnings.formatwarning
+    if is_on:
+        warnings.formatwarning = lambda message, *_, **__: f"tp-cosep: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _import_torchvision() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from tp_cosep._demo_data import read_idx
-from tp_cosep.batches import n_samples, take_samples
+from tp_cosep.batches import n_samples, peek, take_samples
 from tp_cosep.command.models import Pictures, _called, function_of, module_of
 from tp_cosep.distributed import place
 from tp_cosep.errors import InputError
@@ -40,6 +40,7 @@ class Data:
         train: Batches of an epoch, shuffled by its number; as many in every process.
         calibration: Training samples without augmentation, the same ones every time.
         test: Test samples, which serve for nothing but accuracies.
+        first: A batch of whatever size, the same one in every process.
         class_names: Where they are known.
     """
 
@@ -47,6 +48,7 @@ class Data:
     train: Callable[[int], Iterable[Any]]
     calibration: Iterable[Any]
     test: Iterable[Any]
+    first: Any
     class_names: tuple[str, ...] | None = None
 
 
@@ -90,6 +92,7 @@ def _from_loaders(options: argparse.Namespace) -> Data:
         lambda epoch: _Shared(train, seed=options.seed + 1 + epoch, even=True),
         _Shared(train, seed=options.seed, n=options.calibration),
         _Shared(test, seed=options.seed),
+        peek(_seeded(train, options.seed))[0],
     )
 
 
@@ -195,6 +198,7 @@ def _from_pictures(
         epoch_of,
         DataLoader(Subset(_Transformed(train, plain), chosen[rank::world]), **settings),
         DataLoader(Subset(_Transformed(test, plain), range(rank, len(test), world)), **settings),
+        next(iter(DataLoader(Subset(_Transformed(train, plain), chosen[:1])))),
         tuple(class_names) if class_names else None,
     )
 

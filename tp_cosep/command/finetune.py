@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tp_cosep.batches import BatchReader, evaluating, run_model
 from tp_cosep.command.data import Data
 from tp_cosep.command.models import logits_of
 from tp_cosep.command.processes import Processes
+from tp_cosep.distributed import agreed
 from tp_cosep.errors import InputError
 from tp_cosep.files import replacing
 from tp_cosep.saving import read_tensors, write_tensors
@@ -80,11 +82,12 @@ def fine_tune(
         for epoch in range(first, training.epochs):
             start = time.perf_counter()
             loss = _epoch(wrapped, prepared, data, training, processes, reader, epoch)
+            agreed(partial(_check_finite, loss, epoch))
             took = time.perf_counter() - start
-            processes.say(f"  epoch {epoch + 1} of {training.epochs}: loss {loss:.4f}, {took:.1f} s")
             if kept is not None and processes.is_first:
                 _keep(kept, model, optimizer, accelerator, epoch + 1)
             processes.wait()
+            processes.say(f"  epoch {epoch + 1} of {training.epochs}: loss {loss:.4f}, {took:.1f} s")
     finally:
         # Mixed precision wraps the model's forward; pruning and saving want the model itself.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
@@ -106,25 +109,29 @@ def accuracy(model: nn.Module, data: Data, processes: Processes) -> float:
     Raises:
         InputError: If there are no test samples, or labels that the model has no score for.
     """
+    n_right, n = processes.sum(agreed(lambda: _counted(model, data, processes)))
+    if not n:
+        raise InputError("data: expected samples for testing, found none.")
+    return n_right / n
+
+
+def _counted(model: nn.Module, data: Data, processes: Processes) -> list[int]:
+    """Right answers and samples of this process."""
     reader = BatchReader(model, None, predicted=False)
-    n_right, n, largest, n_classes = 0, 0, 0, None
+    n_right, n = 0, 0
     with evaluating(model):
         for i, batch in enumerate(_bar(data.test, "accuracy", processes)):
             inputs, given = reader.split(batch, i)
             scores = logits_of(run_model(model, inputs))
             labels = reader.labels(scores, given, i)
+            if len(labels) and int(labels.max()) >= scores.shape[1]:
+                raise InputError(
+                    f"model: it has scores for {scores.shape[1]} classes, the data has a label {int(labels.max())}; "
+                    "say what the model needs with --model-args, such as num_classes=10."
+                )
             n_right += int((scores.argmax(1) == labels).sum())
             n += len(labels)
-            largest, n_classes = max(largest, int(labels.max()) if n else 0), scores.shape[1]
-    if n_classes is not None and largest >= n_classes:
-        raise InputError(
-            f"model: it has scores for {n_classes} classes, the data has a label {largest}; say what the model needs "
-            "with --model-args, such as num_classes=10."
-        )
-    n_right, n = processes.sum([n_right, n])
-    if not n:
-        raise InputError("data: expected samples for testing, found none.")
-    return n_right / n
+    return [n_right, n]
 
 
 def _epoch(
@@ -155,10 +162,12 @@ def _epoch(
         n += 1
     if not n:
         raise InputError("data: expected batches for training, found none; lower --batch-size.")
-    mean = float(total) / n
-    if not math.isfinite(mean):
-        raise InputError(f"fine-tuning: the loss is {mean} in epoch {epoch + 1}; lower --learning-rate.")
-    return mean
+    return float(total) / n
+
+
+def _check_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise InputError(f"fine-tuning: the loss is {loss} in epoch {epoch + 1}; lower --learning-rate.")
 
 
 def _length(batches: Any) -> int | None:

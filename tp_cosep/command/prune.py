@@ -17,6 +17,7 @@ from tp_cosep import saving
 from tp_cosep.command.finetune import Training, accuracy, fine_tune
 from tp_cosep.command.processes import Processes, processes
 from tp_cosep.command.selecting import Subject, fit_options, fitted, prepare, pruner_options, selector_of
+from tp_cosep.distributed import agreed
 from tp_cosep.errors import InputError
 from tp_cosep.files import replacing
 from tp_cosep.moment_files import fingerprint
@@ -75,7 +76,7 @@ class _Run:
         options, say = self.options, self.processes.say
         subject = prepare(options, self.processes)
         model_id = fingerprint(subject.model)
-        goes_on = self._goes_on(model_id)
+        goes_on = agreed(lambda: self._goes_on(model_id))
         if options.dry_run:
             self._describe(goes_on)
             return

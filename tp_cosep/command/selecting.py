@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_cosep.batches import BatchReader, evaluating, n_samples, peek, run_model, take_samples
+from tp_cosep.batches import BatchReader, evaluating, n_samples, run_model, take_samples
 from tp_cosep.command.data import Data, load_data
 from tp_cosep.command.models import logits_of, make_model, pictures_of
 from tp_cosep.command.processes import Processes
+from tp_cosep.distributed import agreed
 from tp_cosep.errors import InputError
 from tp_cosep.importance import CoSePSelector
 
-__all__ = ["Subject", "fit_options", "prepare", "pruner_options", "selector_of"]
+__all__ = ["Subject", "fit_options", "fitted", "prepare", "pruner_options", "selector_of"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ def prepare(options: argparse.Namespace, processes: Processes) -> Subject:
     Raises:
         InputError: If the model or the data cannot be used, alone or together.
     """
+    return agreed(lambda: _prepared(options, processes))
+
+
+def _prepared(options: argparse.Namespace, processes: Processes) -> Subject:
     torch.manual_seed(options.seed)
     model = make_model(options)
     data = load_data(options, pictures_of(options, model))
     model.to(processes.device)
-    first, _ = peek(data.test if _is_empty(data.calibration) else data.calibration)
-    inputs, _ = BatchReader(model, None, predicted=False).split(first, 0)
+    inputs, _ = BatchReader(model, None, predicted=False).split(data.first, 0)
     n = n_samples(inputs)
     if not n:
         raise InputError("data: expected batches with samples, the first one has none.")
@@ -72,11 +76,6 @@ def prepare(options: argparse.Namespace, processes: Processes) -> Subject:
     if options.weights is None and not options.pretrained and not options.model.startswith("hf:"):
         processes.say("note   no --weights: the weights are those that the model is made with")
     return Subject(model, data, example)
-
-
-def _is_empty(batches: Any) -> bool:
-    """Whether a process got no share of the data."""
-    return next(iter(batches), None) is None
 
 
 def selector_of(options: argparse.Namespace) -> CoSePSelector:
