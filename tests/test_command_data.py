@@ -80,6 +80,9 @@ def test_a_folder_of_classes_is_split(tmp_path):
 
 def test_folders_for_training_and_testing(tmp_path):
     write_pictures(tmp_path / "train")
+    alone = load_data(options(f"imagefolder:{tmp_path}", **PLAIN), ANY)
+    assert alone.class_names == ("a", "b", "c", "d")
+    assert len(greys(alone.test)[0]) == 10
     write_pictures(tmp_path / "val", 8)
     data = load_data(options(f"imagefolder:{tmp_path}", **PLAIN), ANY)
     train, _ = greys(data.train(0))

@@ -241,12 +241,10 @@ def _image_folder(folder: Path, options: argparse.Namespace) -> tuple[Any, Any, 
     datasets = module_of("torchvision", "cli").datasets
     if not folder.is_dir():
         raise InputError(f"data {options.data!r}: no such folder.")
-    parts = _part(folder, _TRAIN), _part(folder, _TEST)
-    if None in parts:
-        parts = folder, None
+    first, second = _part(folder, _TRAIN), _part(folder, _TEST)
     try:
-        train = datasets.ImageFolder(str(parts[0]))
-        test = None if parts[1] is None else datasets.ImageFolder(str(parts[1]))
+        train = datasets.ImageFolder(str(first or folder))
+        test = None if first is None or second is None else datasets.ImageFolder(str(second))
     except FileNotFoundError as error:
         raise InputError(f"data {options.data!r}: expected a folder of pictures for every class: {error}") from error
     if test is not None and train.classes != test.classes:
