@@ -156,6 +156,22 @@ def test_chance_in_loaders_is_that_of_the_seed():
     assert torch.equal(samples(data.train(1)), samples(data.train(1)))
 
 
+class Noise:
+    """A loader whose batches are by chance."""
+
+    def __iter__(self):
+        for _ in range(3):
+            yield torch.rand(2, 1), torch.zeros(2, dtype=torch.int64)
+
+
+def test_chance_goes_on_from_batch_to_batch(monkeypatch):
+    monkeypatch.setattr(project, "make_loaders", lambda: (Noise(), Noise()))
+    data = load_data(options("project:make_loaders"), ANY)
+    first = [x.tolist() for x, _ in data.calibration]
+    assert first[0] != first[1] != first[2]
+    assert [x.tolist() for x, _ in data.calibration] == first
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import project
 import pytest
@@ -20,6 +21,8 @@ from torch import nn
 import tp_cosep
 from tp_cosep import PruningPlan, cli
 from tp_cosep.command import finetune, prune
+from tp_cosep.command.data import Data
+from tp_cosep.command.processes import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ["manifest.json", "plan.json", "summary.json", "weights.safetensors"]
@@ -127,6 +130,23 @@ def test_pictures_and_mixed_precision(tmp_path):
     found = tp_cosep.load(tmp_path / "out", project.make_photo_net)
     assert {p.dtype for p in found.parameters()} == {torch.float32}
     assert found[0].out_channels == 6
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_training_leaves_nothing_on_the_model(precision):
+    """Accelerate wraps what it trains; pruning goes on with the model itself."""
+    net, options = project.make_mlp(), SimpleNamespace(device="cpu", mixed_precision=precision)
+    before = set(vars(net))
+    seen = []
+    net[1].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    x, y = torch.randn(20, 1, 8, 8), torch.arange(20) % 10
+    data = Data("", lambda epoch: [(x, y)], [], [], (x, y))
+    training = finetune.Training(epochs=1, optimizer="sgd", learning_rate=0.1, weight_decay=0.0, seed=0)
+    with processes(options) as together:
+        finetune.fine_tune(net, data, training, together)
+    assert set(vars(net)) == before
+    assert net(x).dtype == torch.float32
+    assert seen == [{"no": torch.float32, "bf16": torch.bfloat16}[precision], torch.float32]
 
 
 def test_dry_run(tmp_path, capsys):
