@@ -77,7 +77,7 @@ def fine_tune(
     optimizer = training.optimizer_of(model)
     first = 0 if kept is None or not kept.is_file() else _restore(kept, model, optimizer, accelerator)
     reader = BatchReader(model, None, predicted=False)
-    own_forward = vars(model).get("forward")
+    own = set(vars(model))
     wrapped, prepared = accelerator.prepare(model, optimizer)
     try:
         for epoch in range(first, training.epochs):
@@ -92,8 +92,8 @@ def fine_tune(
     finally:
         # Mixed precision wraps the model's forward; pruning and saving want the model itself.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        if own_forward is None:
-            vars(model).pop("forward", None)
+        for name in vars(model).keys() - own:
+            del vars(model)[name]
         accelerator.free_memory()
         model.eval()
 
