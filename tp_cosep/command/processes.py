@@ -63,7 +63,8 @@ def processes(options: argparse.Namespace) -> Iterator[Processes]:
         MissingDependencyError: If Accelerate is not installed.
     """
     accelerate = module_of("accelerate", "cli")
-    on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    # torch.accelerator is newer than the oldest torch that this library takes.
+    on_cpu = options.device == "cpu" or not getattr(torch, "accelerator", torch.cuda).is_available()
     precision = getattr(options, "mixed_precision", "no")
     try:
         yield Processes(accelerate.Accelerator(mixed_precision=precision, cpu=on_cpu))
