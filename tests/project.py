@@ -47,6 +47,12 @@ def make_mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 10))
 
 
+def make_normed_mlp():
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 32), nn.BatchNorm1d(32, momentum=0.9), nn.ReLU(), nn.Linear(32, 24), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(24, 10))
+
+
 def make_photo_net(num_classes=4, n_channels=3):
     torch.manual_seed(0)
     layers = [nn.Conv2d(n_channels, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 10, 3), nn.ReLU()]

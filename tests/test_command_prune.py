@@ -329,7 +329,22 @@ def test_ctrl_c_in_another_process(tmp_path):
 
 
 def test_two_processes_make_the_plan_of_one(tmp_path):
-    words = ["prune", *MLP, "--data-args", "n=300", "batch_size=20", "--target", "macs=0.5", "--epochs", 1, "--output"]
+    words = [
+        "prune",
+        *MLP,
+        "--model",
+        "project:make_normed_mlp",
+        "--learning-rate",
+        0.3,
+        "--data-args",
+        "n=300",
+        "batch_size=20",
+        "--target",
+        "macs=0.5",
+        "--epochs",
+        1,
+        "--output",
+    ]
     assert run(*words, tmp_path / "one") == 0
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     process = start(*words, tmp_path / "two", launcher=launcher)
@@ -344,5 +359,5 @@ def test_two_processes_make_the_plan_of_one(tmp_path):
     assert found["one"]["unpruned"] == found["two"]["unpruned"]
     assert found["one"]["pruned"] == found["two"]["pruned"]
     assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.suffix != ".html") == RESULT
-    net = tp_cosep.load(tmp_path / "two", project.make_mlp)
+    net = tp_cosep.load(tmp_path / "two", project.make_normed_mlp)
     assert found["two"]["fine-tuned"] == pytest.approx(right(net, project.make_loaders(n=300)[1]))

@@ -84,6 +84,8 @@ def fine_tune(
             start = time.perf_counter()
             loss = _epoch(wrapped, prepared, data, training, processes, reader, epoch)
             agreed(partial(_check_finite, loss, epoch))
+            # BatchNorm's statistics are those of each process's own batches.
+            processes.share(model.buffers())
             took = time.perf_counter() - start
             if kept is not None and processes.is_first:
                 _keep(kept, model, optimizer, accelerator, epoch + 1)

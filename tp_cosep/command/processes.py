@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import distributed
 
 from tp_cosep.command.models import module_of
+from tp_cosep.distributed import is_distributed
 
 __all__ = ["Processes", "processes"]
 
@@ -43,6 +44,12 @@ class Processes:
         total = self.accelerator.reduce(torch.tensor(values, device=self.device), "sum")
         found: list[int] = total.tolist()
         return found
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give all processes the tensors of the first."""
+        if is_distributed():
+            for x in tensors:
+                distributed.broadcast(x, 0)
 
     def wait(self) -> None:
         """Wait for the others."""
