@@ -125,7 +125,8 @@ def _prune(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--layerwise",
         action="store_true",
-        help="the papers' schedule: group after group, measured anew and fine-tuned in between",
+        help="the papers' schedule: group after group, measured anew and fine-tuned in between; if interrupted in it, "
+        "pruning begins anew",
     )
     group.add_argument(
         "--layerwise-epochs", type=_whole, default=1, metavar="N", help="after every group (default: %(default)s)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,7 +75,11 @@ def processes(options: argparse.Namespace) -> Iterator[Processes]:
     on_cpu = options.device == "cpu" or not getattr(torch, "accelerator", torch.cuda).is_available()
     precision = getattr(options, "mixed_precision", "no")
     try:
-        yield Processes(accelerate.Accelerator(mixed_precision=precision, cpu=on_cpu))
+        together = Processes(accelerate.Accelerator(mixed_precision=precision, cpu=on_cpu))
+        with warnings.catch_warnings():
+            if not together.is_first:  # it says the same
+                warnings.simplefilter("ignore")
+            yield together
     finally:
         # Accelerate keeps one state per interpreter; another run may want other options.
         accelerate.state.AcceleratorState._reset_state(True)
