@@ -6,6 +6,7 @@ import pytest
 
 import tp_cosep
 from tp_cosep import cli
+from tp_cosep.command import demo
 from tp_cosep.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def demos(monkeypatch):
     """The calls of run_demo, which does nothing."""
     calls = []
-    monkeypatch.setattr(cli, "run_demo", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(demo, "run_demo", lambda *args, **options: calls.append((args, options)))
     return calls
 
 
@@ -23,7 +24,7 @@ def failing(monkeypatch, error):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(cli, "run_demo", fail)
+    monkeypatch.setattr(demo, "run_demo", fail)
 
 
 def test_defaults(demos):

@@ -156,8 +156,10 @@ def assert_refused(plan, model, x, error, message, **options):
 def test_a_plan_is_not_applied_twice():
     model, x, _, plan = planned("resnet", 10)
     plan.apply(model, x)
-    message = r"layer '\w+': the plan is for 1\d channels, the layer has \d+; apply it to an unpruned copy"
+    message = r"layer 'stem': the plan is for a model with weight float32 \[10, 3, 3, 3\], here it is float32 \[4, 3,"
     assert_refused(plan, model, x, InputError, message)
+    message = r"layer '\w+': the plan is for 1\d channels, the layer has \d+; apply it to an unpruned copy"
+    assert_refused(replace(plan, structure={}), model, x, InputError, message)
 
 
 @pytest.mark.parametrize("spoil", ["fc1", "fc3"])
@@ -166,7 +168,12 @@ def test_a_plan_is_for_its_own_model(spoil):
     other = copy.deepcopy(model)
     setattr(other, spoil, nn.Linear(20 if spoil == "fc1" else 11, 13))
     setattr(other, {"fc1": "fc2", "fc3": "head"}[spoil], nn.Linear(13, 11 if spoil == "fc1" else 4))
-    assert_refused(plan, other, x, InputError, f"layer '{spoil}': the plan is for 10 channels, the layer has 13")
+    message = (
+        rf"layer '{spoil}': the plan is for a model with weight float32 \[10, (\d+)\], here it is float32 \[13, \1\]"
+    )
+    assert_refused(plan, other, x, InputError, message)
+    message = f"layer '{spoil}': the plan is for 10 channels, the layer has 13"
+    assert_refused(replace(plan, structure={}), other, x, InputError, message)
     for groups in (plan.groups, plan.groups[::-1]):
         renamed = [replace(g, name="fc9") if g.name == spoil else g for g in groups]
         message = "layer 'fc9': in the plan, but not in the model"

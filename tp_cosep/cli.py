@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
 
-import tp_cosep
-from tp_cosep.demo import DATA, run_demo
-from tp_cosep.errors import CoSePError
+from tp_cosep.command.arguments import parser
+from tp_cosep.command.config import parse
+from tp_cosep.errors import CoSePError, MissingDependencyError
 
 __all__ = ["main"]
 
@@ -29,18 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         CoSePError: With ``--debug``, what failed.
         OSError: Likewise.
     """
-    options = _parser().parse_args(argv)
+    options = parse(parser(), sys.argv[1:] if argv is None else argv)
     try:
-        run_demo(
-            options.data,
-            options.output,
-            seed=options.seed,
-            epochs=options.epochs,
-            fine_tune_epochs=options.fine_tune_epochs,
-            threads=options.threads,
-        )
+        with _short_warnings(is_on=not options.debug):
+            if hasattr(options, "model"):
+                _import_torchvision()
+            import_module(options.run).run(options)
     except KeyboardInterrupt:
         print("\ntp-cosep: interrupted", file=sys.stderr)
+        if options.command == "prune":
+            print(f"tp-cosep: what was finished is in {options.output}; the same command goes on", file=sys.stderr)
         return _INTERRUPTED
     except (CoSePError, OSError) as error:
         if options.debug:
@@ -50,35 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tp-cosep", description="Class-separability channel pruning for Torch-Pruning."
-    )
-    parser.add_argument("--version", action="version", version=f"tp-cosep {tp_cosep.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    about = "train a small network, prune it, fine-tune it, and show what that did"
-    demo = commands.add_parser("demo", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    demo.add_argument(
-        "--data", choices=DATA, default=DATA[0], help="digits (default, seconds) or fashion-mnist (minutes)"
-    )
-    demo.add_argument(
-        "--output",
-        metavar="FOLDER",
-        default="tp_cosep_demo",
-        help="where model, plan and plots go (default: %(default)s)",
-    )
-    demo.add_argument("--seed", type=_whole_number, default=0, metavar="N", help="of weights and data (default: 0)")
-    demo.add_argument("--epochs", type=_whole_number, metavar="N", help="of training (default: by data set)")
-    demo.add_argument(
-        "--fine-tune-epochs", type=_whole_number, metavar="N", help="of fine-tuning (default: by data set)"
-    )
-    demo.add_argument("--threads", type=_whole_number, metavar="N", help="for torch (default: by data set)")
-    demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+@contextmanager
+def _short_warnings(*, is_on: bool) -> Iterator[None]:
+    """Show warnings without the line of code that they come from."""
+    before = warnings.formatwarning
+    if is_on:
+        warnings.formatwarning = lambda message, *_, **__: f"tp-cosep: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
-def _whole_number(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return value
+def _import_torchvision() -> None:
+    """Import torchvision, if it is installed, before Torch-Pruning looks for timm."""
+    from tp_cosep._torchvision import import_torchvision
+
+    with suppress(MissingDependencyError):
+        import_torchvision()

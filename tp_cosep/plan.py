@@ -19,6 +19,7 @@ from tp_cosep.files import replacing
 from tp_cosep.pictures import GroupPicture
 from tp_cosep.selection import ChannelSelection
 from tp_cosep.snapshot import restored_on_error
+from tp_cosep.structure import check_structure, fingerprint_of
 from tp_cosep.surgery import add_biases, group_of, pruned
 from tp_cosep.tracing import trace
 
@@ -76,6 +77,10 @@ class PruningPlan:
             them one of zeros, for weights to be loaded into.
         costs: By unit (``"macs"``, ``"params"``) and layer what it costs before and after, see
             :func:`tp_cosep.costs.layer_costs`; empty if that was not recorded.
+        structure: The model before pruning, see :func:`tp_cosep.structure.structure_of`; :meth:`apply` refuses models
+            of another one. Empty where it is not known.
+        inputs: The shapes and types of the example inputs (:func:`tp_cosep.structure.describe_inputs`), or ``None``.
+        versions: The versions of this library, torch and Torch-Pruning that made the plan.
     """
 
     groups: tuple[GroupPlan, ...] = ()
@@ -83,6 +88,14 @@ class PruningPlan:
     ignored_params: tuple[str, ...] = ()
     new_biases: tuple[str, ...] = ()
     costs: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    structure: dict[str, str] = field(default_factory=dict)
+    inputs: Any = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A short name for the structure of the model that the plan was made for."""
+        return fingerprint_of(self.structure) if self.structure else None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -118,10 +131,13 @@ class PruningPlan:
             The model.
 
         Raises:
-            InputError: If a layer of the plan is missing or has another number of channels.
+            InputError: If the model has another structure than the one that the plan was made for (the first layer
+                that differs is named), or a layer of the plan is missing or has another number of channels.
             PruningError: If Torch-Pruning cannot prune a group, or the model does not run after it. In
                 every case the model is as it was.
         """
+        if self.structure:
+            check_structure(model, self.structure)
         with restored_on_error(model):
             parameters = dict(model.named_parameters())
             if missing := [name for name in self.ignored_params if name not in parameters]:
@@ -176,12 +192,17 @@ class PruningPlan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an existing file is replaced only when the new one is complete.
 
+        What the file holds is described by ``plan.schema.json`` in this package.
+
         Raises:
             InputError: If the folder does not exist.
         """
         document = {
             "format": _FORMAT,
             "version": _VERSION,
+            "versions": self.versions,
+            "model": {"fingerprint": self.fingerprint, "tensors": self.structure} if self.structure else None,
+            "inputs": self.inputs,
             "options": self.options,
             "ignored_params": self.ignored_params,
             "new_biases": self.new_biases,
@@ -203,7 +224,7 @@ class PruningPlan:
         """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"plan {str(path)!r}: expected JSON, got {error}.") from error
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise InputError(f"plan {str(path)!r}: expected a file written by PruningPlan.save.")
@@ -213,11 +234,27 @@ class PruningPlan:
             )
         try:
             groups = tuple(_group_from_json(group) for group in document["groups"])
-            ignored, biases = (tuple(document.get(key, ())) for key in ("ignored_params", "new_biases"))
-            costs = _costs_from_json(document.get("costs", {}))
-            return cls(groups, dict(document["options"]), ignored, biases, costs)
+            return cls(
+                groups,
+                dict(document["options"]),
+                tuple(document.get("ignored_params", ())),
+                tuple(document.get("new_biases", ())),
+                _costs_from_json(document.get("costs", {})),
+                structure=_structure_from_json(document.get("model")),
+                inputs=document.get("inputs"),
+                versions=dict(document.get("versions", {})),
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"plan {str(path)!r}: damaged, {type(error).__name__}: {error}.") from error
+
+
+def _structure_from_json(document: dict[str, Any] | None) -> dict[str, str]:
+    if document is None:
+        return {}
+    structure = dict(document["tensors"])
+    if fingerprint_of(structure) != document["fingerprint"]:
+        raise ValueError(f"the model's fingerprint is {document['fingerprint']!r}, that of its tensors is another")
+    return structure
 
 
 def _prune(graph: Any, model: nn.Module, group: GroupPlan, selection: ChannelSelection) -> None:

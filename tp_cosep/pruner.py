@@ -28,6 +28,7 @@ from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.recalibration import recalibrate
 from tp_cosep.sharing import Preview, trade_offs
 from tp_cosep.snapshot import restored_on_error
+from tp_cosep.structure import describe_inputs, structure_of, versions
 from tp_cosep.surgery import group_of, pruned
 from tp_cosep.tracing import check_plain, resolve_layers, resolve_ratios, trace, trace_options, tracing
 from tp_cosep.verification import OutputCheck
@@ -191,7 +192,13 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 **{**options, **trace_options(options)},
             )
         names = {p: name for name, p in model.named_parameters()}
-        self.plan = replace(self.plan, ignored_params=tuple(names[p] for p in self.ignored_params))
+        self.plan = replace(
+            self.plan,
+            ignored_params=tuple(names[p] for p in self.ignored_params),
+            structure=structure_of(model),
+            inputs=describe_inputs(example_inputs),
+            versions=versions(),
+        )
         self.choices = Choices(self)
         self._check = OutputCheck(model, self.run)
         self._names: list[str] | None = None

@@ -1,0 +1,1 @@
+"""The commands of ``tp-cosep``; nothing here is imported before its command is run."""

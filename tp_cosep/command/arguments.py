@@ -1,0 +1,307 @@
+"""What the commands can be told, on the command line and in a file. Imports nothing that takes long."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tp_cosep
+
+__all__ = ["EXAMPLES", "parser"]
+
+#: Shown by ``--help``; one command per line.
+EXAMPLES = {
+    "prune": """\
+tp-cosep prune --model torchvision:resnet18 --model-args num_classes=4 --weights resnet.safetensors \
+--data imagefolder:photos --input-size 64 --target macs=0.5 --epochs 5 --output pruned
+tp-cosep prune --model my_project:make_net --weights net.pt --data my_project:make_loaders --output pruned
+tp-cosep prune --config prune.toml --target params=0.3
+torchrun --nproc-per-node 2 -m tp_cosep prune --config prune.toml""",
+    "preview": """\
+tp-cosep preview --model my_project:make_net --weights net.pt --data my_project:make_loaders \
+--targets macs=0.75 macs=0.5 macs=0.25""",
+    "report": """\
+tp-cosep report pruned
+tp-cosep report pruned/plan.json --html report.html""",
+    "apply": """\
+tp-cosep apply pruned/plan.json --model my_project:make_net --weights net.pt --output applied""",
+    "export": """\
+tp-cosep export pruned --model my_project:make_net --format onnx --output net.onnx
+tp-cosep export pruned --model my_project:make_net --format torch-export --output net.pt2""",
+    "demo": "tp-cosep demo",
+}
+_MODEL = (
+    "torchvision:NAME, timm:NAME, hf:FOLDER (of AutoModelForImageClassification, safetensors), or MODULE:FUNCTION, a "
+    "function of yours that returns the model; none of them downloads anything without --pretrained"
+)
+_DATA = (
+    "imagefolder:FOLDER (with train and val inside, or one folder of classes), hf-dataset:FOLDER (of "
+    "datasets.save_to_disk), cifar10:FOLDER, cifar100:FOLDER, fashion-mnist:FOLDER, or MODULE:FUNCTION, a function of "
+    "yours that returns a loader for training and one for testing"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="tp-cosep",
+        description="Structured pruning that keeps complementary channels, for Torch-Pruning.",
+        epilog="Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"tp-cosep {tp_cosep.__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, about, add in (
+        ("prune", "measure, prune, repair and fine-tune a model", _prune),
+        ("preview", "show what targets would keep, without pruning", _preview),
+        ("report", "show a plan", _report),
+        ("apply", "prune another copy of a model by a plan", _apply),
+        ("export", "write a pruned model as ONNX or by torch.export, checked", _export),
+        ("demo", "train a small network, prune it, fine-tune it, and show what that did", _demo),
+    ):
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog="examples:\n  " + EXAMPLES[name].replace("\n", "\n  "),
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=f"tp_cosep.command.{name}")
+        add(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+class _Help(argparse.HelpFormatter):
+    """Wraps everything but the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
+def _prune(command: argparse.ArgumentParser) -> None:
+    _config(command)
+    _model(command)
+    _data(command)
+    _pruning(command)
+    group = command.add_argument_group("how much")
+    group.add_argument(
+        "--target",
+        type=_target,
+        metavar="UNIT=VALUE",
+        help="macs=0.5 or params=2e6: a share of the model below 1, a number above; 'none' (default) lets every layer "
+        "keep the number that its curve says",
+    )
+    group.add_argument("--pruning-ratio", type=_share, metavar="SHARE", help="a fixed share of every layer instead")
+    group = command.add_argument_group("repair")
+    group.add_argument(
+        "--compensate",
+        choices=("off", "one-shot", "sequential"),
+        default="one-shot",
+        help="refit the layers behind (default: %(default)s; sequential: slower, better with residuals and LayerNorm)",
+    )
+    group.add_argument(
+        "--recalibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="estimate BatchNorm statistics anew (default: yes)",
+    )
+    group = command.add_argument_group("fine-tuning, through Accelerate")
+    group.add_argument("--epochs", type=_whole, default=0, metavar="N", help="after pruning (default: 0)")
+    group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: %(default)s")
+    group.add_argument("--learning-rate", type=_positive, default=0.01, metavar="X", help="default: %(default)s")
+    group.add_argument("--weight-decay", type=_number, default=1e-4, metavar="X", help="default: %(default)s")
+    group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="default: %(default)s")
+    group.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="random crops and flips of pictures, none of fashion-mnist and of loaders of yours (default: yes)",
+    )
+    group.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="the papers' schedule: group after group, measured anew and fine-tuned in between; if interrupted in it, "
+        "pruning begins anew",
+    )
+    group.add_argument(
+        "--layerwise-epochs", type=_whole, default=1, metavar="N", help="after every group (default: %(default)s)"
+    )
+    group = command.add_argument_group("the run")
+    group.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model goes")
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew in a folder that has a run; without it the same command goes on with an unfinished one",
+    )
+    group.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+
+
+def _preview(command: argparse.ArgumentParser) -> None:
+    _config(command)
+    _model(command)
+    _data(command)
+    _pruning(command)
+    command.add_argument(
+        "--targets",
+        type=_target,
+        nargs="+",
+        default=[("macs", 0.75), ("macs", 0.5), ("macs", 0.25), None],
+        metavar="UNIT=VALUE",
+        help="as --target of prune; 'none' for the layers' own counts (default: macs=0.75 macs=0.5 macs=0.25 none)",
+    )
+
+
+def _report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("plan", type=Path, metavar="PLAN", help="a plan, or a folder with plan.json")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves too")
+
+
+def _apply(command: argparse.ArgumentParser) -> None:
+    command.add_argument("plan", type=Path, metavar="PLAN", help="a plan, or a folder with plan.json")
+    _model(command)
+    command.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model goes")
+
+
+def _export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="of a pruned model")
+    _model_name(command)
+    command.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="default: %(default)s")
+    command.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write")
+    command.add_argument("--opset", type=_whole, metavar="N", help="of ONNX (default: torch's)")
+    command.add_argument(
+        "--tolerance",
+        type=_positive,
+        default=1e-4,
+        metavar="X",
+        help="largest difference between outputs, as a share of the largest output (default: %(default)s)",
+    )
+
+
+def _demo(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data",
+        choices=("digits", "fashion-mnist"),
+        default="digits",
+        help="digits (default, seconds) or fashion-mnist (minutes)",
+    )
+    command.add_argument(
+        "--output",
+        metavar="FOLDER",
+        default="tp_cosep_demo",
+        help="where model, plan and plots go (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=_whole, default=0, metavar="N", help="of weights and data (default: 0)")
+    command.add_argument("--epochs", type=_whole, metavar="N", help="of training (default: by data set)")
+    command.add_argument("--fine-tune-epochs", type=_whole, metavar="N", help="of fine-tuning (default: by data set)")
+    command.add_argument("--threads", type=_whole, metavar="N", help="for torch (default: by data set)")
+
+
+def _config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="options in TOML or YAML, named as here without the dashes; the command line wins",
+    )
+
+
+def _model_name(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = command.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="WHICH", help=_MODEL)
+    group.add_argument(
+        "--model-args", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="for its function: num_classes=10"
+    )
+    return group
+
+
+def _model(command: argparse.ArgumentParser) -> None:
+    group = _model_name(command)
+    group.add_argument("--weights", type=Path, metavar="FILE", help="a state_dict: .safetensors, or .pt and .pth")
+    group.add_argument(
+        "--allow-pickle",
+        type=Path,
+        metavar="FILE",
+        help="unpickle this file of weights in full, which runs whatever code is in it; only for files that you trust",
+    )
+    group.add_argument(
+        "--pretrained", action="store_true", help="let torchvision or timm download the weights that they publish"
+    )
+
+
+def _data(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("data")
+    group.add_argument("--data", required=True, metavar="WHICH", help=_DATA)
+    group.add_argument("--data-args", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="for your function")
+    group.add_argument("--download", action="store_true", help="let torchvision download the data set")
+    group.add_argument("--input-size", type=_count, metavar="PIXELS", help="default: what the model is made for")
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="of normalisation, in [0, 1], by channel")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise (default: by model and data set)")
+    group.add_argument(
+        "--test-share", type=_share, default=0.2, metavar="SHARE", help="where the data has one part (default: 0.2)"
+    )
+    group.add_argument(
+        "--calibration", type=_count, default=2000, metavar="N", help="training samples to measure on (default: 2000)"
+    )
+    group.add_argument(
+        "--batch-size", type=_count, default=64, metavar="N", help="in every process; not of loaders of yours"
+    )
+    group.add_argument("--workers", type=_whole, default=0, metavar="N", help="processes that read data (default: 0)")
+
+
+def _pruning(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("selection")
+    spaces = ("joint", "reconstruction", "class-means", "correlation", "separability")
+    group.add_argument("--space", choices=spaces, help="what channels are compared by (default: joint)")
+    group.add_argument("--published", action="store_true", help="CoSeP exactly as published")
+    group.add_argument("--max-class-pairs", type=_count, metavar="N", help="that separability looks at")
+    group.add_argument("--labels", choices=("given", "predicted"), default="given", help="default: %(default)s")
+    group.add_argument(
+        "--rare-classes", choices=("error", "drop"), default="error", help="with a single sample (default: %(default)s)"
+    )
+    group.add_argument("--max-pruning-ratio", type=_share, default=1.0, metavar="SHARE", help="of any layer")
+    group.add_argument("--round-to", type=_count, metavar="N", help="keep multiples of this")
+    group.add_argument("--ignored-layers", nargs="+", default=[], metavar="NAME", help="layers to leave alone")
+    group.add_argument("--on-failure", choices=("raise", "skip"), default="raise", help="default: %(default)s")
+    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: 0")
+    group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default: %(default)s")
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _target(text: str) -> tuple[str, float] | None:
+    if text == "none":
+        return None
+    unit, equals, value = text.partition("=")
+    if unit not in ("macs", "params") or not equals:
+        raise argparse.ArgumentTypeError(f"expected macs=VALUE, params=VALUE or none, got {text!r}")
+    return unit, _positive(value)
+
+
+def _checked(convert: Callable[[str], Any], is_good: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    def check(text: str) -> Any:
+        value = convert(text)
+        if not is_good(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return check
+
+
+_whole = _checked(int, lambda n: n >= 0, "a whole number from 0")
+_count = _checked(int, lambda n: n >= 1, "a whole number from 1")
+_number = _checked(float, lambda x: 0 <= x < float("inf"), "a number from 0")
+_positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0")
+_share = _checked(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")

@@ -1,0 +1,88 @@
+"""``tp-cosep preview``: what targets would keep."""
+
+from __future__ import annotations
+
+import argparse
+from copy import deepcopy
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from tp_cosep.command.processes import processes
+from tp_cosep.command.selecting import Subject, fitted, prepare, pruner_options
+from tp_cosep.errors import InputError
+from tp_cosep.importance import CoSePSelector
+from tp_cosep.plan import PruningPlan
+from tp_cosep.pruner import CoSePPruner
+from tp_cosep.report import ModelStats, group_label, measure_models
+
+__all__ = ["run"]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    with processes(options) as together:
+        subject = prepare(options, together)
+        selector = fitted(options, subject, together, None)
+        found = {"unpruned": (PruningPlan(), _measured(subject, subject.model))}
+        notes = []
+        for target in options.targets:
+            name = "own counts" if target is None else f"{target[0]}={target[1]:g}"
+            try:
+                found[name] = _pruned(options, subject, selector, target)
+            except InputError as error:
+                notes.append(f"{name}: {error}")
+        together.console.print("", _models(found), "", _layers(found), "", sep="\n")
+        for note in notes:
+            together.say(note)
+
+
+def _pruned(
+    options: argparse.Namespace, subject: Subject, selector: CoSePSelector, target: tuple[str, float] | None
+) -> tuple[PruningPlan, ModelStats]:
+    model = deepcopy(subject.model)
+    pruner = CoSePPruner(model, subject.example, importance=selector, **pruner_options(options, target))
+    pruner.step()
+    return pruner.plan, _measured(subject, model)
+
+
+def _measured(subject: Subject, model: object) -> ModelStats:
+    return measure_models({"": model}, subject.example, n_runs=5, n_warmup=1)[""]  # type: ignore[dict-item]
+
+
+def _models(found: dict[str, tuple[PruningPlan, ModelStats]]) -> Table:
+    table = Table(title="Targets", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("target")
+    for header in ("MACs", "share", "parameters", "share"):
+        table.add_column(header, justify="right", no_wrap=True)
+    whole = found["unpruned"][1]
+    for name, (_, stats) in found.items():
+        macs, parameters = stats.n_macs / max(whole.n_macs, 1), stats.n_parameters / max(whole.n_parameters, 1)
+        table.add_row(name, f"{stats.n_macs:,}", f"{macs:.0%}", f"{stats.n_parameters:,}", f"{parameters:.0%}")
+    return table
+
+
+def _layers(found: dict[str, tuple[PruningPlan, ModelStats]]) -> Table:
+    plans = {name: plan for name, (plan, _) in found.items() if len(plan)}
+    table = Table(
+        title="Channels kept",
+        caption="–: left alone",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("of", justify="right")
+    for name in plans:
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[str, tuple[str, dict[str, str]]] = {}
+    for name, plan in plans.items():
+        for group in plan:
+            chosen = group.selection
+            if chosen is not None:
+                _, kept = rows.setdefault(group_label(group), (str(chosen.n_channels), {}))
+                kept[name] = str(len(chosen.keep_idxs))
+    for label, (n_channels, kept) in rows.items():
+        table.add_row(Text(label), n_channels, *(kept.get(name, "–") for name in plans))
+    return table

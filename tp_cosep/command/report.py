@@ -1,0 +1,58 @@
+"""``tp-cosep report``: a plan as tables, or as a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from tp_cosep.errors import InputError
+from tp_cosep.plan import PruningPlan
+from tp_cosep.report import layer_table
+from tp_cosep.saving import PLAN
+
+__all__ = ["find_plan", "run"]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        InputError: If there is no plan.
+    """
+    plan = find_plan(options.plan)
+    console = Console()
+    console.print("", layer_table(plan), "", sep="\n")
+    facts = {
+        "options": ", ".join(f"{name}: {value}" for name, value in plan.options.items()),
+        "made with": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
+        "for models with fingerprint": plan.fingerprint,
+        "given a bias": ", ".join(plan.new_biases),
+    }
+    for name, fact in facts.items():
+        if fact:
+            console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
+    if options.html is not None:
+        if not hasattr(plan, "report"):
+            raise InputError("--html: this version of tp_cosep writes no pages.")
+        plan.report(options.html)
+        console.print(f"{options.html}", highlight=False, markup=False, soft_wrap=True)
+
+
+def find_plan(path: Path) -> PruningPlan:
+    """The plan in a file or in a folder.
+
+    Args:
+        path: Of either.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: If there is none.
+    """
+    path = path / PLAN if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"plan {str(path)!r}: no such file.")
+    return PruningPlan.load(path)
