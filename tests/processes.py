@@ -54,7 +54,7 @@ def fit(kind, how, rank, world, options):
     batches = shard(x, y, rank, world, how)
     selector = CoSePSelector(spatial=2, **options).fit(model, batches, progress=False)
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
-    compensator = Compensator(model, x[:1], max_positions=10**6).fit(batches, progress=False)
+    compensator = Compensator(model, x[:1]).fit(batches, progress=False)
     seconds = {r.name: r.moments.folds.sum(0) for r in compensator._readers.values()}
     # As many samples in every batch: averages over batches are compared.
     again, _, _ = data(kind)
@@ -77,9 +77,6 @@ def main():
     rank, world, store, out, kind, how, space = sys.argv[1:8]
     rank, world = int(rank), int(world)
     torch.set_num_threads(1)
-    from tp_cosep import readers
-
-    readers._FEWEST_POSITIONS = readers._MOST_POSITIONS = 10**6  # all positions, so that nothing is by chance
     if world > 1:
         timeout = datetime.timedelta(seconds=20)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 import re
 
@@ -224,14 +225,16 @@ def half_pruned(model, x, **options):
 
 @pytest.mark.parametrize("kind", ["vgg", "resnet", "mlp"])
 def test_repair_helps_and_sequential_repair_helps_more(kind):
-    model, x, _ = build(kind, 24)
-    x = torch.cat([x + 0.1 * torch.randn(x.shape, generator=seeded(i)) for i in range(8)])
-    expected = model(x).detach()
-    errors = []
-    for options in ({}, {"mode": "one-shot", "max_features": 0}, {"mode": "one-shot"}, {"mode": "sequential"}):
-        outputs, compensator = half_pruned(model, x, **options)
-        errors.append(float((outputs - expected).square().mean()))
-        assert compensator is None or all(0 <= r.error <= 1 for r in compensator.repairs)
+    modes = ({}, {"mode": "one-shot", "max_features": 0}, {"mode": "one-shot"}, {"mode": "sequential"})
+    errors = [0.0] * len(modes)
+    for seed in range(3):  # what is drawn for one model may favour either
+        model, x, _ = build(kind, 24, seed=seed)
+        x = torch.cat([x + 0.1 * torch.randn(x.shape, generator=seeded(i)) for i in range(8)])
+        expected = model(x).detach()
+        for i, options in enumerate(modes):
+            outputs, compensator = half_pruned(model, x, **options)
+            errors[i] += float((outputs - expected).square().mean() / expected.var())
+            assert compensator is None or all(0 <= r.error <= 1 for r in compensator.repairs)
     assert errors[1] < 0.7 * errors[0]
     assert errors[2] <= 1.05 * errors[1]
     # Errors pile up along a residual stream; a short chain has little to gain.
@@ -371,8 +374,9 @@ def test_a_plan_remembers_new_biases(tmp_path):
     pruner.plan.save(tmp_path / "plan.json")
     PruningPlan.load(tmp_path / "plan.json").apply(fresh, x[:1]).load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))
+    unchecked = dataclasses.replace(pruner.plan, structure={})
     with pytest.raises(InputError, match=r"layer 'read': the plan gives it a bias.*got Identity"):
-        pruner.plan.apply(Chain(conv(), nn.ReLU(), nn.Identity(), Pooled(12)), x[:1])
+        unchecked.apply(Chain(conv(), nn.ReLU(), nn.Identity(), Pooled(12)), x[:1])
 
 
 def test_fine_tuning_makes_it_measure_anew():

@@ -3,6 +3,7 @@ import torch
 from models import seeded
 from torch import nn
 
+from tp_cosep.draws import Draws
 from tp_cosep.reading import n_outputs, reading_of
 
 CONVS = {
@@ -31,7 +32,7 @@ def test_rows_times_maps_are_what_the_layer_computes(kind, taps_apart):
     reading = reading_of(conv, taps_apart=taps_apart)
     maps = reading.maps(conv.weight)
     groups, _, _, n_positions = maps.shape
-    rows = reading.sampler(x.shape, 10**9, seeded())(x)  # all there are: [sample, output position, tap]
+    rows = reading.sampler(x.shape, 10**9, Draws(x, 0).of("layer"))(x)  # all there are: [sample, output position, tap]
     rows = rows.reshape(2, -1, n_positions, groups, maps.shape[1])
     outputs = torch.einsum("notgf,gfct->ngco", rows, maps)
     torch.testing.assert_close(outputs.flatten(1), expected.flatten(1))
@@ -44,7 +45,7 @@ def test_rows_of_a_linear_layer(repeat):
     linear = nn.Linear(24, 5).double()
     x = torch.randn(3, 2, 24, dtype=torch.float64, generator=seeded())
     reading = reading_of(linear, repeat=repeat)
-    rows = reading.sampler(x.shape, 10**9, seeded())(x).reshape(3, 2, repeat, -1)
+    rows = reading.sampler(x.shape, 10**9, Draws(x, 0).of("layer"))(x).reshape(3, 2, repeat, -1)
     outputs = torch.einsum("ntpf,fop->nto", rows, reading.maps(linear.weight)[0])
     torch.testing.assert_close(outputs, linear(x) - linear.bias)
     assert reading.n_products(x.shape) == 2 * 24 * 5
@@ -65,14 +66,14 @@ def test_maps_and_back(kind, taps_apart):
 def test_positions_of_a_transposed_convolution_are_those_of_its_input():
     layer = nn.ConvTranspose2d(3, 4, 3, stride=2)
     x = torch.randn(2, 3, 5, 5, generator=seeded())
-    rows = reading_of(layer).sampler(x.shape, 10**9, seeded())(x)
+    rows = reading_of(layer).sampler(x.shape, 10**9, Draws(x, 0).of("layer"))(x)
     assert torch.equal(rows, x.flatten(2).transpose(1, 2).flatten(0, 1))
 
 
 def test_a_draw_takes_as_many_rows_of_every_sample_and_reads_padding_as_often_as_the_kernel_does():
     conv = nn.Conv2d(1, 1, 3, padding=1)
     x = torch.ones(50, 1, 3, 3) * torch.arange(1, 51)[:, None, None, None]
-    rows = reading_of(conv).sampler(x.shape, 40, seeded())(x).reshape(50, 40)
+    rows = reading_of(conv).sampler(x.shape, 40, Draws(x, 0).of("layer"))(x).reshape(50, 40)
     assert all(set(row.tolist()) <= {0.0, i + 1.0} for i, row in enumerate(rows))
     # A 3 × 3 kernel on a 3 × 3 map reads (2 + 3 + 2)² = 49 of its 81 values inside.
     assert abs(float((rows > 0).float().mean()) - 49 / 81) < 0.03

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model
-from tp_cosep.distributed import agreed, is_distributed, merged_seconds, own_seed
+from tp_cosep.distributed import agreed, is_distributed, merged_seconds
+from tp_cosep.draws import Draws
 from tp_cosep.errors import InputError, NotFittedError
 from tp_cosep.groups import module_names
 from tp_cosep.heads import attention_heads
@@ -220,19 +221,21 @@ class Compensator:
             )
 
     def _measure(self, batches: Iterable[Any], readers: Mapping[nn.Module, MeasuredReader]) -> None:
-        generator = torch.Generator().manual_seed(own_seed(self.seed))
+        draws = Draws((), self.seed)
 
         def take(layer: nn.Module, x: Tensor) -> None:
             reader = readers[layer]
             with named(reader.name):
                 n = self.max_positions or affordable(reader.reading, x.shape)
-                reader.moments.update(reader.reading.sampler(x.shape, n, generator)(x))
+                reader.moments.update(reader.reading.sampler(x.shape, n, draws.of(reader.name))(x))
 
         def run() -> int:
+            nonlocal draws
             n_seen = 0
             with evaluating(self.model), on_inputs(readers, take):
                 for inputs in batches:
                     if n_samples(inputs) != 0:
+                        draws = Draws(inputs, self.seed)
                         self._run(self.model, inputs)
                         n_seen += 1
             return n_seen
@@ -336,13 +339,13 @@ class Compensator:
             self._original[layer]: replace(r, reading=replace(r.reading, layer=self._original[layer]))
             for layer, r in losing.items()
         }
-        for i, inputs in enumerate(self._data.inputs(self.model)):
+        for inputs in self._data.inputs(self.model):
             if n_samples(inputs) == 0:
                 continue
             # The same positions in both models.
             counted = {layer: twins[self._original[layer]].reading for layer in losing}
-            before = self._rows(original, inputs, twins, {t: r.reading for t, r in twins.items()}, i)
-            now = self._rows(self.model, inputs, losing, counted, i)
+            before = self._rows(original, inputs, twins, {t: r.reading for t, r in twins.items()})
+            now = self._rows(self.model, inputs, losing, counted)
             for layer, known in losing.items():
                 staying = now[layer][:, known.reading.features_of(known.staying()).to(now[layer].device)]
                 both = (x.chunk(known.reading.groups, 1) for x in (before[self._original[layer]], staying))
@@ -362,16 +365,16 @@ class Compensator:
         inputs: Any,
         readers: Mapping[nn.Module, MeasuredReader],
         originals: Mapping[nn.Module, Reading],
-        i: int,
     ) -> dict[nn.Module, Tensor]:
-        """What some layers of a model read of batch i, ``[rows, features]`` float64, at the originals' positions."""
-        generators = {layer: torch.Generator().manual_seed(self.seed + i) for layer in readers}
+        """What some layers of a model read of a batch, ``[rows, features]`` float64, at the originals' positions."""
+        # Other positions for every group, so that what is fitted to one draw is tried on another.
+        draws = Draws(inputs, self.seed + 1 + len(self.repairs))
         rows: dict[nn.Module, list[Tensor]] = {layer: [] for layer in readers}
 
         def take(layer: nn.Module, x: Tensor) -> None:
             reading = readers[layer].reading
             n = self.max_positions or affordable(originals[layer], x.shape)
-            rows[layer].append(reading.sampler(x.shape, n, generators[layer])(x).double())
+            rows[layer].append(reading.sampler(x.shape, n, draws.of(readers[layer].name))(x).double())
 
         with evaluating(model), on_inputs(readers, take):
             self._run(model, inputs)

@@ -30,7 +30,6 @@ __all__ = [
     "merged_readers",
     "merged_seconds",
     "own_path",
-    "own_seed",
     "place",
 ]
 
@@ -40,11 +39,6 @@ T = TypeVar("T")
 def is_distributed() -> bool:
     """Whether there are other processes to measure with."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def own_seed(seed: int) -> int:
-    """A seed of this process's own, where chance is to differ between processes."""
-    return seed + distributed.get_rank() if is_distributed() else seed
 
 
 def place() -> tuple[int, int]:

@@ -31,7 +31,6 @@ from tp_cosep.distributed import (
     merged_classes,
     merged_readers,
     own_path,
-    own_seed,
     place,
 )
 from tp_cosep.errors import InputError
@@ -234,7 +233,7 @@ def _collectors(
     if chosen:
         found.made = ClassCollector(chosen, tap=wanted.tap, channel_dims=wanted.channel_dims, n_cells=cells)
     if wanted.by_readers and survey.readings:
-        found.readers = ReaderCollector(survey.readings, seed=own_seed(0))
+        found.readers = ReaderCollector(survey.readings, seed=0)
         if wanted.reader_classes:
             layers_read = {name: r.layer for name, r in survey.readings.items()}
             found.read = ClassCollector(layers_read, tap="consumers", n_cells=cells)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tp_cosep.draws import Draws
 from tp_cosep.moments import ClassMoments
 from tp_cosep.readers import affordable, named, on_inputs
 from tp_cosep.reading import Reading
@@ -75,7 +76,8 @@ class ReaderCollector:
         self.found: dict[str, ReaderMoments] = {}
         self.readings = readings
         self._names = {r.layer: name for name, r in readings.items()}
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._draws = Draws((), seed)
 
     def prepare(self, model: nn.Module, inputs: Any) -> None:
         """Nothing has to be known beforehand."""
@@ -83,6 +85,7 @@ class ReaderCollector:
     @contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
         """Measure what the layers read of a batch."""
+        self._draws = Draws(inputs, self._seed)
         with on_inputs(self._names, self._take):
             yield
 
@@ -92,7 +95,7 @@ class ReaderCollector:
     def state(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What was measured so far, see :class:`tp_cosep.moment_files.Part`."""
         tensors = {f"{part}/{name}": m.second.folds for name, m in self.found.items()}
-        return {**tensors, f"{part}/": self._generator.get_state()}, {"names": [*self.found]}
+        return tensors, {"names": [*self.found]}
 
     def restore(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
         """The inverse of :meth:`state`."""
@@ -100,7 +103,6 @@ class ReaderCollector:
             reading = self.readings[name]
             second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
             self.found[name] = ReaderMoments(reading, reading.layer.weight.shape, second)  # type: ignore[arg-type]
-        self._generator.set_state(tensors[f"{part}/"])
 
     def _take(self, layer: nn.Module, x: Tensor) -> None:
         name = self._names[layer]
@@ -109,5 +111,5 @@ class ReaderCollector:
             second = SecondMoments(reading.n_features, x.device, n_folds=1)
             self.found[name] = ReaderMoments(reading, layer.weight.shape, second)  # type: ignore[arg-type]
         with named(name):
-            sampler = reading.sampler(x.shape, affordable(reading, x.shape), self._generator)
+            sampler = reading.sampler(x.shape, affordable(reading, x.shape), self._draws.of(name))
             self.found[name].second.update(sampler(x))

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.conv import _ConvNd
 
+from tp_cosep.draws import Draw
+
 __all__ = ["Reading", "n_outputs", "reading_of"]
 
 
@@ -111,20 +113,20 @@ class Reading:
         w = maps if self.is_transposed else maps.transpose(1, 2)
         return w.flatten(0, 1).reshape(like.shape).to(like.dtype)
 
-    def sampler(self, shape: torch.Size, n: int, generator: torch.Generator) -> _Sampler:
+    def sampler(self, shape: torch.Size, n: int, draw: Draw) -> _Sampler:
         """Draw what is to be read of an input.
 
         Args:
             shape: Of the layer's input.
             n: Rows per sample, at most; all there are if these are fewer.
-            generator: For the draw, on the CPU.
+            draw: Draws positions, see :class:`tp_cosep.draws.Draws`.
 
         Returns:
             A function of the input that gives the rows, ``[rows, features of all channel groups]``.
         """
         if isinstance(self.layer, nn.Linear):
-            return _of_rows(shape, self.repeat, n, generator)
-        return _of_maps(self, shape, n, generator)
+            return _of_rows(shape, self.repeat, n, draw)
+        return _of_maps(self, shape, n, draw)
 
 
 @dataclass(frozen=True)
@@ -169,30 +171,30 @@ def _split(x: Tensor, dim: int, size: int) -> Tensor:
     return x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
 
 
-def _of_rows(shape: torch.Size, repeat: int, n: int, generator: torch.Generator) -> _Sampler:
+def _of_rows(shape: torch.Size, repeat: int, n: int, draw: Draw) -> _Sampler:
     """Of a linear layer's input ``[samples, ..., features]``."""
     n_samples = shape[0] if len(shape) > 1 else 1
     n_rows = prod(shape[:-1]) // max(n_samples, 1)
-    samples, positions = _drawn(n_samples, n_rows * repeat, n, generator)
+    samples, positions = _drawn(n_samples, n_rows * repeat, n, draw)
     return _Sampler(n_samples, repeat, samples, positions[:, None])
 
 
-def _of_maps(reading: Reading, shape: torch.Size, n: int, generator: torch.Generator) -> _Sampler:
+def _of_maps(reading: Reading, shape: torch.Size, n: int, draw: Draw) -> _Sampler:
     """Of a convolution's input ``[samples, channels, ...]``: whatever its kernel sees, padding included."""
     conv = reading.layer
     assert isinstance(conv, _ConvNd)
     if reading.is_transposed:
-        samples, positions = _drawn(shape[0], prod(shape[2:]), n, generator)
+        samples, positions = _drawn(shape[0], prod(shape[2:]), n, draw)
         return _Sampler(shape[0], 0, samples, positions[:, None])
     sizes, before, n_out = _map_sizes(conv, shape)
     padding = None if conv.padding_mode == "zeros" else (conv._reversed_padding_repeated_twice, conv.padding_mode)
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
     taps = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
     if reading.taps_apart:
-        samples, outs = _drawn(shape[0], prod(n_out), n, generator)
+        samples, outs = _drawn(shape[0], prod(n_out), n, draw)
         out_at, tap_at = outs[:, None], torch.arange(len(taps))[None]
     else:
-        samples, pairs = _drawn(shape[0], prod(n_out) * len(taps), n, generator)
+        samples, pairs = _drawn(shape[0], prod(n_out) * len(taps), n, draw)
         out_at, tap_at = (pairs // len(taps))[:, None], (pairs % len(taps))[:, None]
     position = torch.zeros_like(out_at + tap_at)
     inside = torch.ones_like(position, dtype=torch.bool)
@@ -227,13 +229,13 @@ def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int
     return sizes, before, n_out
 
 
-def _drawn(n_samples: int, n_of: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _drawn(n_samples: int, n_of: int, n: int, draw: Draw) -> tuple[Tensor, Tensor]:
     """Samples and places of rows: n places of each sample, or all of them."""
     if n_of <= n:
         places = torch.arange(n_of).repeat(n_samples)
         n = n_of
     else:
-        places = torch.randint(n_of, (n_samples * n,), generator=generator)
+        places = draw(n_samples, n, n_of).flatten()
     return torch.arange(n_samples).repeat_interleave(n), places
 
 

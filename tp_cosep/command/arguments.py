@@ -93,8 +93,8 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "--target",
         type=_target,
         metavar="UNIT=VALUE",
-        help="macs=0.5 or params=2e6: a share of the model below 1, a number above; 'none' (default) lets every layer "
-        "keep the number that its curve says",
+        help="macs=0.5, params=2e6 or latency=0.5: a share of the model below 1, a number above (milliseconds, of one "
+        "sample); 'none' (default) lets every layer keep the number that its curve says",
     )
     group.add_argument("--pruning-ratio", type=_share, metavar="SHARE", help="a fixed share of every layer instead")
     group = command.add_argument_group("repair")
@@ -258,6 +258,8 @@ def _pruning(command: argparse.ArgumentParser) -> None:
     spaces = ("joint", "reconstruction", "class-means", "correlation", "separability")
     group.add_argument("--space", choices=spaces, help="what channels are compared by (default: joint)")
     group.add_argument("--published", action="store_true", help="CoSeP exactly as published")
+    group.add_argument("--spatial", type=_count, metavar="N", help="cells per dimension of maps (default: 4)")
+    group.add_argument("--memory-budget", type=_positive, metavar="GIB", help="for measuring (default: 4)")
     group.add_argument("--max-class-pairs", type=_count, metavar="N", help="that separability looks at")
     group.add_argument("--labels", choices=("given", "predicted"), default="given", help="default: %(default)s")
     group.add_argument(
@@ -285,8 +287,8 @@ def _target(text: str) -> tuple[str, float] | None:
     if text == "none":
         return None
     unit, equals, value = text.partition("=")
-    if unit not in ("macs", "params") or not equals:
-        raise argparse.ArgumentTypeError(f"expected macs=VALUE, params=VALUE or none, got {text!r}")
+    if unit not in ("macs", "params", "latency") or not equals:
+        raise argparse.ArgumentTypeError(f"expected macs=VALUE, params=VALUE, latency=VALUE or none, got {text!r}")
     return unit, _positive(value)
 
 

@@ -16,6 +16,7 @@ from tp_cosep.importance import CoSePSelector
 from tp_cosep.plan import PruningPlan
 from tp_cosep.pruner import CoSePPruner
 from tp_cosep.report import ModelStats, group_label, measure_models
+from tp_cosep.sharing import Preview
 
 __all__ = ["run"]
 
@@ -25,6 +26,8 @@ def run(options: argparse.Namespace) -> None:
     with processes(options) as together:
         subject = prepare(options, together)
         selector = fitted(options, subject, together, None)
+        pruner = CoSePPruner(subject.model, subject.example, importance=selector, **pruner_options(options, None))
+        together.console.print("", _trade_offs(pruner.preview(n_points=11)), sep="\n")
         found = {"unpruned": (PruningPlan(), _measured(subject, subject.model))}
         notes = []
         for target in options.targets:
@@ -36,6 +39,23 @@ def run(options: argparse.Namespace) -> None:
         together.console.print("", _models(found), "", _layers(found), "", sep="\n")
         for note in notes:
             together.say(note)
+
+
+def _trade_offs(preview: Preview) -> Table:
+    table = Table(
+        title="What targets in MACs would leave",
+        caption="coverage: the share of what layers see that stays; MACs of convolutions and matrix products alone",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for header in ("MACs", "share", "parameters", "share", "coverage"):
+        table.add_column(header, justify="right", no_wrap=True)
+    whole = preview.points[0]
+    for p in preview.points:
+        shares = p.macs / max(whole.macs, 1), p.params / max(whole.params, 1)
+        table.add_row(f"{p.macs:,.0f}", f"{shares[0]:.0%}", f"{p.params:,.0f}", f"{shares[1]:.0%}", f"{p.coverage:.2%}")
+    return table
 
 
 def _pruned(

@@ -18,7 +18,7 @@ from tp_cosep.command.finetune import Training, accuracy, fine_tune
 from tp_cosep.command.processes import Processes, processes
 from tp_cosep.command.selecting import Subject, fit_options, fitted, prepare, pruner_options, selector_of
 from tp_cosep.distributed import agreed
-from tp_cosep.errors import InputError, MissingDependencyError
+from tp_cosep.errors import InputError
 from tp_cosep.files import replacing
 from tp_cosep.moment_files import fingerprint
 from tp_cosep.plan import PruningPlan
@@ -228,22 +228,13 @@ class _Run:
         console.print("", layer_table(plan), "", model_table(stats), "", sep="\n")
         saving.save(model, plan, self.output)
         self._write_summary(stats)
-        self._write_page(plan, stats, subject)
+        plan.report(self.output / "report.html", stats=stats, class_names=subject.data.class_names)
         shutil.rmtree(self.unfinished)
         names = sorted(path.name for path in self.output.iterdir() if path.is_file())
         self.processes.say(f"{self.output}: {', '.join(names)}")
         self.processes.say(
             f"load it again: tp_cosep.load({str(self.output)!r}, make), where make() gives the unpruned model"
         )
-
-    def _write_page(self, plan: PruningPlan, stats: dict[str, ModelStats], subject: Subject) -> None:
-        report = getattr(plan, "report", None)
-        if report is None:
-            return
-        try:
-            report(self.output / "report.html", stats=stats, class_names=subject.data.class_names)
-        except MissingDependencyError as error:
-            self.processes.say(f"no page: {error}")
 
     def _write_summary(self, stats: dict[str, ModelStats]) -> None:
         rows = [asdict(row) for row in model_rows(stats)]

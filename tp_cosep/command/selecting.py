@@ -80,7 +80,14 @@ def _prepared(options: argparse.Namespace, processes: Processes) -> Subject:
 
 def selector_of(options: argparse.Namespace) -> CoSePSelector:
     """The selector that the options ask for, not fitted."""
-    chosen = {"space": options.space, "max_class_pairs": options.max_class_pairs, "seed": options.seed}
+    budget = options.memory_budget
+    chosen = {
+        "space": options.space,
+        "spatial": options.spatial,
+        "memory_budget": None if budget is None else int(budget * 2**30),
+        "max_class_pairs": options.max_class_pairs,
+        "seed": options.seed,
+    }
     given = {name: value for name, value in chosen.items() if value is not None}
     return CoSePSelector.published(**given) if options.published else CoSePSelector(**given)
 
