@@ -163,7 +163,9 @@ def _run(images: ImageData, recipe: _Recipe, folder: Path, seed: int, console: C
     )
     model = models["pruned, fine-tuned"]
     page = folder / "report.html"
-    shown.report(page, stats=stats, title=f"The demo on {images.source}")
+    # The page sets the last beside the first.
+    in_order = {name: stats[name] for name in sorted(stats, key=lambda name: name.startswith("pruned"))}
+    shown.report(page, stats=in_order, title=f"The demo on {images.source}")
     files = [*_save_model(model, plan, recipe, images, folder), page, *_save_plots(shown, distances, folder, say)]
     say(f"{folder}: {', '.join(path.name for path in files)}\n")
     reload = _reload_code(recipe, images, folder)

@@ -176,7 +176,7 @@ class PruningPlan:
 
         Args:
             path: Of the file; one that exists is replaced only when the new one is complete.
-            stats: Measurements by the name of the model, the first one unpruned, see
+            stats: Measurements by the name of the model, the first one unpruned and the last one the result, see
                 :func:`tp_cosep.report.measure_models`.
             class_names: By label; a label without a name stands for itself.
             title: Of the page.
