@@ -116,7 +116,7 @@ def test_a_file_that_is_not_there(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--target flops=3", "expected macs=VALUE, params=VALUE or none, got 'flops=3'"),
+        ("--target flops=3", "expected macs=VALUE, params=VALUE, latency=VALUE or none, got 'flops=3'"),
         ("--target macs=-1", "expected a number above 0, got '-1'"),
         ("--model-args ten", "expected NAME=VALUE, got 'ten'"),
         ("--batch-size 0", "expected a whole number from 1, got '0'"),

@@ -91,6 +91,7 @@ class CoSePSelector(Measured):
         InputError: If an option is unknown or out of range.
 
     Example:
+        >>> import torch_pruning as tp
         >>> model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
         >>> x, y = torch.randn(40, 1, 8, 8), torch.arange(40) % 3
         >>> selector = CoSePSelector().fit(model, [(x, y)])

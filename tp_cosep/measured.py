@@ -170,6 +170,8 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
             InputError: If attention maps are what is measured: n_heads² · 8 bytes per sample, next to nothing.
 
         Example:
+            >>> import torch
+            >>> from tp_cosep import CoSePSelector
             >>> model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
             >>> estimate = CoSePSelector(space="separability").memory_estimate(model, torch.randn(2, 1, 8, 8), 1000)
             >>> estimate.class_moments  # 12 channels in 4 × 4 cells and 3 outputs, of 1000 classes
