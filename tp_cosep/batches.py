@@ -19,6 +19,7 @@ __all__ = [
     "EMPTY",
     "BatchReader",
     "Collector",
+    "device_of",
     "evaluating",
     "n_samples",
     "peek",
@@ -26,6 +27,7 @@ __all__ = [
     "run_model",
     "run_pass",
     "take_samples",
+    "tensors_in",
 ]
 
 #: What is wrong with a loader without samples.
@@ -59,10 +61,21 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
 
 def n_samples(inputs: Any) -> int | None:
     """Samples in a model's inputs: the first dimension of the first tensor found, ``None`` if there is none."""
+    return next((len(x) for x in tensors_in(inputs) if x.dim()), None)
+
+
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """The tensors of a model's inputs, in order."""
     if isinstance(inputs, Tensor):
-        return len(inputs) if inputs.dim() else None
-    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
-    return next((n for n in map(n_samples, parts) if n is not None), None)
+        yield inputs
+    elif isinstance(inputs, (Mapping, tuple, list)):
+        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from tensors_in(value)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: its first parameter or buffer, or the CPU if it has none."""
+    return next((x.device for x in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def take_samples(inputs: Any, n: int, of: int) -> Any:
@@ -92,9 +105,8 @@ class BatchReader:
     """Turns whatever the loader yields into model inputs and checked labels."""
 
     def __init__(self, model: nn.Module, target_fn: Callable[[Any], tuple[Any, Any]] | None, *, predicted: bool):
-        tensors = list(itertools.chain(model.parameters(), model.buffers()))
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.device = device_of(model)
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.target_fn = target_fn
         self.predicted = predicted

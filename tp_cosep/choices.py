@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_cosep.batches import run_model
+from tp_cosep.batches import device_of
 from tp_cosep.collect import channel_dim_of
 from tp_cosep.costs import measure_costs
 from tp_cosep.errors import InputError
@@ -169,10 +169,7 @@ class Choices:
         return times["then"] / times["now"]
 
     def _seconds(self, models: dict[str, nn.Module]) -> dict[str, float]:
-        p = self._pruner
-        run = p._trace_options.get("forward_fn") or run_model
-        device = next((x.device for x in p.model.parameters()), torch.device("cpu"))
-        return median_times(models, lambda model: run(model, p.example_inputs), device)
+        return median_times(models, self._pruner.run, device_of(self._pruner.model))
 
     def _target(self) -> float:
         """What the model may cost after this step."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tp_cosep.batches import evaluating
+from tp_cosep.batches import device_of, evaluating
 from tp_cosep.groups import GroupView
 from tp_cosep.readers import on_inputs
 from tp_cosep.reading import Reading
@@ -199,7 +199,6 @@ def _params(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, 
 
 
 def _seconds(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bool]]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     has_weights = (_ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase)
-    times = layer_times(model, run, device)
+    times = layer_times(model, run, device_of(model))
     return [(layer, _Part(seconds), isinstance(layer, has_weights)) for layer, seconds in times.items()]

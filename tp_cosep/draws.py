@@ -9,11 +9,13 @@ Letters: h is the finaliser of SplitMix64 (Steele, Lea & Flood, 2014) on 64-bit 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tp_cosep.batches import tensors_in
 
 __all__ = ["Draw", "Draws"]
 
@@ -38,7 +40,7 @@ class Draws:
     """
 
     def __init__(self, inputs: Any, seed: int) -> None:
-        first = _first_tensor(inputs)
+        first = next((x for x in tensors_in(inputs) if x.dim() and len(x)), None)
         self._keys = torch.zeros(1, dtype=torch.int64) if first is None else _keys(first)
         self._seed = seed
 
@@ -57,13 +59,6 @@ class Draws:
             return places
 
         return draw
-
-
-def _first_tensor(inputs: Any) -> Tensor | None:
-    if isinstance(inputs, Tensor):
-        return inputs if inputs.dim() and len(inputs) else None
-    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
-    return next((x for x in map(_first_tensor, parts) if x is not None), None)
 
 
 def _keys(x: Tensor) -> Tensor:

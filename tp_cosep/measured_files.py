@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tp_cosep.batches import device_of
 from tp_cosep.errors import InputError
 from tp_cosep.moment_files import moments_of, read, tensors_of, write
 from tp_cosep.moments import ClassMoments
@@ -73,7 +73,7 @@ def load_measured(
     if not os.path.isfile(path):
         raise InputError(f"moments {os.fspath(path)!r}: expected a file that save_moments wrote, found none.")
     tensors, document = read(path, header)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     try:
         facts = document["finished"]
         if n_classes is not None and facts["n_classes"] != n_classes:

@@ -206,9 +206,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._pending: dict[tuple[nn.Module, str], GroupPlan] = {}
         self._left: list[GroupPlan] = []
 
-    def run(self) -> Any:
-        """Run the model on the example inputs."""
-        return (self._trace_options.get("forward_fn") or run_model)(self.model, self.example_inputs)
+    def run(self, model: nn.Module | None = None) -> Any:
+        """Run the model, or a copy of it, on the example inputs."""
+        return (self._trace_options.get("forward_fn") or run_model)(
+            self.model if model is None else model, self.example_inputs
+        )
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Prune once: everything, or the next part of ``iterative_steps``.

@@ -6,7 +6,7 @@ The numbers (:func:`layer_rows`, :func:`measure`, :func:`model_rows`) are apart 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from tp_cosep.batches import evaluating, run_model
+from tp_cosep.batches import evaluating, run_model, tensors_in
 from tp_cosep.errors import InputError
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.timing import median_times
@@ -199,7 +199,7 @@ def measure_models(
     """
     if n_runs < 1 or n_warmup < 0:
         raise InputError(f"measure: expected n_runs ≥ 1 and n_warmup ≥ 0, got {n_runs} and {n_warmup}.")
-    first = next(_tensors(example_inputs), None)
+    first = next(tensors_in(example_inputs), None)
     if first is None or not first.dim() or not len(first):
         raise InputError("measure: expected example_inputs with a tensor of at least one sample, found none.")
     times = median_times(
@@ -212,15 +212,6 @@ def measure_models(
             accuracy = None if evaluate is None else float(evaluate(model))
         stats[name] = ModelStats(accuracy, int(n_parameters), int(n_macs), times[name], len(first))
     return stats
-
-
-def _tensors(inputs: Any) -> Iterator[Tensor]:
-    """The tensors of some inputs, in order."""
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, (Mapping, tuple, list)):
-        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
-            yield from _tensors(value)
 
 
 def _first_sample(inputs: Any) -> Any:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tp_cosep.batches import device_of
 from tp_cosep.errors import InputError
 from tp_cosep.files import replacing
 from tp_cosep.plan import PruningPlan
@@ -104,7 +105,7 @@ def load(
     _check_files(folder)
     plan = PruningPlan.load(folder / PLAN)
     model = model_factory()
-    device = next((x.device for x in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = device_of(model)
     if example_inputs is None:
         example_inputs = _remembered(plan, folder, device)
     plan.apply(model, example_inputs, adapt=adapt, **trace_options)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,20 +12,19 @@ from torch import nn
 
 from tp_cosep.batches import evaluating
 
-__all__ = ["layer_times", "median_times", "synchronised"]
+__all__ = ["layer_times", "median_times", "stopwatch"]
 
 _N_WARMUP, _N_RUNS = 3, 15
 
 
-@contextmanager
-def synchronised(device: torch.device) -> Iterator[Callable[[], float]]:
-    """A clock; it waits for an accelerator, which answers before it has finished.
+def stopwatch(device: torch.device) -> Callable[[], float]:
+    """A clock that runs; it waits for an accelerator, which answers before it has finished.
 
     Args:
         device: Where the model is.
 
-    Yields:
-        The seconds since the block began.
+    Returns:
+        A function: the seconds since it was made.
     """
     synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
     synchronize()
@@ -36,7 +34,7 @@ def synchronised(device: torch.device) -> Iterator[Callable[[], float]]:
         synchronize()
         return time.perf_counter() - start
 
-    yield elapsed
+    return elapsed
 
 
 def median_times(
@@ -64,7 +62,8 @@ def median_times(
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(n_warmup + n_runs):
         for name, model in models.items():
-            with evaluating(model), synchronised(device) as elapsed:
+            with evaluating(model):
+                elapsed = stopwatch(device)
                 run(model)
                 times[name].append(elapsed())
     return {name: statistics.median(found[n_warmup:]) for name, found in times.items()}
@@ -85,25 +84,25 @@ def layer_times(model: nn.Module, run: Callable[[], object], device: torch.devic
     times: dict[nn.Module, list[float]] = {}
     now: dict[nn.Module, float] = {}
     handles = []
-    with synchronised(device) as elapsed:
+    elapsed = stopwatch(device)
 
-        def begin(layer: nn.Module, _args: Any) -> None:
-            now[layer] = now.get(layer, 0.0) - elapsed()
+    def begin(layer: nn.Module, _args: Any) -> None:
+        now[layer] = now.get(layer, 0.0) - elapsed()
 
-        def end(layer: nn.Module, _args: Any, _output: Any) -> None:
-            now[layer] += elapsed()
+    def end(layer: nn.Module, _args: Any, _output: Any) -> None:
+        now[layer] += elapsed()
 
-        try:
-            for layer in leaves:
-                handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
-            with evaluating(model):
-                for i in range(_N_WARMUP + _N_RUNS):
-                    now.clear()
-                    run()
-                    if i >= _N_WARMUP:
-                        for layer, seconds in now.items():
-                            times.setdefault(layer, []).append(seconds)
-        finally:
-            for handle in handles:
-                handle.remove()
+    try:
+        for layer in leaves:
+            handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+        with evaluating(model):
+            for i in range(_N_WARMUP + _N_RUNS):
+                now.clear()
+                run()
+                if i >= _N_WARMUP:
+                    for layer, seconds in now.items():
+                        times.setdefault(layer, []).append(seconds)
+    finally:
+        for handle in handles:
+            handle.remove()
     return {layer: statistics.median(found) for layer, found in times.items()}
