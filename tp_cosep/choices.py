@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from math import ceil, gcd
@@ -14,7 +14,6 @@ from torch import nn
 
 from tp_cosep.batches import device_of
 from tp_cosep.collect import channel_dim_of
-from tp_cosep.costs import measure_costs
 from tp_cosep.errors import InputError
 from tp_cosep.groups import GroupView, is_output, prunable_groups, read_group, side_of
 from tp_cosep.head_importance import select_heads
@@ -179,15 +178,18 @@ class Choices:
         now: float = whole - (whole - target) * p.current_step / p.iterative_steps
         return now
 
-    def check_target(self) -> None:
+    def check_target(self, costs: Mapping[str, Mapping[str, int]]) -> None:
         """Say so if the target was missed, which groups that were skipped or not pruned by the caller make it be.
 
         A latency is not measured again: a busy machine would make it miss by chance.
+
+        Args:
+            costs: Of what is left, see :func:`tp_cosep.costs.layer_costs`.
         """
         p = self._pruner
         if p.target[0] == "latency" or self._whole is None or p.current_step > p.iterative_steps:
             return
-        left = measure_costs(p.model, p.run, [], p.target[0]).total
+        left = sum(costs[p.target[0]].values())
         if left > 1.02 * self._target():
             warnings.warn(
                 f"step: the target of {self._target():.4g} {p.target[0]} was missed, {left:.4g} are left: groups that "

@@ -348,14 +348,13 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
         raise InputError(f"layer {name!r}: {error}") from error
 
 
-def guessed_classes(model: nn.Module, reader: BatchReader, inputs: Any, given: Any, n_classes: int | None) -> int:
+def guessed_classes(reader: BatchReader, outputs: Any, given: Any, n_classes: int | None) -> int:
     """The number of classes, from a batch: the largest label or the width of the model's output, if that is a matrix.
 
     Args:
-        model: The model.
         reader: Of the batches.
-        inputs: Of the first batch.
-        given: Its labels.
+        outputs: Of the model, for samples of the first batch.
+        given: The labels of that batch.
         n_classes: What the user says, if anything.
 
     Returns:
@@ -363,8 +362,6 @@ def guessed_classes(model: nn.Module, reader: BatchReader, inputs: Any, given: A
     """
     if n_classes is not None:
         return n_classes
-    with evaluating(model):
-        outputs = run_model(model, take_samples(inputs, 3, n_samples(inputs) or 1))
     labels = reader.labels(outputs, given, 0)
     seen = int(labels.max()) + 1 if len(labels) else 1
     return max(seen, outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() == 2 else 0)
@@ -380,8 +377,8 @@ def _fit_spatial(
 ) -> int:
     """The largest number of cells per dimension whose moments fit."""
     inputs, given = reader.split(first, 0)
-    shapes, _ = collector.shapes(model, inputs)
-    n_classes = guessed_classes(model, reader, inputs, given, n_classes)
+    shapes, outputs = collector.shapes(model, inputs)
+    n_classes = guessed_classes(reader, outputs, given, n_classes)
 
     def n_bytes(s: int) -> int:
         return class_bytes(shapes.values(), n_classes, s)

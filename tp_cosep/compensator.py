@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -221,22 +222,19 @@ class Compensator:
             )
 
     def _measure(self, batches: Iterable[Any], readers: Mapping[nn.Module, MeasuredReader]) -> None:
-        draws = Draws((), self.seed)
-
-        def take(layer: nn.Module, x: Tensor) -> None:
+        def take(draws: Draws, layer: nn.Module, x: Tensor) -> None:
             reader = readers[layer]
             with named(reader.name):
                 n = self.max_positions or affordable(reader.reading, x.shape)
                 reader.moments.update(reader.reading.sampler(x.shape, n, draws.of(reader.name))(x))
 
         def run() -> int:
-            nonlocal draws
             n_seen = 0
-            with evaluating(self.model), on_inputs(readers, take):
+            with evaluating(self.model):
                 for inputs in batches:
                     if n_samples(inputs) != 0:
-                        draws = Draws(inputs, self.seed)
-                        self._run(self.model, inputs)
+                        with on_inputs(readers, partial(take, Draws(inputs, self.seed))):
+                            self._run(self.model, inputs)
                         n_seen += 1
             return n_seen
 

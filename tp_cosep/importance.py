@@ -215,17 +215,25 @@ class CoSePSelector(Measured):
 
     def _eliminated(self, view: GroupView) -> tuple[Elimination, Tensor]:
         """The order in which a group's components go, and their distances; found once, whatever count is asked for."""
-        read = layers_read(view, self.readers, self.space_name)
-        weights = [m.layer.get_parameter("weight").detach() for m in read]
-        # The weights by what they are: those of a copy are as good.
-        state = view.component_of.numpy().tobytes(), [(w.shape, float(w.double().square().sum())) for w in weights]
-        key = view.name, view.side
-        if key not in self._eliminations or self._eliminations[key][0] != state:
+        known = self._known(view)
+        if known is None:
             readers = readers_of(view, self.readers, self.space_name)
             distances = correlation_distances(view, self.readers, self.space_name)
             assert distances is not None
-            self._eliminations[key] = state, backward_elimination(readers, view.n_components), distances
-        return self._eliminations[key][1:]
+            known = backward_elimination(readers, view.n_components), distances
+            self._eliminations[view.name, view.side] = self._state_of(view), *known
+        return known
+
+    def _known(self, view: GroupView) -> tuple[Elimination, Tensor] | None:
+        """What was found of a group before, if that still holds."""
+        found = self._eliminations.get((view.name, view.side))
+        return None if found is None or found[0] != self._state_of(view) else found[1:]
+
+    def _state_of(self, view: GroupView) -> Any:
+        """What the choice in a group depends on; the weights by what they are: those of a copy are as good."""
+        read = layers_read(view, self.readers, self.space_name)
+        weights = [m.layer.get_parameter("weight").detach() for m in read]
+        return view.component_of.numpy().tobytes(), [(w.shape, float(w.double().square().sum())) for w in weights]
 
     def distances(self, group: Any, *, view: GroupView | None = None) -> Tensor | None:
         """Distances between the components of a group in separability space; arguments as in :meth:`select`.
@@ -242,7 +250,8 @@ class CoSePSelector(Measured):
         if self.metric == ATTENTION_JS:
             return None
         if self.compares_readers(view):
-            return correlation_distances(view, self.readers, self.space_name)
+            known = self._known(view)
+            return correlation_distances(view, self.readers, self.space_name) if known is None else known[1].clone()
         is_left = self.space_name in READER_SPACES and not any(m.name in self.moments for m in view.members)
         if not is_left:
             return self.space.distances(view)

@@ -149,15 +149,18 @@ def measure(
         if first is None:
             return Counter()
         inputs, given = reader.split(first, 0)
-        collectors = _collectors(model, inputs, wanted, list(ignored), layers)
+        collectors = _collectors(model, reader, first, wanted, list(ignored), layers, n_classes)
         if not collectors.all:
             raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
-        if collectors.made is not None:
-            collectors.made.choose_cells(
-                model, reader, first, wanted.spatial, n_classes=n_classes, memory_budget=wanted.memory_budget
-            )
-        n = guessed_classes(model, reader, inputs, given, n_classes) if wanted.with_labels else 0
-        memory.check(*_needed(model, inputs, collectors, wanted, n), memory_budget=wanted.memory_budget, n_classes=n)
+        shapes, outputs = collectors.shapes(model, inputs)
+        n = guessed_classes(reader, outputs, given, n_classes) if wanted.with_labels else 0
+        memory.check(
+            collectors.memory(shapes, wanted, n),
+            shapes,
+            collectors.n_features,
+            memory_budget=wanted.memory_budget,
+            n_classes=n,
+        )
         if kept is not None:
             kept.parts = collectors.named
         return run_pass(
@@ -193,37 +196,23 @@ def estimate_memory(
         The estimate.
     """
     reader = BatchReader(model, None, predicted=True)
-    inputs = reader.split((example_inputs, None), 0)[0]
-    collectors = _collectors(model, inputs, wanted, list(ignored), None)
-    if collectors.made is not None:
-        first = (example_inputs, None)
-        collectors.made.choose_cells(
-            model, reader, first, wanted.spatial, n_classes=n_classes, memory_budget=wanted.memory_budget
-        )
-    return _needed(model, inputs, collectors, wanted, n_classes)[0]
-
-
-def _needed(
-    model: nn.Module, inputs: Any, collectors: _Collectors, wanted: Wanted, n_classes: int
-) -> tuple[memory.MemoryEstimate, dict[str, tuple[int, ...]], dict[str, int]]:
-    """What measuring takes, from a run on a few samples, and the sizes that it comes from."""
-    few = take_samples(inputs, 3, n_samples(inputs) or 1)
-    shapes: dict[str, tuple[int, ...]] = {}
-    with evaluating(model):
-        for what, collector in (("outputs", collectors.made), ("inputs", collectors.read)):
-            if collector is not None:
-                shapes |= {f"{name} ({what})": shape for name, shape in collector.shapes(model, few)[0].items()}
-    readers = collectors.readers
-    n_features = {} if readers is None else {name: r.n_features for name, r in readers.readings.items()}
-    cells = next((c.n_cells for c in (collectors.made, collectors.read) if c is not None), None)
-    found = memory.estimate(shapes, n_features.values(), n_classes, cells, by_separability=wanted.by_classes)
-    return found, shapes, n_features
+    first = (example_inputs, None)
+    collectors = _collectors(model, reader, first, wanted, list(ignored), None, n_classes)
+    shapes, _ = collectors.shapes(model, reader.split(first, 0)[0])
+    return collectors.memory(shapes, wanted, n_classes)
 
 
 def _collectors(
-    model: nn.Module, inputs: Any, wanted: Wanted, ignored: list[nn.Module], layers: Iterable[str] | None
+    model: nn.Module,
+    reader: BatchReader,
+    first: Any,
+    wanted: Wanted,
+    ignored: list[nn.Module],
+    layers: Iterable[str] | None,
+    n_classes: int | None,
 ) -> _Collectors:
     """Whatever is to measure the layers that are worth it, from a trace of the model on a few samples."""
+    inputs = reader.split(first, 0)[0]
     survey = _survey(
         model, inputs, ignored, wanted.channel_dims, wanted.num_heads, layers, with_readings=wanted.by_readers
     )
@@ -231,7 +220,10 @@ def _collectors(
     chosen = survey.layers if wanted.by_classes else survey.unread if wanted.reader_classes else {}
     cells = 4 if isinstance(wanted.spatial, str) else wanted.spatial
     if chosen:
-        found.made = ClassCollector(chosen, tap=wanted.tap, channel_dims=wanted.channel_dims, n_cells=cells)
+        found.made = ClassCollector(chosen, tap=wanted.tap, channel_dims=wanted.channel_dims)
+        found.made.choose_cells(
+            model, reader, first, wanted.spatial, n_classes=n_classes, memory_budget=wanted.memory_budget
+        )
     if wanted.by_readers and survey.readings:
         found.readers = ReaderCollector(survey.readings, seed=0)
         if wanted.reader_classes:
@@ -264,6 +256,29 @@ class _Collectors:
     def all(self) -> list[Collector]:
         """Those that there are."""
         return [*self.named.values()]
+
+    @property
+    def n_features(self) -> dict[str, int]:
+        """Features of the layers of which second moments are taken."""
+        return {} if self.readers is None else {name: r.n_features for name, r in self.readers.readings.items()}
+
+    def shapes(self, model: nn.Module, inputs: Any) -> tuple[dict[str, tuple[int, ...]], Any]:
+        """The tensors of which class moments are taken, and the model's output, from a run on a few samples."""
+        few = take_samples(inputs, 3, n_samples(inputs) or 1)
+        shapes: dict[str, tuple[int, ...]] = {}
+        outputs = None
+        with evaluating(model):
+            for what, collector in (("outputs", self.made), ("inputs", self.read)):
+                if collector is not None:
+                    found, outputs = collector.shapes(model, few)
+                    shapes |= {f"{name} ({what})": shape for name, shape in found.items()}
+        return shapes, outputs
+
+    def memory(self, shapes: Mapping[str, tuple[int, ...]], wanted: Wanted, n_classes: int) -> memory.MemoryEstimate:
+        """What measuring these takes, and choosing by it."""
+        cells = next((c.n_cells for c in (self.made, self.read) if c is not None), None)
+        n_features = self.n_features.values()
+        return memory.estimate(shapes, n_features, n_classes, cells, by_separability=wanted.by_classes)
 
 
 def _of_all_processes(

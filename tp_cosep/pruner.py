@@ -283,11 +283,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._record_unvisited()
                 if not self.layerwise:
                     self._finish()
+                after = layer_costs(self.model, self.run)
                 if self.target is not None:
-                    self.choices.check_target()
+                    self.choices.check_target(after)
                 if self.compensator is not None:
                     self.plan = replace(self.plan, new_biases=tuple(self.compensator.new_biases))
-                after = layer_costs(self.model, self.run)
                 self.plan = replace(self.plan, costs=costs_beside(self.plan.costs, costs, after))
         except BaseException as error:
             # An interactive caller who stops early keeps what was pruned so far.

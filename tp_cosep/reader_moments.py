@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,6 @@ class ReaderCollector:
         self.readings = readings
         self._names = {r.layer: name for name, r in readings.items()}
         self._seed = seed
-        self._draws = Draws((), seed)
 
     def prepare(self, model: nn.Module, inputs: Any) -> None:
         """Nothing has to be known beforehand."""
@@ -85,8 +85,7 @@ class ReaderCollector:
     @contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
         """Measure what the layers read of a batch."""
-        self._draws = Draws(inputs, self._seed)
-        with on_inputs(self._names, self._take):
+        with on_inputs(self._names, partial(self._take, Draws(inputs, self._seed))):
             yield
 
     def add(self, labels: Tensor, i: int) -> None:
@@ -104,12 +103,12 @@ class ReaderCollector:
             second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
             self.found[name] = ReaderMoments(reading, reading.layer.weight.shape, second)  # type: ignore[arg-type]
 
-    def _take(self, layer: nn.Module, x: Tensor) -> None:
+    def _take(self, draws: Draws, layer: nn.Module, x: Tensor) -> None:
         name = self._names[layer]
         reading = self.readings[name]
         if name not in self.found:
             second = SecondMoments(reading.n_features, x.device, n_folds=1)
             self.found[name] = ReaderMoments(reading, layer.weight.shape, second)  # type: ignore[arg-type]
         with named(name):
-            sampler = reading.sampler(x.shape, affordable(reading, x.shape), self._draws.of(name))
+            sampler = reading.sampler(x.shape, affordable(reading, x.shape), draws.of(name))
             self.found[name].second.update(sampler(x))

@@ -109,8 +109,8 @@ def trade_offs(room: Room, model: nn.Module, run: Callable[[], Any], unit: str, 
     Returns:
         The sizes.
     """
-    fresh, _ = room.costs(model, run, unit)
-    units = {name: room.costs(model, run, name)[0] for name in ("macs", "params")}
+    units = {name: room.costs(model, run, name)[0] for name in dict.fromkeys(("macs", "params", unit))}
+    fresh = units[unit]
     smallest = deepcopy(fresh)
     for i, (x, least) in enumerate(zip(room.losses, room.least, strict=True)):
         smallest.remove(i, len(x) - least)
@@ -121,7 +121,7 @@ def trade_offs(room: Room, model: nn.Module, run: Callable[[], Any], unit: str, 
             kept = room.kept(deepcopy(fresh), target)
         except InputError:  # steps of round_to do not reach the very end
             break
-        left = {name: deepcopy(costs) for name, costs in units.items()}
+        left = {name: deepcopy(units[name]) for name in ("macs", "params")}
         for costs in left.values():
             for g, (x, n) in enumerate(zip(room.losses, kept, strict=True)):
                 costs.remove(g, len(x) - n)
