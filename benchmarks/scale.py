@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.selection import latent
+from benchmarks.selection import timed as by_processor
 from tp_cosep import ClassMoments, CoSePSelector
 from tp_cosep._torchvision import import_torchvision
 from tp_cosep.medoids import KMedoids, k_medoids_path
@@ -43,16 +44,6 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
     start = time.perf_counter()
     result = call()
     return result, time.perf_counter() - start
-
-
-def by_processor(call: Callable[[], T], n_rounds: int = 3) -> tuple[T, float]:
-    """A result and the least processor time of some rounds, which others on the machine hardly change."""
-    seconds = []
-    for _ in range(n_rounds):
-        start = time.process_time()
-        result = call()
-        seconds.append(time.process_time() - start)
-    return result, min(seconds)
 
 
 def peak_mib() -> float:
@@ -176,7 +167,7 @@ def medoids(largest: int) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
 
     def report(n: int, what: str, d: Tensor, other: Callable[[], list[float]]) -> None:
-        (ours, seconds), (theirs, other_seconds) = by_processor(lambda: k_medoids_path(d)), by_processor(other, 1)
+        (ours, seconds), (theirs, other_seconds) = by_processor(lambda: k_medoids_path(d), 3), by_processor(other, 1)
         ratios = [a.total_deviation / b for a, b in zip(ours, theirs, strict=True) if b > 0]
         mean = sum(a.total_deviation for a in ours) / sum(theirs)
         print(

@@ -339,7 +339,8 @@ class TestSafety:
         assert policy.startswith("default-src 'none';")
 
     def test_half_a_character(self, plan, tmp_path):
-        write(plan, tmp_path, title="a\ud800b")
+        page = write(plan, tmp_path, title="a\ud800b")
+        assert page.all("title")[0]["text"] == "a\ufffdb"  # as a browser reads what cannot be written
 
     def test_colours_can_be_seen(self):
         """Text at 4.5 : 1 on the paper and on boxes, marks at 3 : 1, in light and in dark."""

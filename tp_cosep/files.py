@@ -1,15 +1,20 @@
-"""Files that are replaced in one step."""
+"""Files that are replaced in one step, and tensors with a header in a file of safetensors."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from tp_cosep.errors import InputError
 
-__all__ = ["replacing"]
+__all__ = ["read_safetensors", "replacing"]
 
 
 @contextmanager
@@ -38,3 +43,24 @@ def replacing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_safetensors(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, Tensor], Any]:
+    """Read tensors, and what this library wrote beside them as JSON; nothing in the file is executed.
+
+    Args:
+        path: Of the file.
+        device: Where the tensors go.
+
+    Returns:
+        Tensors by name, and the header; ``None`` if there is none of ours.
+
+    Raises:
+        ValueError: If the file is damaged or none of safetensors.
+    """
+    try:
+        with safe_open(str(path), "pt", device=device) as file:
+            header = json.loads((file.metadata() or {}).get("tp_cosep", "null"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 -- not a dict
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.files import replacing
+from tp_cosep.files import read_safetensors, replacing
 from tp_cosep.moments import ClassMoments
 
 __all__ = ["Checkpoint", "Part", "fingerprint", "moments_of", "read", "tensors_of", "write"]
@@ -82,10 +81,8 @@ def read(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> tuple[dic
         InputError: If the file is damaged, none of moments, or not what is expected.
     """
     try:
-        with safe_open(str(path), "pt") as file:
-            document = json.loads((file.metadata() or {}).get("tp_cosep", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
-    except (SafetensorError, ValueError) as error:
+        tensors, document = read_safetensors(path)
+    except ValueError as error:
         raise InputError(f"moments {str(path)!r}: damaged, or no file of moments ({error}); delete it.") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise InputError(f"moments {str(path)!r}: expected a file of moments, got another one.")

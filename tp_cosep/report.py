@@ -32,6 +32,7 @@ __all__ = [
     "measure_models",
     "model_rows",
     "model_table",
+    "new_table",
     "quantity",
 ]
 
@@ -259,7 +260,7 @@ def _ratio(value: float, base: float) -> float | None:
 
 def layer_table(plan: PruningPlan) -> Table:
     """What a plan keeps of every group and why, as a table to print with ``rich``."""
-    table = _table("Layers", caption="strength: height of the knee over a straight line, 0 to 1")
+    table = new_table("Layers", caption="strength: height of the knee over a straight line, 0 to 1")
     table.add_column("layer", overflow="fold")
     for header in ("kept", "share", "k", "knee at", "strength"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -294,7 +295,7 @@ def model_table(stats: Mapping[str, ModelStats]) -> Table:
     """
     rows = model_rows(stats)
     batch_sizes = sorted({row.stats.batch_size for row in rows})
-    table = _table(
+    table = new_table(
         "Models",
         caption="second lines: beside the first model; "
         f"latency: median for {' or '.join(map(str, batch_sizes)) or 'no'} samples",
@@ -332,5 +333,6 @@ def quantity(n: int) -> str:
     return f"{value:.{digits}f}{units[0]}"
 
 
-def _table(title: str, caption: str) -> Table:
+def new_table(title: str, caption: str | None = None) -> Table:
+    """An empty table in this library's style."""
     return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tp_cosep.batches import device_of
 from tp_cosep.errors import InputError
-from tp_cosep.files import replacing
+from tp_cosep.files import read_safetensors, replacing
 from tp_cosep.plan import PruningPlan
 from tp_cosep.structure import zeros_for
 
@@ -162,10 +161,8 @@ def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], d
         InputError: If the file is damaged or of another kind.
     """
     try:
-        with safe_open(str(path), "pt", device=str(device)) as file:
-            header = json.loads((file.metadata() or {}).get("tp_cosep", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-    except (SafetensorError, ValueError) as error:
+        tensors, header = read_safetensors(path, str(device))
+    except ValueError as error:
         raise InputError(f"weights {str(path)!r}: damaged, or no file of safetensors ({error}).") from error
     if not isinstance(header, dict):
         raise InputError(f"weights {str(path)!r}: expected a file written by tp_cosep, got another one.")

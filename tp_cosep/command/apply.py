@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from rich.console import Console
 
 from tp_cosep import saving
+from tp_cosep.command.lines import say
 from tp_cosep.command.models import make_model
 from tp_cosep.command.report import find_plan
 from tp_cosep.errors import InputError
@@ -33,10 +33,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(str(error)) from error
     saving.save(model, plan, options.output)
     after = sum(p.numel() for p in model.parameters())
-    Console().print(
+    say(
         f"{before:,} parameters before, {after:,} after: {options.output}. Weights are those of the model that was "
-        "given, not repaired and not fine-tuned.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        "given, not repaired and not fine-tuned."
     )

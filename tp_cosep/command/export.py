@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from tp_cosep import saving
 from tp_cosep.batches import run_model
+from tp_cosep.command.lines import say
 from tp_cosep.command.models import logits_of, make_model, module_of
 from tp_cosep.errors import InputError
 from tp_cosep.files import replacing
@@ -59,12 +59,9 @@ def run(options: argparse.Namespace) -> None:
                 f"export: the exported model's outputs differ by {worst:.2g} of the largest output, more than the "
                 f"--tolerance of {options.tolerance:.2g}; nothing was written."
             )
-    Console().print(
+    say(
         f"{options.output}: {options.output.stat().st_size:,} bytes; outputs differ by at most {worst:.2g} of the "
-        f"largest, with batches of {', '.join(map(str, _COMPARED))}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"largest, with batches of {', '.join(map(str, _COMPARED))}"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from copy import deepcopy
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -15,10 +14,12 @@ from tp_cosep.errors import InputError
 from tp_cosep.importance import CoSePSelector
 from tp_cosep.plan import PruningPlan
 from tp_cosep.pruner import CoSePPruner
-from tp_cosep.report import ModelStats, group_label, measure_models
+from tp_cosep.report import ModelStats, group_label, measure, new_table
 from tp_cosep.sharing import Preview
 
 __all__ = ["run"]
+
+_SIZES = ("MACs", "share", "parameters", "share")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
         selector = fitted(options, subject, together, None)
         pruner = CoSePPruner(subject.model, subject.example, importance=selector, **pruner_options(options, None))
         together.console.print("", _trade_offs(pruner.preview(n_points=11)), sep="\n")
-        found = {"unpruned": (PruningPlan(), _measured(subject, subject.model))}
+        found = {"unpruned": (PruningPlan(), measure(subject.model, subject.example, n_runs=5, n_warmup=1))}
         notes = []
         for target in options.targets:
             name = "own counts" if target is None else f"{target[0]}={target[1]:g}"
@@ -42,20 +43,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _trade_offs(preview: Preview) -> Table:
-    table = Table(
-        title="What targets in MACs would leave",
-        caption="coverage: the share of what layers see that stays; MACs of convolutions and matrix products alone",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
+    table = new_table(
+        "What targets in MACs would leave",
+        "coverage: the share of what layers see that stays; MACs of convolutions and matrix products alone",
     )
-    for header in ("MACs", "share", "parameters", "share", "coverage"):
+    for header in (*_SIZES, "coverage"):
         table.add_column(header, justify="right", no_wrap=True)
     whole = preview.points[0]
     for p in preview.points:
-        shares = p.macs / max(whole.macs, 1), p.params / max(whole.params, 1)
-        table.add_row(f"{p.macs:,.0f}", f"{shares[0]:.0%}", f"{p.params:,.0f}", f"{shares[1]:.0%}", f"{p.coverage:.2%}")
+        table.add_row(*_sizes((p.macs, p.params), (whole.macs, whole.params)), f"{p.coverage:.2%}")
     return table
+
+
+def _sizes(now: tuple[float, float], whole: tuple[float, float]) -> list[str]:
+    """Multiply-accumulates and parameters, each with its share of the whole."""
+    return [
+        text for n, all_of_it in zip(now, whole, strict=True) for text in (f"{n:,.0f}", f"{n / max(all_of_it, 1):.0%}")
+    ]
 
 
 def _pruned(
@@ -64,34 +68,23 @@ def _pruned(
     model = deepcopy(subject.model)
     pruner = CoSePPruner(model, subject.example, importance=selector, **pruner_options(options, target))
     pruner.step()
-    return pruner.plan, _measured(subject, model)
-
-
-def _measured(subject: Subject, model: object) -> ModelStats:
-    return measure_models({"": model}, subject.example, n_runs=5, n_warmup=1)[""]  # type: ignore[dict-item]
+    return pruner.plan, measure(model, subject.example, n_runs=5, n_warmup=1)
 
 
 def _models(found: dict[str, tuple[PruningPlan, ModelStats]]) -> Table:
-    table = Table(title="Targets", box=box.SIMPLE_HEAD, title_justify="left")
+    table = new_table("Targets")
     table.add_column("target")
-    for header in ("MACs", "share", "parameters", "share"):
+    for header in _SIZES:
         table.add_column(header, justify="right", no_wrap=True)
     whole = found["unpruned"][1]
     for name, (_, stats) in found.items():
-        macs, parameters = stats.n_macs / max(whole.n_macs, 1), stats.n_parameters / max(whole.n_parameters, 1)
-        table.add_row(name, f"{stats.n_macs:,}", f"{macs:.0%}", f"{stats.n_parameters:,}", f"{parameters:.0%}")
+        table.add_row(name, *_sizes((stats.n_macs, stats.n_parameters), (whole.n_macs, whole.n_parameters)))
     return table
 
 
 def _layers(found: dict[str, tuple[PruningPlan, ModelStats]]) -> Table:
     plans = {name: plan for name, (plan, _) in found.items() if len(plan)}
-    table = Table(
-        title="Channels kept",
-        caption="–: left alone",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = new_table("Channels kept", "–: left alone")
     table.add_column("layer", overflow="fold")
     table.add_column("of", justify="right")
     for name in plans:

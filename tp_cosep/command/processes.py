@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import distributed
 
+from tp_cosep.command.lines import say
 from tp_cosep.command.models import module_of
 from tp_cosep.distributed import is_distributed
 
@@ -38,7 +39,7 @@ class Processes:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(text, self.console)
 
     def sum(self, values: list[int]) -> list[int]:
         """Sums over all processes."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tp_cosep.command.lines import say
 from tp_cosep.errors import InputError
 from tp_cosep.plan import PruningPlan
 from tp_cosep.report import layer_table
@@ -32,10 +33,10 @@ def run(options: argparse.Namespace) -> None:
     }
     for name, fact in facts.items():
         if fact:
-            console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
+            say(f"{name}: {fact}", console)
     if options.html is not None:
         plan.report(options.html)
-        console.print(f"{options.html}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{options.html}", console)
 
 
 def find_plan(path: Path) -> PruningPlan:
