@@ -1,15 +1,14 @@
 import copy
-import json
 
 import pytest
 import torch
 from fitted import group_with
 from models import build
-from safetensors.torch import save_file
 from test_moment_files import OPTIONS, assert_same, batches
 from torch import nn
 
 from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError
+from tp_cosep.files import write_safetensors
 
 
 def fitted(model, x, y, **options):
@@ -60,7 +59,9 @@ def test_moments_of_something_else_are_refused(tmp_path):
     for options in ({"space": "separability"}, {"spatial": 2}, {"space": "reconstruction"}):
         with pytest.raises(InputError, match="measured was"):
             CoSePSelector(**options).load_moments(path, model)
-    for damaged in (whole[:-7], whole[: len(whole) // 2], b"", b"{}" * 40):
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for damaged in (whole[:-7], whole[:middle], flipped, b"", b"{}" * 40):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="damaged, or no file of moments"):
             fresh.load_moments(path, model)
@@ -88,7 +89,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("tp_cosep.moment_files.save_file", torn)
+    monkeypatch.setattr("tp_cosep.files.save_file", torn)
     with pytest.raises(OSError, match="disk full"):
         selector.save_moments(path)
     assert path.read_bytes() == whole
@@ -100,7 +101,7 @@ def test_a_header_is_all_that_is_trusted(tmp_path):
     path = tmp_path / "moments"
     fitted(model, x, y).save_moments(path)
     document = {"format": "tp_cosep.moments", "version": 99}
-    save_file({"x": torch.zeros(1)}, path, {"tp_cosep": json.dumps(document)})
+    write_safetensors(path, {"x": torch.zeros(1)}, document)
     with pytest.raises(InputError, match="expected version 1, got 99"):
         CoSePSelector().load_moments(path, model)
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tp_cosep.errors import InputError
 
-__all__ = ["read_safetensors", "replacing"]
+__all__ = ["digest", "read_safetensors", "replacing", "write_safetensors"]
+
+_HEADER, _DIGEST = "tp_cosep", "tp_cosep_digest"
 
 
 @contextmanager
@@ -45,22 +50,55 @@ def replacing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
         raise
 
 
-def read_safetensors(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, Tensor], Any]:
-    """Read tensors, and what this library wrote beside them as JSON; nothing in the file is executed.
+def digest(tensors: Mapping[str, Tensor], header: str = "") -> str:
+    """A hash of names, shapes, types and values of tensors, in their order, and of a text."""
+    found = hashlib.blake2b(header.encode(), digest_size=16)
+    for name, x in tensors.items():
+        found.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
+        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Any) -> None:
+    """Write tensors and whatever JSON can hold; the format itself would not notice a changed value.
 
     Args:
         path: Of the file.
-        device: Where the tensors go.
+        tensors: By name; they may be views of one storage, which the format refuses.
+        header: The rest.
+    """
+    text, apart, storages = json.dumps(header), {}, set[int]()
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        storage = x.untyped_storage()
+        if storage.nbytes() != x.nbytes or storage.data_ptr() in storages:
+            x = x.clone()
+        storages.add(x.untyped_storage().data_ptr())
+        apart[name] = x
+    save_file(apart, path, {_HEADER: text, _DIGEST: digest(apart, text)})
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
+    """Read what :func:`write_safetensors` wrote; nothing in the file is executed.
+
+    Args:
+        path: Of the file.
 
     Returns:
-        Tensors by name, and the header; ``None`` if there is none of ours.
+        Tensors by name, on the CPU, and the header; ``None`` if the file is one of safetensors that another program
+        wrote.
 
     Raises:
         ValueError: If the file is damaged or none of safetensors.
     """
     try:
-        with safe_open(str(path), "pt", device=device) as file:
-            header = json.loads((file.metadata() or {}).get("tp_cosep", "null"))
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 -- not a dict
+        with safe_open(str(path), "pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+    if _HEADER not in facts:
+        return tensors, None
+    if facts.get(_DIGEST) != digest(dict(sorted(tensors.items())), facts[_HEADER]):
+        raise ValueError("its contents are not those that were written")
+    return tensors, json.loads(facts[_HEADER])

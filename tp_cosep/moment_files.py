@@ -6,8 +6,6 @@ how; a file that does not fit is refused. A file is replaced in one step, so tha
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,11 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.files import read_safetensors, replacing
+from tp_cosep.files import digest, read_safetensors, replacing, write_safetensors
 from tp_cosep.moments import ClassMoments
 
 __all__ = ["Checkpoint", "Part", "fingerprint", "moments_of", "read", "tensors_of", "write"]
@@ -31,12 +28,7 @@ _FIELDS = ("classes", "count", "mean", "m2")
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of the names, shapes and values of a model's parameters and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, x in model.state_dict().items():
-        if isinstance(x, Tensor):
-            digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
-            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest({name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)})
 
 
 def tensors_of(moments: Mapping[str, ClassMoments], part: str) -> dict[str, Tensor]:
@@ -62,9 +54,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     Raises:
         InputError: If the folder does not exist.
     """
-    document = json.dumps({"format": _FORMAT, "version": _VERSION, **header})
     with replacing(path, "moments") as temporary:
-        save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, {"tp_cosep": document})
+        write_safetensors(temporary, tensors, {"format": _FORMAT, "version": _VERSION, **header})
 
 
 def read(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tp_cosep.batches import device_of
 from tp_cosep.errors import InputError
-from tp_cosep.files import read_safetensors, replacing
+from tp_cosep.files import read_safetensors, replacing, write_safetensors
 from tp_cosep.plan import PruningPlan
 from tp_cosep.structure import zeros_for
 
-__all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "read_tensors", "save", "tensors_of", "write_tensors"]
+__all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "read_tensors", "save", "tensors_of"]
 
 MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "weights.safetensors"
 _FORMAT, _VERSION = "tp_cosep.model", 1
@@ -68,7 +67,7 @@ def save(model: nn.Module, plan: PruningPlan, folder: str | os.PathLike[str]) ->
         replacing(folder / PLAN, "plan") as plan_file,
         replacing(folder / WEIGHTS, "weights") as weights,
     ):
-        write_tensors(weights, tensors, {"format": _FORMAT, **header})
+        write_safetensors(weights, tensors, {"format": _FORMAT, **header})
         plan.save(plan_file)
         files = {PLAN: _facts(plan_file), WEIGHTS: _facts(weights)}
         document = {"format": _FORMAT, "version": _VERSION, "files": files}
@@ -140,18 +139,11 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"names": names, "orders": orders, "unsaved": [*unsaved]}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and whatever JSON can hold as a file of safetensors."""
-    # Tensors may be parts of one storage, which the format refuses.
-    whole = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    save_file(whole, path, {"tp_cosep": json.dumps(header)})
-
-
 def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`write_tensors` wrote.
+    """Read tensors and what was written beside them.
 
     Args:
-        path: Of the file.
+        path: Of a file that :func:`tp_cosep.files.write_safetensors` wrote.
         device: Where the tensors go.
 
     Returns:
@@ -161,12 +153,12 @@ def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], d
         InputError: If the file is damaged or of another kind.
     """
     try:
-        tensors, header = read_safetensors(path, str(device))
+        tensors, header = read_safetensors(path)
     except ValueError as error:
         raise InputError(f"weights {str(path)!r}: damaged, or no file of safetensors ({error}).") from error
     if not isinstance(header, dict):
         raise InputError(f"weights {str(path)!r}: expected a file written by tp_cosep, got another one.")
-    return tensors, header
+    return {name: x.to(device) for name, x in tensors.items()}, header
 
 
 def _check_plan_of(model: nn.Module, plan: PruningPlan) -> None:

@@ -20,8 +20,8 @@ from tp_cosep.command.models import logits_of
 from tp_cosep.command.processes import Processes
 from tp_cosep.distributed import agreed
 from tp_cosep.errors import InputError
-from tp_cosep.files import replacing
-from tp_cosep.saving import read_tensors, write_tensors
+from tp_cosep.files import replacing, write_safetensors
+from tp_cosep.saving import read_tensors
 
 __all__ = ["Training", "accuracy", "fine_tune"]
 
@@ -194,7 +194,7 @@ def _keep(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accele
         tensors |= {f"optimizer/{name}/{k}": torch.as_tensor(x) for k, x in _state_of(optimizer, p).items()}
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
     with replacing(path, "fine-tuning") as temporary:
-        write_tensors(temporary, tensors, {"n_epochs": n_epochs, "scaler": scaler})
+        write_safetensors(temporary, tensors, {"n_epochs": n_epochs, "scaler": scaler})
 
 
 def _state_of(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Any]:
