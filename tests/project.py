@@ -34,6 +34,22 @@ def make_loaders(batch_size=100, n=1797):
     return DataLoader(train, batch_size, shuffle=True), DataLoader(test, batch_size)
 
 
+class Broken:
+    """A loader that fails at its second batch."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        yield next(iter(self.loader))
+        raise RuntimeError("of the\nloader")
+
+
+def make_broken_loaders(n=300):
+    train, test = make_loaders(n=n)
+    return Broken(train), Broken(test)
+
+
 def fails(**options):
     raise ZeroDivisionError("of the project")
 

@@ -295,6 +295,19 @@ def test_a_target_that_is_missed_is_said_to_be():
         prune_one()
 
 
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_a_target_that_asks_for_nothing_is_said_to_do_so(unit):
+    model, x, y = build("vgg", 24)
+    before = sum(p.numel() for p in model.parameters())
+    pruner = CoSePPruner(model, x[:1], fitted(model, x, y, space="joint"), target={unit: 1e12}, iterative_steps=2)
+    message = rf"step: the target of 1e\+12 {unit} asks for nothing, the model is at [\d.e+]+; shares are below 1"
+    with pytest.warns(UserWarning, match=message) as found:
+        pruner.step()
+    assert len(found) == 1
+    pruner.step()  # says it once
+    assert sum(p.numel() for p in model.parameters()) == before
+
+
 def test_what_fits_comes_back():
     model, x, _ = build("mlp", 30)
     views = [read_group(group_with(model, x, names[0])) for names in PRODUCERS["mlp"].values()]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = ["prune", "--model", "m:f", "--data", "d:f", "--output", "out"]
 TOML = """
 model = "project:make_net"
-data = "project:make_loaders"
+data = "imagefolder:photos"
 output = "out"
 epochs = 3
 learning-rate = 1e-3
@@ -29,7 +29,7 @@ mean = [0.5, 0.25, 0.125]
 """
 YAML = """
 model: project:make_net
-data: project:make_loaders
+data: imagefolder:photos
 output: out
 epochs: 3
 learning-rate: 0.001
@@ -55,7 +55,7 @@ def parsed(*words):
 def test_a_file_says_what_the_command_line_would(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     found = vars(parsed("prune", "--config", str(tmp_path / name)))
-    words = "prune --model project:make_net --data project:make_loaders --output out --epochs 3 --learning-rate 1e-3 "
+    words = "prune --model project:make_net --data imagefolder:photos --output out --epochs 3 --learning-rate 1e-3 "
     words += "--no-recalibrate --layerwise --ignored-layers a b --target macs=0.5 --model-args num_classes=10 name=x "
     expected = vars(parsed(*(words + "--mean 0.5 0.25 0.125").split()))
     assert found.pop("config") == tmp_path / name
@@ -85,7 +85,7 @@ def test_the_command_line_wins(tmp_path):
         ("a.toml", "ignored-layers = 'a'", "expected a list for 'ignored-layers', got 'a'"),
         ("a.toml", "recalibrate = 'yes'", "expected true or false for 'recalibrate', got 'yes'"),
         ("a.toml", "epochs = true", "expected a single value for 'epochs', got True"),
-        ("a.toml", "epochs = 'many'", "argument --epochs: invalid"),
+        ("a.toml", "epochs = 'many'", "argument --epochs: expected a whole number from 0, got 'many'"),
         ("a.toml", "space = 'here'", "argument --space: invalid choice: 'here'"),
         ("a.toml", "target = {macs = 0.5, params = 3}", "expected a single value for 'target'"),
         ("a.toml", "epochs = ", "a.toml': expected TOML, got"),
@@ -122,6 +122,14 @@ def test_a_file_that_is_not_there(capsys):
         ("--batch-size 0", "expected a whole number from 1, got '0'"),
         ("--pruning-ratio 2", "expected a share between 0 and 1, got '2'"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
+        ("--target macs=half", "argument --target: expected a number above 0, got 'half'"),
+        ("--mean nan", "argument --mean: expected a number, got 'nan'"),
+        ("--target macs=0.5 --pruning-ratio 0.5", "--pruning-ratio: not together with --target"),
+        ("--published --space joint", "--space: not together with --published"),
+        ("--input-size 32", "--input-size: not with --data d:f; a function of yours decides that"),
+        ("--mean 0.5 --std 0.5", "--mean: not with --data d:f"),
+        ("--download", "--download: not with --data d:f"),
+        ("--data cifar10:there --data-args n=3", "--data-args: not with --data cifar10:there; only for a function"),
     ],
 )
 def test_wrong_usage(words, message, capsys):
@@ -129,6 +137,12 @@ def test_wrong_usage(words, message, capsys):
         cli.main([*BASE, *words.split()])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_line_can_take_back_what_a_file_says(tmp_path):
+    (tmp_path / "a.toml").write_text('target = "macs=0.5"')
+    options = parsed(*BASE, "--config", str(tmp_path / "a.toml"), "--target", "none", "--pruning-ratio", "0.5")
+    assert (options.target, options.pruning_ratio) == (None, 0.5)
 
 
 def commands():

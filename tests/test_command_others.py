@@ -88,6 +88,13 @@ def test_prune_writes_a_page(tmp_path, monkeypatch):
     assert not (tmp_path / "b" / "unfinished").exists()
 
 
+def test_report_of_an_empty_plan_says_so(tmp_path, capsys):
+    PruningPlan().save(tmp_path / "plan.json")
+    assert run("report", tmp_path, "--html", tmp_path / "page.html") == 0
+    assert "the plan is empty: nothing was pruned" in capsys.readouterr().out
+    assert "The plan is empty." in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize("command", ["report", "apply"])
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -121,6 +128,17 @@ def test_apply(folder, tmp_path, capsys):
     assert "here it is float32 [12, 1, 3, 3]" in capsys.readouterr().err
 
 
+def test_apply_does_not_write_over_a_model(folder, tmp_path, capsys):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    words = ["apply", folder / "plan.json", "--model", "project:make_net", "--output", folder]
+    assert run(*words) == 1
+    err = capsys.readouterr().err
+    assert "has plan.json, weights.safetensors, manifest.json already; choose another folder, or add --overwrite" in err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert run(*words, "--overwrite") == 0
+    assert (folder / "weights.safetensors").read_bytes() != before["weights.safetensors"]
+
+
 def exported(path, batch):
     """The answer of an exported model, by its own runtime."""
     if path.suffix == ".onnx":
@@ -145,6 +163,19 @@ def test_export(kind, folder, tmp_path, capsys):
     )
     assert float(found[1]) < 1e-4
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["pruned", path.name])
+
+
+def test_the_opset_is_the_one_that_was_asked_for(folder, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    words = ["export", folder, "--model", "project:make_net", "--output", tmp_path / "net.onnx", "--opset"]
+    assert run(*words, 20) == 0
+    assert onnx.load(tmp_path / "net.onnx").opset_import[0].version == 20
+    capsys.readouterr()
+    before = (tmp_path / "net.onnx").read_bytes()
+    assert run(*words, 5) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"tp-cosep: --opset 5: ONNX cannot convert the model from opset \d+ to this one; .*\n", err)
+    assert (tmp_path / "net.onnx").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch-export"])

@@ -160,7 +160,7 @@ def test_dry_run(tmp_path, capsys):
         "prune a target of macs=0.5",
         "repair by refitting (one-shot) and new BatchNorm statistics",
         "fine-tune for 3 epochs (sgd, learning rate 0.01, mixed precision: no, 1 processes on cpu)",
-        f"write plan.json, weights.safetensors, manifest.json and summary.json to {out}",
+        f"write plan.json, weights.safetensors, manifest.json, summary.json and report.html to {out}",
     ):
         assert part in text
 
@@ -170,10 +170,34 @@ def test_a_finished_run_is_not_overwritten(tmp_path, capsys):
     assert run(*words, "--pruning-ratio", 0.5) == 0
     before = (tmp_path / "out" / "plan.json").read_bytes()
     assert run(*words, "--pruning-ratio", 0.25) == 1
-    assert "has a finished run already; choose another folder, or add --restart" in capsys.readouterr().err
+    assert "has plan.json, weights.safetensors, manifest.json, summary.json, report.html already; choose" in (
+        capsys.readouterr().err
+    )
     assert (tmp_path / "out" / "plan.json").read_bytes() == before
     assert run(*words, "--pruning-ratio", 0.25, "--restart") == 0
     assert tp_cosep.load(tmp_path / "out", project.make_mlp)[1].out_features == 24
+
+
+@pytest.mark.parametrize("name", ["plan.json", "summary.json", "report.html"])
+def test_files_of_somebody_else_are_not_overwritten(name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    words = ["prune", *MLP, "--pruning-ratio", 0.5, "--output", tmp_path]
+    assert run(*words) == 1
+    assert f"has {name} already; choose another folder, or add --restart to replace" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+    assert run(*words, "--restart") == 0
+
+
+def test_a_file_where_the_folder_would_be(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        for more in ([], ["--restart"], ["--dry-run"]):
+            assert run("prune", *MLP, "--output", out, *more) == 1
+            assert f"expected a folder or a new name, but {str(tmp_path / 'out')!r} is a file" in (
+                capsys.readouterr().err
+            )
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def interrupted(monkeypatch, where, at):
@@ -239,7 +263,7 @@ def test_other_options_are_refused(unfinished, tmp_path, capsys):
     for changed, message in [
         (["--epochs", "4"], "--epochs was 2, is 4"),
         (["--seed", "1"], "--seed was 0, is 1"),
-        (["--target", "macs=0.5"], "--target was None, is ['macs', 0.5]"),
+        (["--round-to", "8"], "--round-to was None, is 8"),
     ]:
         assert run(*unfinished, *changed) == 1
         assert message in capsys.readouterr().err
@@ -284,6 +308,7 @@ def test_damaged_training_is_refused(unfinished, tmp_path, capsys):
         (["--model", "project:make_photo_net"], "does not run on the data's inputs, (1, 1, 8, 8) (RuntimeError"),
         (["--target", "macs=0.0001"], "target: expected one that can be reached"),
         (["--ignored-layers", "nine"], "ignored_layers: expected modules of the model"),
+        (["--data", "project:make_broken_loaders"], "RuntimeError: of the loader (add --debug to see where)"),
         (["--epochs", "1", "--learning-rate", "1e30"], "the loss is nan in epoch 1; lower --learning-rate"),
     ],
 )
@@ -293,6 +318,17 @@ def test_errors_are_one_line(words, message, tmp_path, capsys):
     assert message in err
     assert err.startswith("tp-cosep: ")
     assert err.count("\n") == 1
+
+
+def test_unknown_layers_are_found_before_anything_is_measured(tmp_path, capsys):
+    assert run("prune", *MLP, "--ignored-layers", "nine", "--output", tmp_path / "out") == 1
+    assert "accuracy" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(RuntimeError, match="of the\nloader"):
+        run("prune", *MLP, "--data", "project:make_broken_loaders", "--output", tmp_path / "out", "--debug")
 
 
 def test_a_model_with_too_few_classes(tmp_path, monkeypatch, capsys):

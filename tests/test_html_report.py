@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from benchmarks.page import plan_of
 from tp_cosep import GroupPlan, InputError, PruningPlan
 from tp_cosep.pictures import ClassPair, GroupPicture, kept_components, plane
 from tp_cosep.report import ModelStats
@@ -103,16 +104,6 @@ def plan():
 def write(plan, tmp_path, **options):
     plan.report(tmp_path / "report.html", **options)
     return Page(tmp_path / "report.html")
-
-
-def wide_plan(n_layers=200, width=256):
-    """As many layers as a large model has, half of the channels kept, with a thousand classes."""
-    first = entry("x", width, width // 2, n_labels=1000)
-    names = [f"features.denseblock{i // 50}.denselayer{i}.conv" for i in range(n_layers)]
-    costs = {name: (1000 + i, 500) for i, name in enumerate(names)}
-    return PruningPlan(
-        tuple(replace(first, name=name, layers=(name,)) for name in names), costs={"macs": costs, "params": costs}
-    )
 
 
 NAMES = [f"class number {i}" for i in range(1000)]
@@ -397,11 +388,9 @@ class TestErrors:
         assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_200_layers_stay_small_and_are_written_soon(tmp_path):
-    start = time.perf_counter()
-    wide_plan().report(tmp_path / "report.html", class_names=NAMES)
+def test_200_layers_stay_small(tmp_path):
+    plan_of(200, 256).report(tmp_path / "report.html", class_names=NAMES)
     assert (tmp_path / "report.html").stat().st_size < 5e6
-    assert time.perf_counter() - start < 30
 
 
 CHROMIUM = next(
@@ -555,14 +544,7 @@ class TestBrowser:
         assert not browser.find_elements("css selector", "img")
         assert browser.find_elements("css selector", ".clusters td")
 
-    def test_200_layers_open_soon(self, opened):
-        browser = opened(wide_plan(), class_names=NAMES)
-        loaded = "const t = performance.getEntriesByType('navigation')[0]; return t.loadEventEnd - t.startTime"
-        times = []
-        for _ in range(5):  # the least of them: a busy machine is no fault of the page
-            times.append(browser.execute_script(loaded))
-            if times[-1] < 2000:
-                break
-            browser.refresh()
-        assert 0 < min(times) < 2000
+    def test_200_layers_open(self, opened):
+        """How soon is for ``benchmarks/page.py`` to say."""
+        browser = opened(plan_of(200, 256), class_names=NAMES)
         assert len(browser.find_elements("css selector", "details")) == 200

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fitted import group_with
 from models import build
+from processes import data
 from test_moment_files import OPTIONS, assert_same, batches
 from torch import nn
 
@@ -104,6 +105,17 @@ def test_a_header_is_all_that_is_trusted(tmp_path):
     write_safetensors(path, {"x": torch.zeros(1)}, document)
     with pytest.raises(InputError, match="expected version 1, got 99"):
         CoSePSelector().load_moments(path, model)
+
+
+def test_an_estimate_is_of_the_model_that_it_is_given():
+    """Not of the one that was measured, whose attention layers are no part of another one."""
+    torch.manual_seed(0)
+    (model, x, y), (other, *_) = data("vit"), data("vit")
+    selector = fitted(model, x, y)
+    expected = CoSePSelector().memory_estimate(other, x[:2], 4)
+    assert selector.memory_estimate(other, x[:2], 4) == expected
+    CoSePPruner(model, x[:1], selector, pruning_ratio=0.5).step()
+    assert selector.memory_estimate(model, x[:2], 4).class_moments < expected.class_moments
 
 
 def test_nothing_to_save_before_fit(tmp_path):

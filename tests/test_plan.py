@@ -153,6 +153,15 @@ def assert_refused(plan, model, x, error, message, **options):
     assert_untouched(model, before)
 
 
+def test_inputs_that_the_model_does_not_take():
+    model, x, _, plan = planned("vgg", 10)
+    message = (
+        r"example_inputs: Torch-Pruning cannot follow the model on them \(RuntimeError: [\s\S]*\); expected inputs"
+    )
+    assert_refused(plan, model, x[:, :2], PruningError, message)
+    assert_refused(plan, model, None, PruningError, message.replace("RuntimeError", "TypeError"))
+
+
 def test_a_plan_is_not_applied_twice():
     model, x, _, plan = planned("resnet", 10)
     plan.apply(model, x)

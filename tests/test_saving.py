@@ -300,6 +300,26 @@ def test_the_factory_has_to_make_the_model(tmp_path):
             tp_cosep.load(tmp_path, make)
 
 
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [(nn.Linear(2, 2), "got a Linear"), ("vgg", "got a str"), (lambda: "vgg", "got one that returns a str")],
+)
+def test_a_factory_is_a_function_that_returns_a_model(factory, message, tmp_path):
+    saved("mlp", tmp_path)
+    with pytest.raises(InputError, match=f"load: expected a function that makes the unpruned model .*{message}"):
+        tp_cosep.load(tmp_path, factory)
+
+
+def test_a_model_that_two_pruners_pruned_in_turn(tmp_path):
+    model, x, y = build("vgg", 12)
+    first, second = (pruned_by(model, x, y, pruning_ratio=0.25) for _ in range(2))
+    tp_cosep.save(model, second, tmp_path)
+    make = lambda: build("vgg", 12, seed=7)[0]  # noqa: E731
+    with pytest.raises(InputError, match="if several pruners worked in turn, with the earlier plans applied"):
+        tp_cosep.load(tmp_path, make)
+    assert_same_model(model, tp_cosep.load(tmp_path, lambda: first.apply(make(), x[:1])), x)
+
+
 def test_what_cannot_be_saved(tmp_path):
     make, model, plan, _ = saved("mlp", tmp_path / "good")
     old = {name: (tmp_path / "good" / name).read_bytes() for name in FILES}

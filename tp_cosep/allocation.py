@@ -74,8 +74,8 @@ def allocate(
     if costs.total > target:
         raise InputError(
             f"target: expected one that can be reached, got {target:.4g} of {whole:.4g}; with every group at its least "
-            f"{costs.total:.4g} are left. Ask for less, raise max_pruning_ratio, lower round_to, or ignore fewer "
-            "layers."
+            f"{costs.total:.4g} are left. Set a target above that, raise max_pruning_ratio, lower round_to, or ignore "
+            "fewer layers."
         )
     _give_back(kept, losses, costs, target, steps)
     return kept

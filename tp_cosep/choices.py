@@ -143,11 +143,17 @@ class Choices:
         room = self.room(p.current_step)
         costs, whole = room.costs(p.model, p.run, p.target[0])
         if p.target[0] == "latency":
-            now = self._seconds({"now": p.model})["now"]
-            self._whole = self._whole or now
+            whole = now = self._seconds({"now": p.model})["now"]
+        is_first, self._whole = self._whole is None, self._whole or whole
+        if is_first and self._goal() >= whole:
+            warnings.warn(
+                f"step: the target of {p.target[1]:.6g} {p.target[0]} asks for nothing, the model is at "
+                f"{whole * (1000 if p.target[0] == 'latency' else 1):.6g}; shares are below 1.",
+                stacklevel=6,
+            )
+        if p.target[0] == "latency":
             kept = counts_for_latency(room, costs, lambda kept: self._share_of(room, kept), self._target() / now)
         else:
-            self._whole = self._whole or whole
             kept = room.kept(costs, self._target())
         self._count(room, kept)
 
@@ -170,12 +176,16 @@ class Choices:
     def _seconds(self, models: dict[str, nn.Module]) -> dict[str, float]:
         return median_times(models, self._pruner.run, device_of(self._pruner.model))
 
+    def _goal(self) -> float:
+        """What the model may cost in the end, in the unit's own measure, seconds for a latency."""
+        unit, value = self._pruner.target
+        goal: float = value * (self._whole or 0.0) if value < 1 else value / (1000 if unit == "latency" else 1)
+        return goal
+
     def _target(self) -> float:
         """What the model may cost after this step."""
         p, whole = self._pruner, self._whole or 0.0
-        share: float = p.target[1]
-        target = share * whole if share < 1 else share / (1000 if p.target[0] == "latency" else 1)
-        now: float = whole - (whole - target) * p.current_step / p.iterative_steps
+        now: float = whole - (whole - self._goal()) * p.current_step / p.iterative_steps
         return now
 
     def check_target(self, costs: Mapping[str, Mapping[str, int]]) -> None:

@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         well as ``--help`` and ``--version``, leave through ``SystemExit``, with 2 and 0.
 
     Raises:
-        CoSePError: With ``--debug``, what failed.
-        OSError: Likewise.
+        Exception: With ``--debug``, what failed.
     """
     options = parse(parser(), sys.argv[1:] if argv is None else argv)
     try:
@@ -42,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "prune":
             print(f"tp-cosep: what was finished is in {options.output}; the same command goes on", file=sys.stderr)
         return _INTERRUPTED
-    except (CoSePError, OSError) as error:
+    except Exception as error:
         if options.debug:
             raise
-        print(f"tp-cosep: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if not isinstance(error, (CoSePError, OSError)):
+            text = f"{type(error).__name__}: {text} (add --debug to see where)"
+        print(f"tp-cosep: {text}", file=sys.stderr)
         return _FAILED
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch_pruning as tp
@@ -100,10 +101,7 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
             InputError: If the loader, the labels or the activations cannot be used.
         """
         check_plain(model)
-        if num_heads is not None:
-            self.num_heads = dict(num_heads)
-        elif self._given_heads is None:
-            self.num_heads = attention_heads(model)
+        self.num_heads = self._heads_of(model) if num_heads is None else dict(num_heads)
         if self.metric == ATTENTION_JS:
             if not self.num_heads:
                 raise InputError(
@@ -129,6 +127,10 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
         )
         self._hold(model, moments, readers)
         return self
+
+    def _heads_of(self, model: nn.Module) -> dict[nn.Module, int]:
+        """Number of heads by attention layer: those that were given, or what the model says."""
+        return attention_heads(model) if self._given_heads is None else dict(self._given_heads)
 
     def _hold(self, model: nn.Module, moments: dict[str, ClassMoments], readers: dict[str, ReaderMoments]) -> None:
         self.moments, self.readers = moments, readers
@@ -181,7 +183,9 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
             raise InputError("memory_estimate: metric='attention-js' takes no moments, and next to no memory.")
         check_plain(model)
         ignored = resolve_layers(model, ignored_layers, "ignored_layers")
-        return estimate_memory(model, example_inputs, self._wanted, n_classes, ignored)
+        # It may be another model than the one that was measured, or that one after pruning.
+        wanted = replace(self._wanted, num_heads=self._heads_of(model))
+        return estimate_memory(model, example_inputs, wanted, n_classes, ignored)
 
     def save_moments(self, path: str | os.PathLike[str]) -> None:
         """Write what was measured to a file, from which :meth:`load_moments` has it back without data.
@@ -220,11 +224,10 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
                 other options; the selector is as it was.
         """
         check_plain(model)
-        heads = attention_heads(model) if self._given_heads is None else self.num_heads
         moments, readers, attention = load_measured(
             path, {"model": fingerprint(model), "measured": self._facts}, model, n_classes
         )
-        self.num_heads, self.attention = heads, attention
+        self.num_heads, self.attention = self._heads_of(model), attention
         self._hold(model, moments, readers)
         return self
 

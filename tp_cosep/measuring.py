@@ -151,7 +151,10 @@ def measure(
         inputs, given = reader.split(first, 0)
         collectors = _collectors(model, reader, first, wanted, list(ignored), layers, n_classes)
         if not collectors.all:
-            raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
+            raise InputError(
+                "fit: found nothing to measure: no layer belongs to a group that can be pruned by this space. The "
+                "outputs of a model are left alone, and so are ignored_layers and what shares channels with them."
+            )
         shapes, outputs = collectors.shapes(model, inputs)
         n = guessed_classes(reader, outputs, given, n_classes) if wanted.with_labels else 0
         memory.check(
@@ -328,7 +331,7 @@ def _survey(
         groups = list(prunable_groups(graph, ignored, ROOT_TYPES)) if ignored or with_readings else []
     except Exception as error:
         warnings.warn(
-            f"fit: Torch-Pruning cannot trace the model on the first batch ({type(error).__name__}: {error}); every "
+            f"fit: Torch-Pruning cannot trace the model on the first batch ({error.__cause__ or error}); every "
             "layer is measured, also those that cannot be pruned. Name them with layers= to save time.",
             stacklevel=4,
         )

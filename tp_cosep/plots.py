@@ -198,7 +198,7 @@ def _draw_clusters(points: Tensor, selection: ChannelSelection, size: float, ax:
 
 
 def plot_kept_channels(plan: PruningPlan, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Draw how many channels of every group a plan keeps, from the first layer at the top.
+    """Draw how many channels of every group a plan keeps, in the plan's order from the top.
 
     A group that was pruned several times is drawn once, with its first total and its last count. One that
     was left alone has no bar, but the reason.

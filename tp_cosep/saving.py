@@ -23,9 +23,10 @@ from tp_cosep.files import read_safetensors, replacing, write_safetensors
 from tp_cosep.plan import PruningPlan
 from tp_cosep.structure import zeros_for
 
-__all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "read_tensors", "save", "tensors_of"]
+__all__ = ["FILES", "MANIFEST", "PLAN", "WEIGHTS", "load", "read_tensors", "save", "tensors_of"]
 
 MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "weights.safetensors"
+FILES = (PLAN, WEIGHTS, MANIFEST)
 _FORMAT, _VERSION = "tp_cosep.model", 1
 
 
@@ -36,9 +37,12 @@ def save(model: nn.Module, plan: PruningPlan, folder: str | os.PathLike[str]) ->
     in the folder stay. If writing fails or is interrupted the old model stays; in the moment in which the three files
     take their places, an interruption leaves a folder that :func:`load` refuses.
 
+    A model that several pruners pruned in turn is saved with the plan of the last; the function that :func:`load` is
+    given then applies the earlier ones: ``lambda: first.apply(make(), example_inputs)``.
+
     Args:
         model: The model after pruning, and after whatever changed its weights since.
-        plan: The plan that it was pruned by, from the model as it was at first.
+        plan: The plan that it was pruned by, from the model as its pruner got it.
         folder: Where to; made if it is missing.
 
     Raises:
@@ -102,7 +106,10 @@ def load(
     folder = Path(folder)
     _check_files(folder)
     plan = PruningPlan.load(folder / PLAN)
-    model = model_factory()
+    model = None if isinstance(model_factory, nn.Module) or not callable(model_factory) else model_factory()
+    if not isinstance(model, nn.Module):
+        came = f"a {type(model_factory).__name__}" if model is None else f"one that returns a {type(model).__name__}"
+        raise InputError(f"load: expected a function that makes the unpruned model as model_factory, got {came}.")
     device = device_of(model)
     if example_inputs is None:
         example_inputs = _remembered(plan, folder, device)

@@ -169,8 +169,8 @@ def counts_for_latency(room: Room, costs: Costs, share_of: Callable[[list[int]],
         elif at <= least:
             raise InputError(
                 f"target: expected a latency that can be reached, got {target:.3f} of the model's; with every group at "
-                f"its least {share:.3f} are left. Ask for less, raise max_pruning_ratio, lower round_to, or ignore "
-                "fewer layers."
+                f"its least {share:.3f} are left. Set a target above that, raise max_pruning_ratio, lower round_to, "
+                "or ignore fewer layers."
             )
         else:
             high = at

@@ -51,7 +51,8 @@ def check_structure(model: nn.Module, expected: Mapping[str, str]) -> None:
             layer, _, tensor = name.rpartition(".")
             raise InputError(
                 f"layer {layer!r}: the plan is for a model with {tensor} {expected.get(name, 'missing')}, here it is "
-                f"{found.get(name, 'missing')}; apply it to an unpruned copy of the model it was made for."
+                f"{found.get(name, 'missing')}; apply it to a copy of the model it was made for: unpruned, or, "
+                "if several pruners worked in turn, with the earlier plans applied."
             )
 
 

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import nn
 
 from tp_cosep.batches import evaluating
-from tp_cosep.errors import InputError
+from tp_cosep.errors import InputError, PruningError
 
 __all__ = [
     "ROOT_TYPES",
@@ -78,11 +78,24 @@ def tracing(model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
-    """Torch-Pruning's dependency graph of a model, see :func:`tracing` and :func:`trace_options`."""
-    with tracing(model):
-        return tp.DependencyGraph().build_dependency(
-            model, example_inputs=example_inputs, **{**options, **trace_options(options)}
-        )
+    """Torch-Pruning's dependency graph of a model, see :func:`tracing` and :func:`trace_options`.
+
+    Returns:
+        A ``tp.DependencyGraph``.
+
+    Raises:
+        PruningError: If the model does not run on the inputs, or Torch-Pruning cannot follow it.
+    """
+    try:
+        with tracing(model):
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs=example_inputs, **{**options, **trace_options(options)}
+            )
+    except Exception as error:
+        raise PruningError(
+            f"example_inputs: Torch-Pruning cannot follow the model on them ({type(error).__name__}: {error}); "
+            "expected inputs that the model takes."
+        ) from error
 
 
 def trace_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from tp_cosep import saving
 from tp_cosep.command.lines import say
 from tp_cosep.command.models import make_model
+from tp_cosep.command.outputs import check_free
 from tp_cosep.command.report import find_plan
 from tp_cosep.errors import InputError
 from tp_cosep.structure import zeros_for
@@ -20,8 +22,9 @@ def run(options: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        InputError: If the plan, the model or its weights cannot be used.
+        InputError: If the plan, the model or its weights cannot be used, or the folder holds another model.
     """
+    check_free(Path(options.output), () if options.overwrite else saving.FILES, "--overwrite")
     plan = find_plan(options.plan)
     if plan.inputs is None:
         raise InputError(f"plan {str(options.plan)!r}: does not say what inputs look like; apply it in Python.")

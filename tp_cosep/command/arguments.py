@@ -10,7 +10,7 @@ from typing import Any
 
 import tp_cosep
 
-__all__ = ["EXAMPLES", "parser"]
+__all__ = ["EXAMPLES", "contradiction", "parser"]
 
 #: Shown by ``--help``; one command per line.
 EXAMPLES = {
@@ -37,6 +37,7 @@ _MODEL = (
     "torchvision:NAME, timm:NAME, hf:FOLDER (of AutoModelForImageClassification, safetensors), or MODULE:FUNCTION, a "
     "function of yours that returns the model; none of them downloads anything without --pretrained"
 )
+_DATA_KINDS = ("imagefolder", "hf-dataset", "cifar10", "cifar100", "fashion-mnist")
 _DATA = (
     "imagefolder:FOLDER (with train and val inside, or one folder of classes), hf-dataset:FOLDER (of "
     "datasets.save_to_disk), cifar10:FOLDER, cifar100:FOLDER, fashion-mnist:FOLDER, or MODULE:FUNCTION, a function of "
@@ -74,6 +75,30 @@ def parser() -> argparse.ArgumentParser:
         add(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
+
+
+def contradiction(options: argparse.Namespace, command: argparse.ArgumentParser) -> str | None:
+    """What is wrong with options that are right one by one.
+
+    Args:
+        options: As they were parsed.
+        command: That parsed them.
+
+    Returns:
+        What to say, or ``None`` if nothing is.
+    """
+    given = {name for name, value in vars(options).items() if value != command.get_default(name)}
+    if {"target", "pruning_ratio"} <= given:
+        return "--pruning-ratio: not together with --target, which says how much every layer keeps"
+    if {"published", "space"} <= given:
+        return "--space: not together with --published, whose space is separability"
+    if "data" in given:
+        is_own = options.data.partition(":")[0] not in _DATA_KINDS
+        meaningless = {"input_size", "mean", "std", "download", "test_share", "batch_size", "workers"}
+        for name in sorted(given & (meaningless if is_own else {"data_args"})):
+            kind = "a function of yours decides that" if is_own else "only for a function of yours"
+            return f"--{name.replace('_', '-')}: not with --data {options.data}; {kind}"
+    return None
 
 
 class _Help(argparse.HelpFormatter):
@@ -136,7 +161,8 @@ def _prune(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--restart",
         action="store_true",
-        help="begin anew in a folder that has a run; without it the same command goes on with an unfinished one",
+        help="begin anew in a folder that has a run, and replace what is there; without it the same command goes on "
+        "with an unfinished one",
     )
     group.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
 
@@ -165,6 +191,7 @@ def _apply(command: argparse.ArgumentParser) -> None:
     command.add_argument("plan", type=Path, metavar="PLAN", help="a plan, or a folder with plan.json")
     _model(command)
     command.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model goes")
+    command.add_argument("--overwrite", action="store_true", help="replace a model that is there")
 
 
 def _export(command: argparse.ArgumentParser) -> None:
@@ -239,8 +266,12 @@ def _data(command: argparse.ArgumentParser) -> None:
     group.add_argument("--data-args", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="for your function")
     group.add_argument("--download", action="store_true", help="let torchvision download the data set")
     group.add_argument("--input-size", type=_count, metavar="PIXELS", help="default: what the model is made for")
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="of normalisation, in [0, 1], by channel")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise (default: by model and data set)")
+    group.add_argument(
+        "--mean", type=_any_number, nargs="+", metavar="X", help="of normalisation, in [0, 1], by channel"
+    )
+    group.add_argument(
+        "--std", type=_positive, nargs="+", metavar="X", help="likewise (default: by model and data set)"
+    )
     group.add_argument(
         "--test-share", type=_share, default=0.2, metavar="SHARE", help="where the data has one part (default: 0.2)"
     )
@@ -294,8 +325,11 @@ def _target(text: str) -> tuple[str, float] | None:
 
 def _checked(convert: Callable[[str], Any], is_good: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
     def check(text: str) -> Any:
-        value = convert(text)
-        if not is_good(value):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not is_good(value):
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
@@ -305,5 +339,6 @@ def _checked(convert: Callable[[str], Any], is_good: Callable[[Any], bool], expe
 _whole = _checked(int, lambda n: n >= 0, "a whole number from 0")
 _count = _checked(int, lambda n: n >= 1, "a whole number from 1")
 _number = _checked(float, lambda x: 0 <= x < float("inf"), "a number from 0")
+_any_number = _checked(float, lambda x: abs(x) < float("inf"), "a number")
 _positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0")
 _share = _checked(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")

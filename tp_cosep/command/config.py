@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tp_cosep.command.arguments import contradiction
 from tp_cosep.errors import InputError, MissingDependencyError
 
 __all__ = ["parse", "words_of"]
@@ -33,13 +34,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     early.add_argument("--config", type=Path)
     path = early.parse_known_args(argv)[0].config
     command = _commands(parser).get(argv[0]) if argv else None
-    if path is None or command is None:
+    if command is None:
         return parser.parse_args(argv)
     try:
-        words = words_of(path, command)
+        words = [] if path is None else words_of(path, command)
     except (InputError, MissingDependencyError, OSError) as error:
         command.error(str(error))
-    return parser.parse_args([argv[0], *words, *argv[1:]])
+    options = parser.parse_args([argv[0], *words, *argv[1:]])
+    if wrong := contradiction(options, command):
+        command.error(wrong)
+    return options
 
 
 def words_of(path: Path, command: argparse.ArgumentParser) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -49,9 +51,7 @@ def run(options: argparse.Namespace) -> None:
     example = _example(plan, options.folder)
     scores = _Scores(model).eval()
     write = _write_onnx if options.format == "onnx" else _write_program
-    # Outside of torch's own files, warnings of exporters are about themselves.
-    with warnings.catch_warnings(), torch.no_grad(), replacing(options.output, "export") as temporary:
-        warnings.simplefilter("ignore")
+    with _quiet(is_on=not options.debug), torch.no_grad(), replacing(options.output, "export") as temporary:
         answer = write(scores, _batch(example, _TRACED), temporary, options)
         worst = max(_difference(scores, answer, _batch(example, n)) for n in _COMPARED)
         if not worst <= options.tolerance:
@@ -63,6 +63,20 @@ def run(options: argparse.Namespace) -> None:
         f"{options.output}: {options.output.stat().st_size:,} bytes; outputs differ by at most {worst:.2g} of the "
         f"largest, with batches of {', '.join(map(str, _COMPARED))}"
     )
+
+
+@contextmanager
+def _quiet(*, is_on: bool) -> Iterator[None]:
+    """Leave out what exporters say about themselves; what came of it is looked at."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if is_on:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _example(plan: PruningPlan, folder: Path) -> Tensor:
@@ -110,8 +124,8 @@ def _write_program(model: nn.Module, inputs: Tensor, path: Path, options: argpar
 
 def _write_onnx(model: nn.Module, inputs: Tensor, path: Path, options: argparse.Namespace) -> Any:
     runtime = module_of("onnxruntime", "export")
-    for package in ("onnx", "onnxscript"):
-        module_of(package, "export")
+    onnx = module_of("onnx", "export")
+    module_of("onnxscript", "export")
     given: Mapping[str, Any] = {} if options.opset is None else {"opset_version": options.opset}
     try:
         program = torch.onnx.export(
@@ -123,6 +137,13 @@ def _write_onnx(model: nn.Module, inputs: Tensor, path: Path, options: argparse.
             **given,
         )
         program.save(str(path), external_data=False)  # type: ignore[union-attr]
+        opset = next(part.version for part in onnx.load(str(path)).opset_import if not part.domain)
+        # The converter only logs that it failed, and leaves the model as it was.
+        if options.opset not in (None, opset):
+            raise InputError(
+                f"--opset {options.opset}: ONNX cannot convert the model from opset {opset} to this one; nothing was "
+                "written. Ask for another one, or for none."
+            )
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except InputError:
         raise

@@ -15,6 +15,7 @@ from torch import nn
 
 from tp_cosep import saving
 from tp_cosep.command.finetune import Training, accuracy, fine_tune
+from tp_cosep.command.outputs import check_free
 from tp_cosep.command.processes import Processes, processes
 from tp_cosep.command.selecting import Subject, fit_options, fitted, prepare, pruner_options, selector_of
 from tp_cosep.distributed import agreed
@@ -26,9 +27,9 @@ from tp_cosep.pruner import CoSePPruner
 from tp_cosep.report import ModelStats, layer_table, measure_models, model_rows, model_table
 from tp_cosep.structure import versions
 
-__all__ = ["SUMMARY", "run"]
+__all__ = ["REPORT", "SUMMARY", "run"]
 
-SUMMARY = "summary.json"
+REPORT, SUMMARY = "report.html", "summary.json"
 _FORMAT, _VERSION = "tp_cosep.run", 1
 # What does not change the result, or is another way to say it.
 _NOT_COMPARED = (
@@ -103,15 +104,10 @@ class _Run:
 
     def _goes_on(self, model_id: str) -> bool:
         """Whether there is an unfinished run of the same options to go on with."""
-        if self.options.restart:
-            return False
         path = self.unfinished / "run.json"
-        if not path.is_file():
-            if (self.output / saving.MANIFEST).is_file():
-                raise InputError(
-                    f"output {str(self.output)!r}: has a finished run already; choose another folder, or add --restart "
-                    "to replace it."
-                )
+        if self.options.restart or not path.is_file():
+            written = () if self.options.restart else (*saving.FILES, SUMMARY, REPORT)
+            check_free(self.output, written, "--restart")
             return False
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -228,7 +224,7 @@ class _Run:
         console.print("", layer_table(plan), "", model_table(stats), "", sep="\n")
         saving.save(model, plan, self.output)
         self._write_summary(stats)
-        plan.report(self.output / "report.html", stats=stats, class_names=subject.data.class_names)
+        plan.report(self.output / REPORT, stats=stats, class_names=subject.data.class_names)
         shutil.rmtree(self.unfinished)
         names = sorted(path.name for path in self.output.iterdir() if path.is_file())
         self.processes.say(f"{self.output}: {', '.join(names)}")
@@ -272,4 +268,4 @@ class _Run:
                 f"mixed precision: {options.mixed_precision}, {self.processes.accelerator.num_processes} processes on "
                 f"{self.processes.device.type})"
             )
-        say(f"  write {saving.PLAN}, {saving.WEIGHTS}, {saving.MANIFEST} and {SUMMARY} to {self.output}")
+        say(f"  write {', '.join((*saving.FILES, SUMMARY))} and {REPORT} to {self.output}")

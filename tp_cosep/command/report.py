@@ -24,7 +24,10 @@ def run(options: argparse.Namespace) -> None:
     """
     plan = find_plan(options.plan)
     console = Console()
-    console.print("", layer_table(plan), "", sep="\n")
+    if len(plan):
+        console.print("", layer_table(plan), "", sep="\n")
+    else:
+        say("the plan is empty: nothing was pruned", console)
     facts = {
         "options": ", ".join(f"{name}: {value}" for name, value in plan.options.items()),
         "made with": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),

@@ -17,6 +17,7 @@ from tp_cosep.command.processes import Processes
 from tp_cosep.distributed import agreed
 from tp_cosep.errors import InputError
 from tp_cosep.importance import CoSePSelector
+from tp_cosep.tracing import resolve_layers
 
 __all__ = ["Subject", "fit_options", "fitted", "prepare", "pruner_options", "selector_of"]
 
@@ -56,6 +57,7 @@ def _prepared(options: argparse.Namespace, processes: Processes) -> Subject:
     torch.manual_seed(options.seed)
     model = make_model(options)
     data = load_data(options, pictures_of(options, model))
+    resolve_layers(model, options.ignored_layers, "ignored_layers")  # unknown names are found before anything long
     model.to(processes.device)
     inputs, _ = BatchReader(model, None, predicted=False).split(data.first, 0)
     n = n_samples(inputs)
