@@ -7,7 +7,6 @@ no gradient and no buffer touched.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tp_cosep.batches import BatchReader, evaluating, n_samples, peek, run_model, run_pass, take_samples
+from tp_cosep.class_checks import check_fit_options, finished, guessed_classes
 from tp_cosep.errors import InputError
 from tp_cosep.layouts import Layout, find_layout, to_samples
 from tp_cosep.memory import class_bytes
@@ -25,13 +25,9 @@ from tp_cosep.moments import ClassMoments, to_cells
 
 __all__ = [
     "CHANNEL_DIMS",
-    "TAPS",
     "ClassCollector",
     "channel_dim_of",
-    "check_fit_options",
     "collect_moments",
-    "finished",
-    "guessed_classes",
     "measured_layers",
 ]
 
@@ -44,10 +40,6 @@ CHANNEL_DIMS: dict[type[nn.Module], int] = {
     nn.Embedding: -1,
     nn.MultiheadAttention: -1,
 }
-
-#: What is measured of a layer: what it makes, or what it reads.
-TAPS = ("producers", "consumers")
-_WHERE = {"producers": "outputs", "consumers": "inputs"}
 
 _Record = Callable[[str, Tensor], None]
 
@@ -134,24 +126,6 @@ def collect_moments(
     return finished(collector.moments, collector.unclear, samples, tap=tap, rare_classes=rare_classes)
 
 
-def check_fit_options(spatial: int | str | None, labels: str, rare_classes: str, tap: str) -> None:
-    """Check options of :func:`collect_moments`.
-
-    Raises:
-        InputError: If one is unknown.
-    """
-    is_count = isinstance(spatial, int) and not isinstance(spatial, bool) and spatial >= 1
-    if not (is_count or spatial is None or spatial == "auto"):
-        raise InputError(f"fit: expected spatial to be an integer ≥ 1, None or 'auto', got {spatial!r}.")
-    for name, value, known in (
-        ("labels", labels, ("given", "predicted")),
-        ("rare_classes", rare_classes, ("error", "drop")),
-        ("tap", tap, TAPS),
-    ):
-        if value not in known:
-            raise InputError(f"fit: expected {name}={known[0]!r} or {known[1]!r}, got {value!r}.")
-
-
 class ClassCollector:
     """Gathers class moments of some layers while a model runs, see :func:`tp_cosep.batches.run_pass`.
 
@@ -159,7 +133,7 @@ class ClassCollector:
 
     Args:
         layers: By name.
-        tap: What is measured of them, see :data:`TAPS`.
+        tap: What is measured of them, see :data:`tp_cosep.class_checks.TAPS`.
         channel_dims: Further types of layers, and the dimension of their tensors that holds the channels.
         n_cells: Cells per dimension that maps are pooled to; ``None`` for every pixel.
 
@@ -348,25 +322,6 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
         raise InputError(f"layer {name!r}: {error}") from error
 
 
-def guessed_classes(reader: BatchReader, outputs: Any, given: Any, n_classes: int | None) -> int:
-    """The number of classes, from a batch: the largest label or the width of the model's output, if that is a matrix.
-
-    Args:
-        reader: Of the batches.
-        outputs: Of the model, for samples of the first batch.
-        given: The labels of that batch.
-        n_classes: What the user says, if anything.
-
-    Returns:
-        What the user says, or a number that is not too large.
-    """
-    if n_classes is not None:
-        return n_classes
-    labels = reader.labels(outputs, given, 0)
-    seen = int(labels.max()) + 1 if len(labels) else 1
-    return max(seen, outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() == 2 else 0)
-
-
 def _fit_spatial(
     model: nn.Module,
     collector: ClassCollector,
@@ -391,64 +346,3 @@ def _fit_spatial(
             f"memory_budget is {memory_budget:,}; raise memory_budget."
         )
     return fitting[-1]
-
-
-def finished(
-    moments: dict[str, ClassMoments],
-    unclear: set[str],
-    samples: Counter[int],
-    *,
-    tap: str,
-    rare_classes: str,
-    consequence: str = "groups of such layers alone are left alone",
-) -> dict[str, ClassMoments]:
-    """What was gathered, once all batches were seen.
-
-    Args:
-        moments: By layer name.
-        unclear: Layers whose tensors cannot be told apart by sample.
-        samples: Number of samples by label.
-        tap: What was measured of them.
-        rare_classes: As for :func:`collect_moments`, or ``"keep"``.
-        consequence: What it means that a layer is unclear.
-
-    Returns:
-        Moments by layer name.
-
-    Raises:
-        InputError: If there are fewer than two classes, or a class has too few samples.
-    """
-    named = sorted(unclear & set(moments))
-    if named and samples:
-        warnings.warn(
-            f"fit: cannot measure {', '.join(named)}: what in the {_WHERE[tap]} of these layers belongs to which "
-            f"sample cannot be told; {consequence}.",
-            stacklevel=4,
-        )
-    return _drop_rare_classes(moments, samples, rare_classes)
-
-
-def _drop_rare_classes(
-    moments: dict[str, ClassMoments], samples: Counter[int], rare_classes: str
-) -> dict[str, ClassMoments]:
-    rare = sorted(label for label, n in samples.items() if n < 2) if rare_classes != "keep" else []
-    if rare and rare_classes == "error":
-        raise InputError(
-            f"fit: expected at least two samples of every class, got one of class {_enumerate(rare)}; use more "
-            "calibration data, or rare_classes='drop' to leave such classes out."
-        )
-    if len(samples) - len(rare) < 2:
-        raise InputError(
-            f"fit: expected samples of at least two classes, got {len(samples)} (class {_enumerate(sorted(samples))}), "
-            f"{len(rare)} of them with a single sample; separability needs classes to tell apart."
-        )
-    if not rare:
-        return moments
-    warnings.warn(f"fit: left out class {_enumerate(rare)}, seen only once.", stacklevel=4)
-    dropped = torch.tensor(rare)
-    return {name: m.without(dropped) for name, m in moments.items()}
-
-
-def _enumerate(labels: list[int], limit: int = 10) -> str:
-    shown = ", ".join(map(str, labels[:limit]))
-    return shown if len(labels) <= limit else f"{shown} and {len(labels) - limit} more"

@@ -91,7 +91,7 @@ class GroupView:
         return int(self.component_of.max()) + 1
 
     def tapped(self, tap: str) -> tuple[Member, ...]:
-        """The layers whose moments describe the channels, see :data:`tp_cosep.collect.TAPS`."""
+        """The layers whose moments describe the channels, see :data:`tp_cosep.class_checks.TAPS`."""
         return self.members if tap == "producers" else self.readers
 
     def channels_of(self, components: Iterable[int]) -> list[int]:

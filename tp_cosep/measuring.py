@@ -23,7 +23,8 @@ from tp_cosep.batches import (
     run_pass,
     take_samples,
 )
-from tp_cosep.collect import ClassCollector, check_fit_options, finished, guessed_classes, measured_layers
+from tp_cosep.class_checks import check_fit_options, finished, guessed_classes
+from tp_cosep.collect import ClassCollector, measured_layers
 from tp_cosep.distributed import (
     agreed,
     all_samples,
@@ -70,7 +71,7 @@ class Wanted:
         by_readers: Second moments of what layers read.
         reader_classes: With second moments also class means of the same, and class moments of the layers that create
             channels which nothing reads by weights alone.
-        tap: Whose class moments, see :data:`tp_cosep.collect.TAPS`.
+        tap: Whose class moments, see :data:`tp_cosep.class_checks.TAPS`.
         spatial: Cells per dimension, as for ``collect_moments``; for class means of readers ``"auto"`` is 4.
         channel_dims: As for ``collect_moments``.
         num_heads: Number of heads by attention layer.

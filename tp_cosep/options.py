@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_cosep.attention import ATTENTION_JS
-from tp_cosep.collect import TAPS
+from tp_cosep.class_checks import TAPS
 from tp_cosep.compensator import Compensator
 from tp_cosep.costs import UNITS
 from tp_cosep.errors import InputError

@@ -24,7 +24,7 @@ class Space:
         moments: By layer name.
         shapes: Weight shapes of the layers when they were measured.
         metric: How classes are told apart.
-        tap: Which layers describe a group, see :data:`tp_cosep.collect.TAPS`.
+        tap: Which layers describe a group, see :data:`tp_cosep.class_checks.TAPS`.
         channel_dims: Further types of layers that are measured.
         max_pairs: As for :func:`tp_cosep.separability.profile_gram`.
         seed: As there.
