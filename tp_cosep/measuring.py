@@ -331,8 +331,9 @@ def _survey(
         graph = trace(model, few, forward_fn=run_model, verbose=False, ignored_params=kept)
         groups = list(prunable_groups(graph, ignored, ROOT_TYPES)) if ignored or with_readings else []
     except Exception as error:
+        cause = error.__cause__ or error
         warnings.warn(
-            f"fit: Torch-Pruning cannot trace the model on the first batch ({error.__cause__ or error}); every "
+            f"fit: Torch-Pruning cannot trace the model on the first batch ({type(cause).__name__}: {cause}); every "
             "layer is measured, also those that cannot be pruned. Name them with layers= to save time.",
             stacklevel=4,
         )
