@@ -87,10 +87,12 @@ def test_debug_shows_where(monkeypatch, error):
         cli.main(["demo", "--debug"])
 
 
-def test_errors_of_the_program_are_not_hidden(monkeypatch):
-    failing(monkeypatch, ZeroDivisionError("a mistake"))
-    with pytest.raises(ZeroDivisionError, match="a mistake"):
-        cli.main(["demo"])
+def test_other_errors_say_their_type_and_how_to_see_more(monkeypatch, capsys):
+    failing(monkeypatch, ZeroDivisionError("a\nmistake"))
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "tp-cosep: ZeroDivisionError: a mistake (add --debug to see where)\n"
+    with pytest.raises(ZeroDivisionError, match="a\nmistake"):
+        cli.main(["demo", "--debug"])
 
 
 def test_interrupt(monkeypatch, capsys):
