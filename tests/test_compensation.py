@@ -55,10 +55,10 @@ def test_the_strength_is_the_one_that_predicts_best_what_it_was_not_fitted_to(co
     generator = seeded(1)
     data = rows(40, 12)
     data[:, 8:] += 6 * torch.randn(40, 4, generator=generator, dtype=torch.float64)
-    metric = torch.randn(4, 4, generator=generator, dtype=torch.float64)
-    metric = metric @ metric.T
+    weights = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    metric = weights @ weights.T
     halves = data[:17], data[17:]
-    fit = fit_linear(*split(moments_of(*halves), 8), metric, constant=constant)
+    fit = fit_linear(*split(moments_of(*halves), 8), weights, constant=constant)
     errors = []
     for ridge in RIDGES:
         lost = 0.0
@@ -72,6 +72,47 @@ def test_the_strength_is_the_one_that_predicts_best_what_it_was_not_fitted_to(co
     assert fit.lost == pytest.approx(min(errors), rel=1e-6)
     targets = data[:, 8:]
     assert fit.energy == pytest.approx(float(((targets @ metric) * targets).sum()))
+
+
+@pytest.mark.parametrize("with_own", [True, False])
+def test_a_layer_does_not_become_much_more_sensitive(with_own):
+    """Two nearly equal inputs predict what goes by their difference, which anything that changes later swamps."""
+    generator, n = seeded(4), 400
+    x = rows(n, 5)
+    x[:, 1] = x[:, 0] + 1e-4 * torch.randn(n, generator=generator, dtype=torch.float64)
+    t = torch.stack(
+        [1e4 * (x[:, 1] - x[:, 0]), x[:, 2] - x[:, 3] + 0.1 * torch.randn(n, generator=generator).double()], 1
+    )
+    weights = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    own = torch.randn(5, 3, generator=generator, dtype=torch.float64) if with_own else None
+    data, halves = torch.cat([x, t], 1), (slice(0, 150), slice(150, n))
+    fit = fit_linear(*split(moments_of(*(data[h] for h in halves)), 5), weights, own=own)
+
+    had = torch.cat([t] if own is None else [x, t], 1).var(0, correction=0)
+    before = float((had[:, None] * torch.cat([weights] if own is None else [own, weights]) ** 2).sum())
+    wanted = []
+    for ridge in RIDGES:
+        lost = 0.0
+        for seen, other in (halves, halves[::-1]):
+            a, b = ridge_by_rows(data[seen, :5], data[seen, 5:], ridge, True)
+            lost += float((((data[other, 5:] - data[other, :5] @ a.T - b) @ weights) ** 2).sum())
+        a, _ = ridge_by_rows(x, t, ridge, True)
+        now = a.T @ weights + (0 if own is None else own)
+        sensitivity = float((x.var(0, correction=0)[:, None] * now**2).sum())
+        wanted.append((sensitivity > 2 * before, lost, ridge))
+    assert fit.ridge == min(wanted)[2]
+    assert min(wanted, key=lambda w: w[1])[0]  # what predicts best was refused
+    assert float(fit.coefficients.abs().max()) < 10
+
+
+@pytest.mark.parametrize("n_copies", [1, 2, 4])
+def test_copies_are_made_up_for_exactly_even_if_their_weights_add_up(n_copies):
+    x = rows(90, 6)
+    data = torch.cat([x] * (1 + n_copies), 1)
+    maps = torch.ones(data.shape[1], 2, 1, dtype=torch.float64)
+    new, constant, _ = without(maps, moments_of(data[:40], data[40:]), torch.arange(6, data.shape[1]))
+    torch.testing.assert_close(new[:6], (1 + n_copies) * maps[:6], rtol=1e-6, atol=0)
+    torch.testing.assert_close(constant, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_singular_inputs():

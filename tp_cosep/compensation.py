@@ -65,7 +65,8 @@ def without(
         folds[:, kept[:, None], kept],
         folds[:, gone[:, None], kept],
         folds[:, gone[:, None], gone],
-        _metric(lost),
+        lost.flatten(1),
+        own=maps[kept[:-1]].flatten(1),
         constant=constant,
         ridge=ridge,
     )
@@ -91,31 +92,39 @@ def from_others(
     """
     n = len(maps)
     fit = fit_linear(
-        folds[:, n:, n:], folds[:, :n, n:], folds[:, :n, :n], _metric(maps), constant=constant, ridge=ridge
+        folds[:, n:, n:], folds[:, :n, n:], folds[:, :n, :n], maps.flatten(1), constant=constant, ridge=ridge
     )
     new = torch.einsum("ng,nop->gop", fit.coefficients, maps)
     return new, torch.einsum("n,nop->o", fit.constant, maps), fit
 
 
-def _metric(maps: Tensor) -> Tensor:
-    """What errors of the features cost at the outputs: Σ over outputs and positions of w wᵀ."""
-    w = maps.flatten(1)
-    return w @ w.T
-
-
 def fit_linear(
-    xx: Tensor, tx: Tensor, tt: Tensor, metric: Tensor, *, constant: bool = True, ridge: float | None = None
+    xx: Tensor,
+    tx: Tensor,
+    tt: Tensor,
+    weights: Tensor,
+    *,
+    own: Tensor | None = None,
+    constant: bool = True,
+    ridge: float | None = None,
 ) -> LinearFit:
     """Ridge regression from second moments, its strength chosen by two-fold cross-validation.
 
     With inputs scaled to unit variance, ``A(λ) = C_tx (C_xx + λ I)⁻¹``; λ is the one of :data:`RIDGES` whose error
-    on the other fold, in the metric M, is least. Inputs without variance get no coefficients.
+    on the other fold, in the metric M = W Wᵀ, is least. Inputs without variance get no coefficients.
+
+    What is fitted to is not quite what the layer will see: other groups are pruned too, and normalisation may average
+    over fewer channels. So a λ is only taken if the layer is not much more sensitive to noise in its inputs than it
+    was. The sensitivity is ``‖W diag(σ)‖²`` with the inputs' standard deviations σ, what noise that is independent and
+    the same share of every input does to the outputs. It may grow to n_before / n_after times what it was, at least
+    to twice: what inputs need that stand for copies of them.
 
     Args:
         xx: ``[2, p + 1, p + 1]``, Σ z zᵀ of both folds, z = (x, 1).
         tx: ``[2, m, p + 1]``, Σ t zᵀ.
         tt: ``[2, m, m]``, Σ t tᵀ.
-        metric: ``[m, m]``, M: what an error of the targets costs, symmetric and positive semidefinite.
+        weights: ``[m, outputs]``, W: what the layer makes of the targets.
+        own: ``[p, outputs]``, what it makes of the inputs anyway; nothing if not given.
         constant: Whether to fit a constant; without it moments are taken around zero.
         ridge: λ, if it is given.
 
@@ -132,20 +141,23 @@ def fit_linear(
         >>> fit.coefficients.round(decimals=4), fit.constant.round(decimals=4)
         (tensor([[ 1., -2.]], dtype=torch.float64), tensor([3.], dtype=torch.float64))
     """
-    metric = metric.to(xx)
-    n = xx[:, -1, -1]
+    weights = weights.to(xx)
+    metric = weights @ weights.T
+    n, whole = xx[:, -1, -1], (xx.sum(0), tx.sum(0), tt.sum(0))
     tried = RIDGES if ridge is None else (ridge,)
-    chosen, lost = _RIDGE_WITHOUT_TRIAL if ridge is None else ridge, None
+    spectrum = _Spectrum(*whole[:2], constant=constant)
     if bool((n > 0).all()):
         errors = torch.zeros(len(tried), dtype=torch.float64, device=xx.device)
         for fit, test in ((0, 1), (1, 0)):
-            spectrum = _Spectrum(xx[fit], tx[fit], constant=constant)
-            errors += n[test] * spectrum.errors(xx[test], tx[test], tt[test], metric, tried)
-        best = int(errors.argmin())
+            half = _Spectrum(xx[fit], tx[fit], constant=constant)
+            errors += n[test] * half.errors(xx[test], tx[test], tt[test], metric, tried)
+        is_calm = spectrum.sensitivities(weights, own, tried) <= _most_sensitive(
+            *whole, weights, own, constant=constant
+        )
+        best = int(torch.where(is_calm, errors, torch.inf).argmin()) if bool(is_calm.any()) else len(tried) - 1
         chosen, lost = tried[best], float(errors[best])
-    whole = xx.sum(0), tx.sum(0), tt.sum(0)
-    spectrum = _Spectrum(*whole[:2], constant=constant)
-    if lost is None:
+    else:
+        chosen = _RIDGE_WITHOUT_TRIAL if ridge is None else ridge
         lost = float(n.sum() * spectrum.errors(*whole, metric, (chosen,))[0])
     coefficients = spectrum.coefficients(chosen)
     return LinearFit(
@@ -155,6 +167,31 @@ def fit_linear(
         max(lost, 0.0),
         float((metric * whole[2]).sum()),
     )
+
+
+def _most_sensitive(
+    xx: Tensor, tx: Tensor, tt: Tensor, weights: Tensor, own: Tensor | None, *, constant: bool
+) -> Tensor:
+    """How sensitive a layer may be after the fit: as it was before, times what copies that are summed up need.
+
+    Each input that stays stands for so many as there were for each that is left. Where these are copies of it their
+    weights add up, to at most so many times the sum of their squares (Cauchy-Schwarz).
+
+    Returns:
+        A number.
+    """
+    n = xx[-1, -1].clamp(min=1)
+    square = (weights**2).sum(1) @ _variances(tt, tx[:, -1], n, constant=constant)
+    n_after, n_before = max(len(xx) - 1, 1), len(tt)
+    if own is not None:
+        square += (own.to(xx) ** 2).sum(1) @ _variances(xx[:-1, :-1], xx[:-1, -1], n, constant=constant)
+        n_before += n_after
+    limit: Tensor = max(2.0, n_before / n_after) * (1 + 1e-9) * square
+    return limit
+
+
+def _variances(squares: Tensor, sums: Tensor, n: Tensor, *, constant: bool) -> Tensor:
+    return (squares.diagonal() / n - (sums / n) ** 2 * constant).clamp(min=0)
 
 
 class _Spectrum:
@@ -176,6 +213,7 @@ class _Spectrum:
         scaled = covariance * scale[:, None] * scale
         values, vectors = torch.linalg.eigh((scaled + scaled.T) / 2)
         self._values = values.clamp(min=0)
+        self._vectors, self._deviations = vectors, variance.clamp(min=0).sqrt()
         self._basis = scale[:, None] * vectors
         self._targets = cross @ self._basis
 
@@ -192,6 +230,25 @@ class _Spectrum:
         a: Tensor = (self._targets / (self._values + ridge)) @ self._basis.T
         return a
 
+    def sensitivities(self, weights: Tensor, own: Tensor | None, ridges: tuple[float, ...]) -> Tensor:
+        """``‖(W_x + W A(λ)) diag(σ)‖²`` for every ridge strength."""
+        through = self._targets.T @ weights
+        before = (
+            torch.zeros_like(through)
+            if own is None
+            else self._vectors.T @ (self._deviations[:, None] * own.to(weights))
+        )
+        squares, products = (before**2).sum(), (before * through).sum(1)
+        gains = self._gains(ridges)
+        found: Tensor = squares + 2 * gains @ products + gains**2 @ (through**2).sum(1)
+        return found
+
+    def _gains(self, ridges: tuple[float, ...]) -> Tensor:
+        gains: Tensor = 1 / (
+            self._values + torch.tensor(ridges, dtype=torch.float64, device=self._values.device)[:, None]
+        )
+        return gains
+
     def errors(self, xx: Tensor, tx: Tensor, tt: Tensor, metric: Tensor, ridges: tuple[float, ...]) -> Tensor:
         """E (t − t̂)ᵀ M (t − t̂) under other moments, for every ridge strength."""
         covariance, cross = self._around(xx, tx)
@@ -201,7 +258,6 @@ class _Spectrum:
         weighted = metric @ self._targets
         linear = (weighted * (cross @ self._basis)).sum(0)
         quadratic = (weighted.T @ self._targets) * (self._basis.T @ covariance @ self._basis)
-        strengths = torch.tensor(ridges, dtype=torch.float64, device=xx.device)
-        gains = 1 / (self._values + strengths[:, None])
+        gains = self._gains(ridges)
         errors: Tensor = own - 2 * gains @ linear + (gains @ quadratic * gains).sum(1)
         return errors

@@ -69,7 +69,10 @@ class Compensator:
     linear layer behind a flattened map likewise.
 
     A LayerNorm or GroupNorm between a group and its readers averages over channels, and does it anew over those that
-    stay; only sequential mode foresees that. Use it for transformers.
+    stay; only sequential mode foresees that, and only its errors count it. Use it for transformers.
+
+    The ridge is the one that does best on held-out data among those that do not make a layer much more sensitive to
+    its inputs, since other groups change these: :func:`tp_cosep.compensation.fit_linear`.
 
     Convolutions of any kernel, stride, dilation and number of channel groups, transposed ones (without a constant), and
     linear layers are refitted. Depthwise convolutions mix no channels and stay; other readers (``MultiheadAttention``,
@@ -85,7 +88,7 @@ class Compensator:
         max_positions: Positions per sample of a convolution's map (or rows of a linear layer) that are measured, drawn
             by chance; by default as many as make that cost about half of the layer's own products, from 4 to 16.
         max_features: See above.
-        ridge: Ridge strength in units of an input's variance; by default the one that does best on held-out data.
+        ridge: Ridge strength in units of an input's variance; by default as said above.
         memory_budget: Bytes that the second moments may take.
         seed: Of the positions.
         forward_fn: As for the pruner.
