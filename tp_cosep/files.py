@@ -94,7 +94,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], A
     try:
         with safe_open(str(path), "pt") as file:
             facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+            # Copied: in the file they begin anywhere, and torch rounds otherwise for some kernels where memory is not
+            # aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 -- not a dict
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     if _HEADER not in facts:

@@ -124,8 +124,8 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Returns:
         The tensors by their first name, and what else there is to know: where every name finds its tensor
-        (``names``), the order of dimensions in memory where it is not the usual one (``orders``), and the buffers
-        that are not part of the ``state_dict`` (``unsaved``).
+        (``names``), strides where they are not the usual ones (``strides``), and the buffers that are not part of the
+        ``state_dict`` (``unsaved``).
 
     Raises:
         InputError: If something in the ``state_dict`` is no dense tensor with values.
@@ -142,8 +142,8 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         key = (x.data_ptr(), x.dtype, x.shape, x.stride(), x.device) if x.numel() else name
         names[name] = first.setdefault(key, name)
     tensors = {name: x.detach() for name, x in {**state, **unsaved}.items() if names[name] == name}
-    orders = {name: order for name, x in tensors.items() if (order := _order(x)) is not None}
-    return tensors, {"names": names, "orders": orders, "unsaved": [*unsaved]}
+    strides = {name: found for name, x in tensors.items() if (found := _strides(x)) is not None}
+    return tensors, {"names": names, "strides": strides, "unsaved": [*unsaved]}
 
 
 def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -234,16 +234,16 @@ def _remembered(plan: PruningPlan, folder: Path, device: torch.device) -> Any:
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
     """Put tensors in the place of a model's own, with their types and shared as they were."""
-    if header.get("format") != _FORMAT or header.keys() < {"names", "orders", "unsaved"}:
+    if header.get("format") != _FORMAT or header.keys() < {"names", "strides", "unsaved"}:
         raise InputError(f"weights {str(path)!r}: expected the weights of a model written by tp_cosep.save.")
     try:
-        laid_out = {name: _in_order(x, header["orders"].get(name)) for name, x in tensors.items()}
+        laid_out = {name: _laid_out(x, header["strides"].get(name)) for name, x in tensors.items()}
         parameters = {name: nn.Parameter(x, requires_grad=False) for name, x in laid_out.items()}
         is_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         state = {name: (parameters if name in is_parameter else laid_out)[at] for name, at in header["names"].items()}
         unsaved = {name: state.pop(name) for name in header["unsaved"]}
         model.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(
             f"weights {str(path)!r}: do not fit the model that the plan makes of the factory's ({error}); pass a "
             "factory of the model that was pruned."
@@ -253,13 +253,18 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], header: Mapping[str
         setattr(model.get_submodule(owner), leaf, unsaved[name])
 
 
-def _order(x: Tensor) -> list[int] | None:
-    """The order of a tensor's dimensions in memory, if it is not the usual one."""
-    return None if x.is_contiguous() else sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
+def _strides(x: Tensor) -> list[int] | None:
+    """Strides of a copy of a tensor that keeps its layout; ``None`` for the usual ones."""
+    # Kernels are chosen by them even where they make no difference: of a 1 × 1 convolution in channels-last order.
+    found = list(torch.empty_like(x, device="meta").stride())
+    return None if found == list(torch.empty(x.shape, device="meta").stride()) else found
 
 
-def _in_order(x: Tensor, order: list[int] | None) -> Tensor:
-    """The same values with the dimensions in that order in memory: other kernels may round otherwise."""
-    if order is None:
+def _laid_out(x: Tensor, strides: list[int] | None) -> Tensor:
+    """The same values in memory as they were."""
+    if strides is None:
         return x
-    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    if last + 1 != x.numel():
+        raise ValueError(f"strides {strides} do not fit the shape {tuple(x.shape)}")
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

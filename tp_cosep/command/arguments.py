@@ -127,7 +127,8 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "--compensate",
         choices=("off", "one-shot", "sequential"),
         default="one-shot",
-        help="refit the layers behind (default: %(default)s; sequential: slower; try it on deep residual networks and with LayerNorm)",
+        help="refit the layers behind (default: %(default)s; sequential: slower, for deep residual networks and "
+        "LayerNorm)",
     )
     group.add_argument(
         "--recalibrate",
