@@ -61,6 +61,8 @@ def start(*words, launcher=()):
         stderr=subprocess.PIPE,
         text=True,
         env=env,
+        # What a shell starts in the background ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -26,6 +26,7 @@ from tp_cosep.refitting import MeasuredReader, Refit, Repair, apply, refit_to_or
 from tp_cosep.second_moments import SecondMoments
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.tracing import check_plain
+from tp_cosep.tying import tied_parameters
 
 __all__ = ["MODES", "Compensator", "Repair"]
 
@@ -293,6 +294,7 @@ class Compensator:
     def _losing(self, group: Any) -> tuple[dict[nn.Module, MeasuredReader], list[Repair]]:
         """The readers of a group with what they lose, and those that are left alone."""
         graph, names = group._DG, module_names(group)
+        tied = {self.model.get_submodule(n.rpartition(".")[0]) for found in tied_parameters(self.model) for n in found}
         inputs: dict[nn.Module, set[int]] = {}
         left_alone = []
         for dep, idxs in group:
@@ -309,9 +311,9 @@ class Compensator:
             # What is both treats every channel by itself, but for attention.
             if not is_in or (is_out and not isinstance(layer, nn.MultiheadAttention)):
                 continue
-            if known is not None and known.moments.n_rows:
+            if known is not None and known.moments.n_rows and layer not in tied:
                 inputs.setdefault(layer, set()).update(idxs)
-            elif reason := _why_not(layer, is_known=known is not None):
+            elif reason := _why_not(layer, is_known=known is not None, is_tied=layer in tied):
                 left_alone.append(Repair(names[layer], len(idxs), reason=reason))
         losing = dict[nn.Module, MeasuredReader]()
         for layer, gone in inputs.items():
@@ -395,10 +397,12 @@ def _warn_of_few(readers: Iterable[MeasuredReader]) -> None:
         )
 
 
-def _why_not(layer: nn.Module, *, is_known: bool) -> str:
+def _why_not(layer: nn.Module, *, is_known: bool, is_tied: bool) -> str:
     """Why a layer that reads channels is left alone; empty for one that has no weights to refit."""
     if isinstance(layer, nn.Embedding) or next(layer.parameters(), None) is None:
         return ""
+    if is_tied:
+        return "another layer has the same weight"
     if is_known:
         return "the calibration data never reached it"
     if reading_of(layer) is not None:

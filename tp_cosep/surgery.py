@@ -12,6 +12,7 @@ from tp_cosep.errors import InputError
 from tp_cosep.heads import head_parameters, tell_owners
 from tp_cosep.reading import n_outputs, reading_of
 from tp_cosep.tracing import frozen_kept
+from tp_cosep.tying import kept_tied
 
 __all__ = ["add_biases", "group_of", "pruned"]
 
@@ -70,7 +71,7 @@ def pruned(
     gone: Iterable[int],
     heads: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Call ``prune()``, keep frozen parameters frozen, and tell attention modules of their new sizes.
+    """Call ``prune()``, keep frozen parameters frozen and tied ones tied, and tell attention modules of their sizes.
 
     Args:
         model: The model.
@@ -79,7 +80,7 @@ def pruned(
         gone: Those of them that it removes.
         heads: Heads before and after, by attention layer.
     """
-    with frozen_kept(model):
+    with frozen_kept(model), kept_tied(model):
         prune()
         if not heads:
             return
