@@ -296,7 +296,7 @@ def _pruning(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rare-classes", choices=("error", "drop"), default="error", help="with a single sample (default: %(default)s)"
     )
-    group.add_argument("--max-pruning-ratio", type=_share, default=1.0, metavar="SHARE", help="of any layer")
+    group.add_argument("--max-pruning-ratio", type=_part, default=1.0, metavar="SHARE", help="of any layer")
     group.add_argument("--round-to", type=_count, metavar="N", help="keep multiples of this")
     group.add_argument("--ignored-layers", nargs="+", default=[], metavar="NAME", help="layers to leave alone")
     group.add_argument("--on-failure", choices=("raise", "skip"), default="raise", help="default: %(default)s")
@@ -342,3 +342,4 @@ _number = _checked(float, lambda x: 0 <= x < float("inf"), "a number from 0")
 _any_number = _checked(float, lambda x: abs(x) < float("inf"), "a number")
 _positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0")
 _share = _checked(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
+_part = _checked(float, lambda x: 0 < x <= 1, "a share above 0, up to 1")
