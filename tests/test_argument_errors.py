@@ -70,6 +70,17 @@ def test_example_inputs_that_the_model_does_not_take(inputs):
     assert_refused(lambda: CoSePPruner(model, inputs, selector, rounding=8), "keyword argument 'rounding'", TypeError)
 
 
+@pytest.mark.parametrize("space", ["joint", "class-means", "separability", "reconstruction", "correlation"])
+def test_a_single_class(space):
+    model, x, y = build("vgg", 10)
+    selector = CoSePSelector(space=space)
+    if space in ("reconstruction", "correlation"):
+        assert selector.fit(model, [(x, 0 * y)]).is_fitted
+        return
+    message = "got 1 (class 0), 0 of them with a single sample; every space but 'reconstruction' and 'correlation'"
+    assert_refused(lambda: selector.fit(model, [(x, 0 * y)]), message)
+
+
 def test_a_model_without_values():
     model, x, y = build("vgg", 10)
     selector, model = fitted(model, x, y), model.to("meta")
