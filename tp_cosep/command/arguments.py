@@ -10,7 +10,7 @@ from typing import Any
 
 import tp_cosep
 
-__all__ = ["EXAMPLES", "contradiction", "parser"]
+__all__ = ["DATA_KINDS", "EXAMPLES", "contradiction", "parser"]
 
 #: Shown by ``--help``; one command per line.
 EXAMPLES = {
@@ -37,7 +37,8 @@ _MODEL = (
     "torchvision:NAME, timm:NAME, hf:FOLDER (of AutoModelForImageClassification, safetensors), or MODULE:FUNCTION, a "
     "function of yours that returns the model; none of them downloads anything without --pretrained"
 )
-_DATA_KINDS = ("imagefolder", "hf-dataset", "cifar10", "cifar100", "fashion-mnist")
+#: Data of pictures; any other is a function of the user's.
+DATA_KINDS = ("imagefolder", "hf-dataset", "cifar10", "cifar100", "fashion-mnist")
 _DATA = (
     "imagefolder:FOLDER (with train and val inside, or one folder of classes), hf-dataset:FOLDER (of "
     "datasets.save_to_disk), cifar10:FOLDER, cifar100:FOLDER, fashion-mnist:FOLDER, or MODULE:FUNCTION, a function of "
@@ -93,7 +94,7 @@ def contradiction(options: argparse.Namespace, command: argparse.ArgumentParser)
     if {"published", "space"} <= given:
         return "--space: not together with --published, whose space is separability"
     if "data" in given:
-        is_own = options.data.partition(":")[0] not in _DATA_KINDS
+        is_own = options.data.partition(":")[0] not in DATA_KINDS
         meaningless = {"input_size", "mean", "std", "download", "test_share", "batch_size", "workers"}
         for name in sorted(given & (meaningless if is_own else {"data_args"})):
             kind = "a function of yours decides that" if is_own else "only for a function of yours"
