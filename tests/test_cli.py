@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 import tp_cosep
 from tp_cosep import cli
@@ -78,6 +79,22 @@ def test_errors_are_one_line(monkeypatch, capsys, error):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"tp-cosep: {' '.join(str(error).split())}\n"
+
+
+class Bad(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        raise InputError("data: expected\n  something else.")
+
+
+def test_errors_of_a_loaders_worker_are_one_line_too(monkeypatch, capsys):
+    with pytest.raises(InputError) as raised:
+        list(DataLoader(Bad(), num_workers=1))
+    failing(monkeypatch, raised.value)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "tp-cosep: data: expected something else.\n"
 
 
 @pytest.mark.parametrize("error", [InputError("reason"), OSError("reason")])

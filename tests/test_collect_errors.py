@@ -132,7 +132,7 @@ def test_a_used_up_generator():
         (lambda x, y: (x, y, y), "a tuple of 3"),
         (lambda x, y: [x], "a list of 1"),
         (lambda x, y: {"x": x, "y": y}, "a dict"),
-        (lambda x, y: None, "a NoneType"),
+        (lambda x, y: None, "None"),
     ],
 )
 def test_a_batch_that_is_no_pair(as_batch, came):

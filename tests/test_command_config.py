@@ -85,6 +85,8 @@ def test_the_command_line_wins(tmp_path):
         ("a.toml", "ignored-layers = 'a'", "expected a list for 'ignored-layers', got 'a'"),
         ("a.toml", "recalibrate = 'yes'", "expected true or false for 'recalibrate', got 'yes'"),
         ("a.toml", "epochs = true", "expected a single value for 'epochs', got True"),
+        ("a.yaml", "labels: off", "for 'labels', got False; if it is meant as text, put it in quotes."),
+        ("a.yaml", "ignored-layers: [a, no]", "for 'ignored-layers', got ['a', False]; if it is meant as text"),
         ("a.toml", "epochs = 'many'", "argument --epochs: expected a whole number from 0, got 'many'"),
         ("a.toml", "space = 'here'", "argument --space: invalid choice: 'here'"),
         ("a.toml", "target = {macs = 0.5, params = 3}", "expected a single value for 'target'"),
@@ -104,6 +106,28 @@ def test_files_that_are_refused(name, text, message, tmp_path, monkeypatch, caps
     assert left.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("made").exists()
+
+
+def test_words_that_yaml_reads_as_booleans(tmp_path):
+    path = tmp_path / "a.yaml"
+    for text in ("compensate: off\nmixed-precision: no", "compensate: 'off'\nmixed_precision: off"):
+        path.write_text(text)
+        found = parsed(*BASE, "--config", str(path))
+        assert (found.compensate, found.mixed_precision) == ("off", "no")
+
+
+def test_preview_takes_the_file_of_prune(tmp_path, capsys):
+    path = tmp_path / "a.toml"
+    path.write_text(TOML)
+    found = parsed("preview", "--config", str(path))
+    assert (found.model, found.ignored_layers, found.mean) == ("project:make_net", ["a", "b"], [0.5, 0.25, 0.125])
+    assert not hasattr(found, "epochs")
+    for command, key, nearest in (("preview", "epoch", "epochs"), ("prune", "targets", "target")):
+        path.write_text(f"{key} = 3")
+        with pytest.raises(SystemExit):
+            parsed(command, *BASE[1:5], "--config", str(path))
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"unknown option '{key}'; did you mean '{nearest}'?" in said
 
 
 def test_a_file_that_is_not_there(capsys):

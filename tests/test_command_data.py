@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import re
 from itertools import chain
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from PIL import Image
 from test_demo import idx
 from torch import nn
 
-from tp_cosep import InputError
+from tp_cosep import InputError, cli
 from tp_cosep.command import data as data_module
 from tp_cosep.command.data import load_data
 from tp_cosep.command.models import Pictures
@@ -76,6 +77,19 @@ def test_a_folder_of_classes_is_split(tmp_path):
     other = load_data(options(f"imagefolder:{tmp_path}", **{**PLAIN, "seed": 1}), ANY)
     assert greys(other.test)[0] != test
     assert "30 pictures for training, 10 for testing, 16 × 16, 4 classes; 10 to measure on" in data.about
+
+
+@pytest.mark.parametrize("content", ["none", "half"])
+@pytest.mark.parametrize("part", ["", "train"])
+def test_a_picture_that_is_damaged(content, part, tmp_path):
+    write_pictures(tmp_path / part)
+    path = tmp_path / part / "b" / "05.png"
+    path.write_bytes(b"" if content == "none" else path.read_bytes()[:60])
+    name = f"imagefolder:{tmp_path}"
+    data = load_data(options(name, **PLAIN, calibration=1, seed=1), ANY)
+    message = f"data {name!r}: expected pictures, got {str(path)!r}, which cannot be read ("
+    with pytest.raises(InputError, match=re.escape(message)):
+        list(chain(data.train(0), data.test))
 
 
 def test_folders_for_training_and_testing(tmp_path):
@@ -326,3 +340,12 @@ def test_batches_fit_a_model_with_batch_norm(tmp_path):
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)).train()
     sizes = [len(net(x)) for x, _ in data.train(0)]
     assert sizes == [6, 6]
+
+
+def test_pictures_of_a_size_that_the_model_does_not_take(tmp_path, capsys):
+    write_pictures(tmp_path / "photos")
+    words = ["prune", "--model", "project:make_mlp", "--data", f"imagefolder:{tmp_path / 'photos'}", "--device", "cpu"]
+    assert cli.main([*words, "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "does not run on the data's inputs, (1, 3, 224, 224)" in said
+    assert said.endswith("; --input-size says how large pictures are to be.\n")

@@ -199,6 +199,11 @@ def test_hugging_face(tmp_path):
         assert torch.equal(logits_of(again(x)), net(x).logits)
     found = pictures_of(options(name), again)
     assert (found.size, found.mean, found.std) == (16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    (tmp_path / "preprocessor_config.json").unlink()
+    found = pictures_of(options(name), again)
+    assert (found.size, found.mean, found.std) == (16, None, None)
+    again.config.image_size = (24, 24)
+    assert pictures_of(options(name), again).size == 24
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"failed: .*safetensors"):

@@ -30,12 +30,18 @@ def group_of(model, x, name):
             {"representative": "random"},
             "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got 'random'",
         ),
-        ({"n_keep": 0}, "CoSePSelector: expected n_keep ≥ 1, got 0"),
-        ({"max_class_pairs": 0}, "CoSePSelector: expected max_class_pairs ≥ 1 or None, got 0"),
-        ({"n_keep": -3}, "CoSePSelector: expected n_keep ≥ 1, got -3"),
-        ({"keep_ratio": 0}, "CoSePSelector: expected keep_ratio in (0, 1], got 0"),
-        ({"keep_ratio": 1.5}, "CoSePSelector: expected keep_ratio in (0, 1], got 1.5"),
-        ({"keep_ratio": float("nan")}, "CoSePSelector: expected keep_ratio in (0, 1], got nan"),
+        ({"n_keep": 0}, "CoSePSelector: expected n_keep to be an integer ≥ 1 or None, got 0"),
+        ({"n_keep": -3}, "CoSePSelector: expected n_keep to be an integer ≥ 1 or None, got -3"),
+        ({"n_keep": 2.5}, "expected n_keep to be an integer ≥ 1 or None, got 2.5"),
+        ({"n_keep": True}, "expected n_keep to be an integer ≥ 1 or None, got True"),
+        ({"n_keep": "3"}, "expected n_keep to be an integer ≥ 1 or None, got '3'"),
+        ({"max_class_pairs": 0}, "CoSePSelector: expected max_class_pairs to be an integer ≥ 1 or None, got 0"),
+        ({"max_class_pairs": 2.5}, "expected max_class_pairs to be an integer ≥ 1 or None, got 2.5"),
+        ({"keep_ratio": 0}, "CoSePSelector: expected keep_ratio in (0, 1] or None, got 0"),
+        ({"keep_ratio": 1.5}, "CoSePSelector: expected keep_ratio in (0, 1] or None, got 1.5"),
+        ({"keep_ratio": float("nan")}, "CoSePSelector: expected keep_ratio in (0, 1] or None, got nan"),
+        ({"keep_ratio": "a"}, "expected keep_ratio in (0, 1] or None, got 'a'"),
+        ({"keep_ratio": True}, "expected keep_ratio in (0, 1] or None, got True"),
         ({"n_keep": 3, "keep_ratio": 0.5}, "CoSePSelector: expected n_keep or keep_ratio, got both"),
     ],
 )
@@ -160,11 +166,26 @@ def test_a_metric_that_does_not_work(metric, message):
 def test_a_representative_that_is_not_one_score_per_channel():
     model, x, y = build("mlp", 10)
     for scores, message in (
-        (torch.zeros(9), "one preference per component"),
+        (torch.zeros(9), r"one preference per component, .* got \(9,\)"),
+        ([0.0] * 10, "one preference per component, .* got a list of 10"),
         (torch.full((10,), torch.nan), "got NaN"),
     ):
         selector = fitted(model, x, y, representative=lambda group, scores=scores: scores)
         assert_refused(InputError, message, model, lambda s=selector: s(group_of(model, x[:1], "fc1")))
+
+
+def test_a_representative_that_needs_gradients():
+    model, x, y = build("mlp", 10)
+    selector = fitted(model, x, y, representative=tp.importance.TaylorImportance())
+    message = (
+        r"layer 'fc1': the importance that chooses the representatives, a TaylorImportance, could not score its group "
+        r"\(AttributeError: .*\); one that needs gradients, such as Taylor's, wants loss\.backward\(\)"
+    )
+    assert_refused(InputError, message, model, lambda: selector(group_of(model, x[:1], "fc1")))
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert selector(group_of(model, x[:1], "fc1")).shape == (10,)
+    other = fitted(model, x, y, representative=CoSePSelector())
+    assert_refused(NotFittedError, "no data seen yet", model, lambda: other(group_of(model, x[:1], "fc1")))
 
 
 def test_a_count_beyond_the_group():

@@ -186,7 +186,20 @@ def test_iterative_steps_reach_the_counts_of_a_single_step(kind, width, ratio):
     assert told_by_plan(pruner.plan).items() >= {n: w for n, w in widths(model).items() if n != "head"}.items()
 
 
-def test_iterative_steps_without_a_loader_ask_for_new_moments():
+@pytest.mark.parametrize("space", ["joint", "separability"])
+@pytest.mark.parametrize("how", [{}, {"target": {"macs": 0.4}}, {"pruning_ratio": 0.5}], ids=str)
+def test_iterative_steps_without_a_loader_ask_for_one(space, how):
+    model, x, y = build("vgg", 12)
+    selector = fitted(model, x, y, space=space)
+    pruner = CoSePPruner(model, x[:1], selector, iterative_steps=2, **how)
+    pruner.step()
+    before = fingerprint(model)
+    with pytest.raises(InputError, match=r"call fit\(\) again .*\(iterative_steps: pass loader= to CoSePPruner\)"):
+        pruner.step()
+    assert_untouched(model, before)
+
+
+def test_iterative_steps_without_a_loader_take_new_moments():
     model, x, y = build("mlp", 10)
     pruner = CoSePPruner(model, x[:1], fitted(model, x, y), pruning_ratio=0.5, iterative_steps=2)
     pruner.step()
@@ -296,6 +309,7 @@ def test_a_layer_with_one_channel_stays():
         ({"importance": tp.importance.MagnitudeImportance()}, "expected a CoSePSelector .* got .*MagnitudeImportance"),
         ({"importance": None}, "expected a CoSePSelector as importance, got NoneType"),
         ({"global_pruning": True}, "global_pruning .* needs a pruning_ratio, got None"),
+        ({"isomorphic": True}, "isomorphic .* needs a pruning_ratio, got None"),
         ({"layerwise": True}, "layerwise=True measures anew before every group; pass loader="),
         ({"layerwise": True, "pruning_ratio": 0.5}, "layerwise=True .* pass loader="),
     ],
@@ -389,7 +403,12 @@ def test_a_model_without_anything_to_prune():
         ({"round_to": -3}, r"expected round_to to be an integer ≥ 1 or None, got -3"),
         ({"round_to": 2.5}, r"expected round_to to be an integer"),
         ({"iterative_steps": 0}, r"expected iterative_steps to be an integer ≥ 1, got 0"),
-        ({"max_pruning_ratio": 1.5}, r"expected max_pruning_ratio in \[0, 1\], got 1\.5"),
+        ({"round_to": 0}, r"expected round_to to be an integer ≥ 1 or None, got 0"),
+        ({"max_pruning_ratio": 1.5}, r"expected max_pruning_ratio in \(0, 1\], got 1\.5"),
+        ({"max_pruning_ratio": -0.5}, r"expected max_pruning_ratio in \(0, 1\], got -0\.5"),
+        ({"max_pruning_ratio": "a"}, r"expected max_pruning_ratio in \(0, 1\], got 'a'"),
+        ({"pruning_ratio": "a"}, r"expected pruning_ratio in \[0, 1\] or None, got 'a'"),
+        ({"pruning_ratio_dict": 0.5}, r"expected pruning_ratio_dict to map layers to ratios, got 0\.5"),
         ({"pruning_ratio_dict": {"fc1": -1}}, r"expected pruning_ratio_dict of 'fc1' in \[0, 1\], got -1"),
         ({"pruning_ratio_dict": {nn.Linear: "half"}}, r"in \[0, 1\], got 'half'"),
     ],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from tqdm.auto import tqdm
 
 from tp_cosep.errors import InputError
@@ -19,6 +20,8 @@ __all__ = [
     "EMPTY",
     "BatchReader",
     "Collector",
+    "check_loader",
+    "described",
     "device_of",
     "evaluating",
     "n_samples",
@@ -39,11 +42,15 @@ EMPTY = (
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without gradients, and every submodule back in its own mode after."""
+    """Put a model in eval mode without gradients, and every submodule back in its own mode after.
+
+    A caller's autocast is off meanwhile: what is measured and compared is in the precision that the model has.
+    """
     modes = {m: m.training for m in model.modules()}
+    kind = device_of(model).type
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
             yield
     finally:
         for m, mode in modes.items():
@@ -71,6 +78,17 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
     elif isinstance(inputs, (Mapping, tuple, list)):
         for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
             yield from tensors_in(value)
+
+
+def described(x: object) -> str:
+    """What came in place of something else, for an error's message."""
+    if isinstance(x, str):
+        return f"the string {x!r}"
+    if isinstance(x, type):
+        return f"the type {x.__name__}"
+    if x is None or isinstance(x, (int, float)):
+        return repr(x)
+    return f"a {type(x).__name__}" + (f" of {len(x)}" if isinstance(x, (tuple, list)) else "")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -118,7 +136,7 @@ class BatchReader:
         is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if not is_pair and not (self.predicted and self.target_fn is None):
             raise InputError(
-                f"batch {i}: expected a pair (inputs, labels), got {_describe(batch)}; pass target_fn=, a function "
+                f"batch {i}: expected a pair (inputs, labels), got {described(batch)}; pass target_fn=, a function "
                 "that turns a batch into such a pair."
             )
         inputs, labels = batch if is_pair else (batch, None)
@@ -180,6 +198,23 @@ class Collector(Protocol):
         """Called with the labels of the i-th batch after its run, if there are labels."""
 
 
+def check_loader(loader: object, where: str) -> None:
+    """Refuse what cannot be read batch by batch.
+
+    Args:
+        loader: Of batches.
+        where: Who reads it.
+
+    Raises:
+        InputError: If it is no iterable and no sequence.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise InputError(
+            f"{where}: expected a loader that gives batches, got {described(loader)}; pass a DataLoader or a list of "
+            "batches, such as [(x, y)]."
+        )
+
+
 def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Iterator[Any]]:
     """Look at the first batch of a loader.
 
@@ -187,8 +222,9 @@ def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Ite
         The first batch, or ``None``, and all of them.
 
     Raises:
-        InputError: If there is none and there has to be.
+        InputError: If it is no loader, or there is no batch and there has to be one.
     """
+    check_loader(loader, "fit")
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
@@ -263,12 +299,6 @@ def _watched(model: nn.Module, inputs: Any, collectors: Sequence[Collector]) -> 
         for collector in collectors:
             stack.enter_context(collector.watching(inputs))
         return run_model(model, inputs)
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {len(batch)}"
-    return f"a {type(batch).__name__}"
 
 
 def _logits(outputs: Any, i: int) -> Tensor:

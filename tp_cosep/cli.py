@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        text = " ".join(str(error).split())
+        text = str(error)
+        if text.startswith("Caught "):  # by a worker of a DataLoader, whose traceback ends with what was raised
+            text = text.rpartition(f"{type(error).__name__}: ")[2]
+        text = " ".join(text.split())
         if not isinstance(error, (CoSePError, OSError)):
             text = f"{type(error).__name__}: {text} (add --debug to see where)"
         print(f"tp-cosep: {text}", file=sys.stderr)

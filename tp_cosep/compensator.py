@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_cosep.batches import BatchReader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.batches import BatchReader, check_loader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.distributed import agreed, is_distributed, merged_seconds
 from tp_cosep.draws import Draws
 from tp_cosep.errors import InputError, NotFittedError
@@ -185,6 +185,7 @@ class Compensator:
             InputError: If the loader gives nothing or can be read only once in sequential mode, the second moments
                 need more than ``memory_budget``, or inputs are NaN or infinite.
         """
+        check_loader(loader, "Compensator")
         if self.mode == "sequential" and is_distributed():
             raise InputError(
                 "Compensator: mode='sequential' measures in a single process; under torch.distributed use "

@@ -130,7 +130,7 @@ def head_distances(selector: CoSePSelector, views: Sequence[GroupView]) -> Tenso
         if len(of_layer) != view.n_components:
             raise InputError(
                 f"layer {view.name!r}: attention maps cover {len(of_layer)} heads, the layer has "
-                f"{view.n_components}; call fit() again after pruning."
+                f"{view.n_components}; call fit() again after pruning (iterative_steps: pass loader= to CoSePPruner)."
             )
         maps.append(of_layer)
     return attention_distances(torch.cat(maps))

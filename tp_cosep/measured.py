@@ -181,7 +181,7 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
         """
         if self.metric == ATTENTION_JS:
             raise InputError("memory_estimate: metric='attention-js' takes no moments, and next to no memory.")
-        check_plain(model)
+        check_plain(model, may_be_empty=True)
         ignored = resolve_layers(model, ignored_layers, "ignored_layers")
         # It may be another model than the one that was measured, or that one after pruning.
         wanted = replace(self._wanted, num_heads=self._heads_of(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,17 +78,27 @@ def check_selector(
         )
     _check_space(space, method, metric, tap, representative)
     _check_count(n_keep, keep_ratio)
-    if max_class_pairs is not None and max_class_pairs < 1:
-        raise InputError(f"CoSePSelector: expected max_class_pairs ≥ 1 or None, got {max_class_pairs}.")
+    if max_class_pairs is not None and not _is_count(max_class_pairs):
+        raise InputError(
+            f"CoSePSelector: expected max_class_pairs to be an integer ≥ 1 or None, got {max_class_pairs!r}."
+        )
 
 
 def _check_count(n_keep: int | None, keep_ratio: float | None) -> None:
     if n_keep is not None and keep_ratio is not None:
         raise InputError("CoSePSelector: expected n_keep or keep_ratio, got both.")
-    if n_keep is not None and n_keep < 1:
-        raise InputError(f"CoSePSelector: expected n_keep ≥ 1, got {n_keep}.")
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise InputError(f"CoSePSelector: expected keep_ratio in (0, 1], got {keep_ratio}.")
+    if n_keep is not None and not _is_count(n_keep):
+        raise InputError(f"CoSePSelector: expected n_keep to be an integer ≥ 1 or None, got {n_keep!r}.")
+    if keep_ratio is not None and not (_is_number(keep_ratio) and 0 < keep_ratio <= 1):
+        raise InputError(f"CoSePSelector: expected keep_ratio in (0, 1] or None, got {keep_ratio!r}.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def default_space(*, metric: str | PairMetric, tap: str, representative: object | None, method: str | None) -> str:
@@ -159,6 +170,7 @@ def check_pruner(
     automatic: bool,
     metric: str | PairMetric,
     on_failure: str,
+    calls: Mapping[str, object],
     options: Mapping[str, Any],
 ) -> None:
     """Check options of :class:`tp_cosep.CoSePPruner` against each other.
@@ -166,12 +178,13 @@ def check_pruner(
     Raises:
         InputError: If one is unknown or out of range, or two contradict each other.
     """
-    if automatic and global_pruning:
-        raise InputError(
-            "CoSePPruner: global_pruning compares layers for one overall ratio, so it needs a pruning_ratio, got "
-            "None; without it every layer has its own count, and target={'macs': 0.5} shares out over all layers."
-        )
-    if not automatic and pruning_ratio is not None and not 0 <= pruning_ratio <= 1:
+    for name, is_on in (("global_pruning", global_pruning), ("isomorphic", options.get("isomorphic"))):
+        if automatic and is_on:
+            raise InputError(
+                f"CoSePPruner: {name} compares layers for one overall ratio, so it needs a pruning_ratio, got None; "
+                "without it every layer has its own count, and target={'macs': 0.5} shares out over all layers."
+            )
+    if pruning_ratio is not None and not (_is_number(pruning_ratio) and 0 <= pruning_ratio <= 1):
         raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
     if is_ranked and metric == ATTENTION_JS:
         raise InputError(
@@ -180,20 +193,28 @@ def check_pruner(
         )
     if on_failure not in ("raise", "skip"):
         raise InputError(f"CoSePPruner: expected on_failure 'raise' or 'skip', got {on_failure!r}.")
+    for name, call in calls.items():
+        if call is not None and not callable(call):
+            raise InputError(f"CoSePPruner: expected {name} to be a function of the model or None, got {call!r}.")
+    _check_numbers(options)
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
     step, n_steps = options.get("round_to"), options.get("iterative_steps", 1)
-    if step is not None and (not isinstance(step, int) or step < 0):
+    if step is not None and not _is_count(step):
         raise InputError(f"CoSePPruner: expected round_to to be an integer ≥ 1 or None, got {step!r}.")
-    if not isinstance(n_steps, int) or n_steps < 1:
+    if not _is_count(n_steps):
         raise InputError(f"CoSePPruner: expected iterative_steps to be an integer ≥ 1, got {n_steps!r}.")
-    _check_ratio("max_pruning_ratio", options.get("max_pruning_ratio", 1.0))
-    for layers, ratio in (options.get("pruning_ratio_dict") or {}).items():
-        _check_ratio(f"pruning_ratio_dict of {layers!r}", ratio)
-
-
-def _check_ratio(name: str, ratio: Any) -> None:
-    # Counts are told to stock pruners by ratios a little below 0, see CoSePSelector.pruning_ratio_dict.
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not -1 < ratio <= 1:
-        raise InputError(f"CoSePPruner: expected {name} in [0, 1], got {ratio!r}.")
+    most = options.get("max_pruning_ratio", 1.0)
+    if not (_is_number(most) and 0 < most <= 1):
+        raise InputError(f"CoSePPruner: expected max_pruning_ratio in (0, 1], got {most!r}.")
+    ratios = options.get("pruning_ratio_dict")
+    if not isinstance(ratios, Mapping | None):
+        raise InputError(f"CoSePPruner: expected pruning_ratio_dict to map layers to ratios, got {ratios!r}.")
+    for layers, ratio in (ratios or {}).items():
+        # Counts are told to stock pruners by ratios a little below 0, see CoSePSelector.pruning_ratio_dict.
+        if not (_is_number(ratio) and -1 < ratio <= 1):
+            raise InputError(f"CoSePPruner: expected pruning_ratio_dict of {layers!r} in [0, 1], got {ratio!r}.")
 
 
 def check_target(

@@ -13,7 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_cosep.batches import run_model
+from tp_cosep.batches import check_loader, run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.compensator import Compensator
@@ -30,7 +30,16 @@ from tp_cosep.sharing import Preview, trade_offs
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.structure import describe_inputs, structure_of, versions
 from tp_cosep.surgery import group_of, pruned
-from tp_cosep.tracing import check_plain, resolve_layers, resolve_ratios, trace, trace_options, tracing
+from tp_cosep.tracing import (
+    cannot_follow,
+    check_autograd,
+    check_plain,
+    resolve_layers,
+    resolve_ratios,
+    trace,
+    trace_options,
+    tracing,
+)
 from tp_cosep.verification import OutputCheck
 
 __all__ = ["CoSePPruner"]
@@ -101,6 +110,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     Raises:
         InputError: If the options contradict each other.
+        PruningError: If the model does not run on the inputs, or Torch-Pruning cannot follow it.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -148,9 +158,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             automatic=automatic,
             metric=importance.metric,
             on_failure=on_failure,
+            calls={"fine_tune": fine_tune, "adapt": adapt},
             options=options,
         )
         self.target = check_target(target, automatic=automatic, options=options)
+        if loader is not None:
+            check_loader(loader, "CoSePPruner")
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         if recalibrate and loader is None:
@@ -182,15 +195,21 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         options["ignored_layers"] = resolve_layers(model, options.get("ignored_layers"), "ignored_layers")
         options["ignored_layers"] += [model.get_parameter(n) for n in head_parameters(model, options["num_heads"])]
         options["pruning_ratio_dict"] = resolve_ratios(model, options.get("pruning_ratio_dict"))
-        with tracing(model):
-            super().__init__(
-                model,
-                example_inputs,
-                importance,
-                global_pruning=global_pruning,
-                pruning_ratio=0.0 if automatic else pruning_ratio,
-                **{**options, **trace_options(options)},
-            )
+        try:
+            with tracing(model):
+                super().__init__(
+                    model,
+                    example_inputs,
+                    importance,
+                    global_pruning=global_pruning,
+                    pruning_ratio=0.0 if automatic else pruning_ratio,
+                    **{**options, **trace_options(options)},
+                )
+        except Exception as error:
+            # The stock constructor traces after it has noted what is ignored.
+            if "ignored_params" in vars(self) and "DG" not in vars(self):
+                raise PruningError(cannot_follow(error)) from error
+            raise
         names = {p: name for name, p in model.named_parameters()}
         self.plan = replace(
             self.plan,
@@ -262,6 +281,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _run(self, *, prune: bool) -> Iterator[Any]:
         """Yield groups; check, record and call back after each; undo everything if anything fails."""
+        check_autograd()
         undo = self._undo()
         try:
             with restored_on_error(self.model):

@@ -112,7 +112,8 @@ def _parts(
         if weight.shape != measured.shape:
             raise InputError(
                 f"layer {member.name!r}: measured with weights of shape {tuple(measured.shape)}, they are "
-                f"{tuple(weight.shape)} now; call fit() again after pruning."  # type: ignore[arg-type]
+                f"{tuple(weight.shape)} now; call fit() again after pruning "  # type: ignore[arg-type]
+                "(iterative_steps: pass loader= to CoSePPruner)."
             )
         covariance = {
             "class-means": lambda m=measured: m.between_classes,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tp_cosep.batches import BatchReader, evaluating, progress_bar, run_model
+from tp_cosep.batches import BatchReader, check_loader, evaluating, progress_bar, run_model
 from tp_cosep.distributed import agreed, averaged
 from tp_cosep.errors import InputError
 from tp_cosep.snapshot import restored_on_error
@@ -52,6 +52,7 @@ def recalibrate(
         >>> model.running_mean, model.running_var, model.momentum
         (tensor([4.]), tensor([2.]), 0.1)
     """
+    check_loader(loader, "recalibrate")
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if not norms:
         return 0

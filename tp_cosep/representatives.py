@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from tp_cosep.errors import InputError
+from tp_cosep.batches import described
+from tp_cosep.errors import CoSePError, InputError
 from tp_cosep.groups import GroupView, l1_norms
 from tp_cosep.subset import Reader, backward_elimination
 
@@ -35,7 +36,8 @@ def preference_of(
         The preference.
 
     Raises:
-        InputError: If an importance gives scores of another shape.
+        CoSePError: Whatever else of that type an importance raises.
+        InputError: If an importance fails or gives scores of another shape.
     """
     if representative == "medoid":
         return None
@@ -44,15 +46,25 @@ def preference_of(
     if representative == "reconstruction":
         return _last_to_go(readers, view.n_components) if readers else None
     assert callable(representative)
-    scores = representative(group)
+    try:
+        scores = representative(group)
+    except CoSePError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"layer {view.name!r}: the importance that chooses the representatives, {described(representative)}, could "
+            f"not score its group ({type(error).__name__}: {error}); one that needs gradients, such as Taylor's, wants "
+            "loss.backward() on some batches first."
+        ) from error
     if scores is None:
         return None
-    scores = scores.detach().to("cpu", torch.float64)
-    if scores.shape != (view.n_channels,):
+    if not isinstance(scores, Tensor) or scores.shape != (view.n_channels,):
+        came = tuple(scores.shape) if isinstance(scores, Tensor) else described(scores)
         raise InputError(
-            f"layer {view.name!r}: expected one preference per component, shape ({view.n_channels},), from the "
-            f"importance that chooses the representatives, got {tuple(scores.shape)}."
+            f"layer {view.name!r}: expected one preference per component, a tensor of shape ({view.n_channels},), from "
+            f"the importance that chooses the representatives, got {came}."
         )
+    scores = scores.detach().to("cpu", torch.float64)
     sums = torch.zeros(view.n_components, dtype=torch.float64).index_add_(0, view.component_of, scores)
     return sums / torch.bincount(view.component_of)
 

@@ -160,7 +160,8 @@ class Space:
         if shape is not None and now != shape:
             raise InputError(
                 f"layer {member.name!r}: measured with weights of shape {tuple(shape)}, they are "
-                f"{tuple(now or ())} now; call fit() again after pruning what is in front of it."
+                f"{tuple(now or ())} now; call fit() again after pruning what is in front of it "
+                "(iterative_steps: pass loader= to CoSePPruner)."
             )
         return moments
 

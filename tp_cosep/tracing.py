@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from tp_cosep.batches import evaluating
+from tp_cosep.batches import described, evaluating
 from tp_cosep.errors import InputError, PruningError
 
 __all__ = [
     "ROOT_TYPES",
+    "cannot_follow",
+    "check_autograd",
     "check_plain",
     "frozen_kept",
     "resolve_layers",
@@ -28,13 +31,34 @@ __all__ = [
 ROOT_TYPES: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
 
 
-def check_plain(model: nn.Module) -> None:
-    """Refuse models in wrappers that hold on to the parameters as they are.
+def check_autograd() -> None:
+    """Refuse to work in inference mode.
 
     Raises:
-        InputError: If the model is wrapped for parallel training, compiled or sharded.
+        InputError: If it is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "torch.inference_mode: expected it to be off, since a model is traced by its gradients, and parameters "
+            "that are made in it cannot be trained; leave it before the call, which keeps no gradients anyway."
+        )
+
+
+def check_plain(model: nn.Module, *, may_be_empty: bool = False) -> None:
+    """Refuse what cannot be measured and pruned, such as models in wrappers that hold on to their parameters.
+
+    Args:
+        model: The model.
+        may_be_empty: Whether shapes are enough: parameters may be on the meta device.
+
+    Raises:
+        InputError: If it is no module, or wrapped for parallel training, compiled or sharded, or without weights that
+            can be used; or if inference mode is on.
     """
     kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected an nn.Module, got {described(model)}; the model is the first argument.")
+    check_autograd()
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(
             f"model: expected a plain module, got a {kind}, which holds on to parameters that pruning replaces; pass "
@@ -53,6 +77,17 @@ def check_plain(model: nn.Module) -> None:
             "process first (torch.distributed.checkpoint.state_dict, full_state_dict=True), and shard it again after "
             "pruning."
         )
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if x.is_meta and not may_be_empty:
+            raise InputError(
+                f"model: expected weights with values, got {name!r} on the meta device; load the weights first "
+                "(model.to_empty(device='cpu'), then load_state_dict)."
+            )
+        if not is_lazy(x) and x.is_inference():
+            raise InputError(
+                f"model: expected weights that can have gradients, got {name!r}, which was made under "
+                "torch.inference_mode(); make or load the model outside of it."
+            )
 
 
 @contextmanager
@@ -84,18 +119,25 @@ def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
         A ``tp.DependencyGraph``.
 
     Raises:
+        InputError: If inference mode is on.
         PruningError: If the model does not run on the inputs, or Torch-Pruning cannot follow it.
     """
+    check_autograd()
     try:
         with tracing(model):
             return tp.DependencyGraph().build_dependency(
                 model, example_inputs=example_inputs, **{**options, **trace_options(options)}
             )
     except Exception as error:
-        raise PruningError(
-            f"example_inputs: Torch-Pruning cannot follow the model on them ({type(error).__name__}: {error}); "
-            "expected inputs that the model takes."
-        ) from error
+        raise PruningError(cannot_follow(error)) from error
+
+
+def cannot_follow(error: Exception) -> str:
+    """What to say of an error in a trace."""
+    return (
+        f"example_inputs: Torch-Pruning cannot follow the model on them ({type(error).__name__}: {error}); expected "
+        "inputs that the model takes."
+    )
 
 
 def trace_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,8 +184,11 @@ def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -
         Modules and parameters.
 
     Raises:
-        InputError: If one of them is not part of the model.
+        InputError: If they are no list, or one of them is not part of the model.
     """
+    if isinstance(layers, (str, nn.Parameter)) or not isinstance(layers, Iterable | None):
+        alone = repr(layers) if isinstance(layers, str) else "layer"
+        raise InputError(f"{where}: expected a list of layers, got {described(layers)}; write [{alone}], in brackets.")
     names = {**dict(model.named_parameters()), **dict(model.named_modules())}
     modules, found = set(model.modules()), list[Any]()
     for layer in layers or ():
@@ -156,9 +201,9 @@ def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -
         elif isinstance(layer, nn.Module) and (inside := [m for m in layer.children() if m in modules]):
             found.extend(inside)
         else:
-            came = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
             raise InputError(
-                f"{where}: expected modules of the model, their names or types, got {came} that is not part of it."
+                f"{where}: expected modules of the model, their names or types, got {described(layer)} that is not "
+                "part of it."
             )
     return found
 

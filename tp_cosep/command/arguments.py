@@ -10,7 +10,7 @@ from typing import Any
 
 import tp_cosep
 
-__all__ = ["EXAMPLES", "contradiction", "parser"]
+__all__ = ["DATA_KINDS", "EXAMPLES", "contradiction", "parser"]
 
 #: Shown by ``--help``; one command per line.
 EXAMPLES = {
@@ -37,7 +37,8 @@ _MODEL = (
     "torchvision:NAME, timm:NAME, hf:FOLDER (of AutoModelForImageClassification, safetensors), or MODULE:FUNCTION, a "
     "function of yours that returns the model; none of them downloads anything without --pretrained"
 )
-_DATA_KINDS = ("imagefolder", "hf-dataset", "cifar10", "cifar100", "fashion-mnist")
+#: Data of pictures; any other is a function of the user's.
+DATA_KINDS = ("imagefolder", "hf-dataset", "cifar10", "cifar100", "fashion-mnist")
 _DATA = (
     "imagefolder:FOLDER (with train and val inside, or one folder of classes), hf-dataset:FOLDER (of "
     "datasets.save_to_disk), cifar10:FOLDER, cifar100:FOLDER, fashion-mnist:FOLDER, or MODULE:FUNCTION, a function of "
@@ -93,7 +94,7 @@ def contradiction(options: argparse.Namespace, command: argparse.ArgumentParser)
     if {"published", "space"} <= given:
         return "--space: not together with --published, whose space is separability"
     if "data" in given:
-        is_own = options.data.partition(":")[0] not in _DATA_KINDS
+        is_own = options.data.partition(":")[0] not in DATA_KINDS
         meaningless = {"input_size", "mean", "std", "download", "test_share", "batch_size", "workers"}
         for name in sorted(given & (meaningless if is_own else {"data_args"})):
             kind = "a function of yours decides that" if is_own else "only for a function of yours"
@@ -297,7 +298,7 @@ def _pruning(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rare-classes", choices=("error", "drop"), default="error", help="with a single sample (default: %(default)s)"
     )
-    group.add_argument("--max-pruning-ratio", type=_share, default=1.0, metavar="SHARE", help="of any layer")
+    group.add_argument("--max-pruning-ratio", type=_part, default=1.0, metavar="SHARE", help="of any layer")
     group.add_argument("--round-to", type=_count, metavar="N", help="keep multiples of this")
     group.add_argument("--ignored-layers", nargs="+", default=[], metavar="NAME", help="layers to leave alone")
     group.add_argument("--on-failure", choices=("raise", "skip"), default="raise", help="default: %(default)s")
@@ -343,3 +344,4 @@ _number = _checked(float, lambda x: 0 <= x < float("inf"), "a number from 0")
 _any_number = _checked(float, lambda x: abs(x) < float("inf"), "a number")
 _positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0")
 _share = _checked(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
+_part = _checked(float, lambda x: 0 < x <= 1, "a share above 0, up to 1")

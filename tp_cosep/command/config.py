@@ -33,11 +33,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     path = early.parse_known_args(argv)[0].config
-    command = _commands(parser).get(argv[0]) if argv else None
+    commands = _commands(parser)
+    command = commands.get(argv[0]) if argv else None
     if command is None:
         return parser.parse_args(argv)
     try:
-        words = [] if path is None else words_of(path, command)
+        words = [] if path is None else words_of(path, command, commands["prune"])
     except (InputError, MissingDependencyError, OSError) as error:
         command.error(str(error))
     options = parser.parse_args([argv[0], *words, *argv[1:]])
@@ -46,12 +47,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return options
 
 
-def words_of(path: Path, command: argparse.ArgumentParser) -> list[str]:
+def words_of(path: Path, command: argparse.ArgumentParser, other: argparse.ArgumentParser) -> list[str]:
     """The words of a command line that say what a file says.
 
     Args:
         path: Of the file.
-        command: Whose options it may hold.
+        command: Whose options they are to be.
+        other: The command that the file may be for too; options that it alone has are left out.
 
     Returns:
         The words.
@@ -59,15 +61,20 @@ def words_of(path: Path, command: argparse.ArgumentParser) -> list[str]:
     Raises:
         InputError: If the file is not TOML or YAML, or has a key that is no option or a value of another kind.
     """
-    actions = {a.option_strings[0][2:]: a for a in command._actions if a.option_strings and a.dest not in _NOT_IN_FILES}
+    actions, elsewhere = _actions(command), _actions(other)
     words: list[str] = []
     for key, value in _read(path).items():
-        action = actions.get(str(key).replace("_", "-"))
-        if action is None:
-            nearest = difflib.get_close_matches(str(key), actions, 1, 0)
+        name = str(key).replace("_", "-")
+        if name in actions:
+            words += _words(path, actions[name], value)
+        elif name not in elsewhere:
+            nearest = difflib.get_close_matches(str(key), {**actions, **elsewhere}, 1, 0)
             raise InputError(f"config {str(path)!r}: unknown option {key!r}; did you mean {nearest[0]!r}?")
-        words += _words(path, action, value)
     return words
+
+
+def _actions(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {a.option_strings[0][2:]: a for a in command._actions if a.option_strings and a.dest not in _NOT_IN_FILES}
 
 
 _NOT_IN_FILES = ("help", "config", "debug", "dry_run", "restart")
@@ -104,14 +111,26 @@ def _words(path: Path, action: argparse.Action, value: Any) -> Iterable[str]:
         if not isinstance(value, bool):
             raise InputError(f"config {str(path)!r}: expected true or false for {flag[2:]!r}, got {value!r}.")
         return [action.option_strings[0 if value else -1]] if value or len(action.option_strings) > 1 else []
+    value = _as_written(action, value)
     if isinstance(value, dict):
         value = [f"{name}={x}" for name, x in value.items()]
         if action.nargs != "+" and len(value) == 1:
             value = value[0]
-    if isinstance(value, list) == (action.nargs == "+") and not isinstance(value, bool) and value is not None:
-        return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    parts = value if isinstance(value, list) else [value]
+    has_bool = any(isinstance(part, bool) for part in parts)
+    if isinstance(value, list) == (action.nargs == "+") and not has_bool and value is not None:
+        return [flag, *map(str, parts)] if isinstance(value, list) else [f"{flag}={value}"]
     expected = "a list" if action.nargs == "+" else "a single value"
-    raise InputError(f"config {str(path)!r}: expected {expected} for {flag[2:]!r}, got {value!r}.")
+    hint = "; if it is meant as text, put it in quotes" if has_bool else ""
+    raise InputError(f"config {str(path)!r}: expected {expected} for {flag[2:]!r}, got {value!r}{hint}.")
+
+
+def _as_written(action: argparse.Action, value: Any) -> Any:
+    """YAML reads off, no, on and yes as booleans; the one of them that is among an option's choices was meant."""
+    if not isinstance(value, bool):
+        return value
+    meant = ("on", "yes") if value else ("off", "no")
+    return next((choice for choice in action.choices or () if choice in meant), value)
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

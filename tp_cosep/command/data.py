@@ -157,15 +157,27 @@ def _seeded(loader: Iterable[Any], seed: int) -> Iterator[Any]:
 class _Transformed(Dataset[Any]):
     """Pictures and labels, the pictures as the model wants them."""
 
-    def __init__(self, items: Any, transform: Callable[[Any], Any]) -> None:
-        self.items, self.transform = items, transform
+    def __init__(self, name: str, items: Any, transform: Callable[[Any], Any]) -> None:
+        self.name, self.items, self.transform = name, items, transform
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        picture, label = self.items[i]
-        return self.transform(picture), int(label)
+        try:
+            picture, label = self.items[i]
+            return self.transform(picture), int(label)
+        except (OSError, SyntaxError) as error:  # both are what Pillow raises for files that are damaged
+            raise InputError(
+                f"data {self.name!r}: expected pictures, got {self._place_of(i)}, which cannot be read "
+                f"({type(error).__name__}: {error}); mend it or take it away."
+            ) from error
+
+    def _place_of(self, i: int) -> str:
+        items: Any = self.items
+        while isinstance(items, Subset):
+            items, i = items.dataset, items.indices[i]
+        return repr(items.samples[i][0]) if hasattr(items, "samples") else f"number {i}"
 
 
 def _from_pictures(
@@ -185,20 +197,21 @@ def _from_pictures(
     settings = {"batch_size": options.batch_size, "num_workers": options.workers}
 
     def epoch_of(epoch: int) -> Iterable[Any]:
-        items = _Transformed(train, varied)
+        items = _Transformed(options.data, train, varied)
         sampler: Any = DistributedSampler(items, world, rank, seed=options.seed)
         sampler.set_epoch(epoch)
         # A last batch of one sample would leave BatchNorm without a variance.
         return DataLoader(items, sampler=sampler, drop_last=len(sampler) > options.batch_size, **settings)
 
+    plain_train = _Transformed(options.data, train, plain)
     n_classes = f", {len(class_names)} classes" if class_names else ""
     return Data(
         f"{options.data}: {len(train):,} pictures for training, {len(test):,} for testing, {size} × {size}{n_classes}; "
         f"{len(chosen):,} to measure on",
         epoch_of,
-        DataLoader(Subset(_Transformed(train, plain), chosen[rank::world]), **settings),
-        DataLoader(Subset(_Transformed(test, plain), range(rank, len(test), world)), **settings),
-        next(iter(DataLoader(Subset(_Transformed(train, plain), chosen[:1])))),
+        DataLoader(Subset(plain_train, chosen[rank::world]), **settings),
+        DataLoader(Subset(_Transformed(options.data, test, plain), range(rank, len(test), world)), **settings),
+        next(iter(DataLoader(Subset(plain_train, chosen[:1])))),
         tuple(class_names) if class_names else None,
     )
 

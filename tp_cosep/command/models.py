@@ -198,6 +198,8 @@ def pictures_of(options: argparse.Namespace, model: nn.Module) -> Pictures:
         size, mean, std = config["input_size"][-1], config["mean"], config["std"]
     elif kind == "hf":
         size, mean, std = _hugging_face_pictures(Path(name))
+        size = size or getattr(model.config, "image_size", None)
+        size = size[0] if isinstance(size, (list, tuple)) else size
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     n_channels = next((m.in_channels for m in convolutions), 3)
     return Pictures(size, tuple(mean) if mean else None, tuple(std) if std else None, n_channels)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tp_cosep.batches import BatchReader, evaluating, n_samples, run_model, take_samples
+from tp_cosep.command.arguments import DATA_KINDS
 from tp_cosep.command.data import Data, load_data
 from tp_cosep.command.models import logits_of, make_model, pictures_of
 from tp_cosep.command.processes import Processes
@@ -69,8 +70,10 @@ def _prepared(options: argparse.Namespace, processes: Processes) -> Subject:
             outputs = run_model(model, example)
     except Exception as error:
         shape = tuple(example.shape) if isinstance(example, torch.Tensor) else type(example).__name__
+        has_pictures = options.data.partition(":")[0] in DATA_KINDS
         raise InputError(
-            f"model {options.model!r}: does not run on the data's inputs, {shape} ({type(error).__name__}: {error})."
+            f"model {options.model!r}: does not run on the data's inputs, {shape} ({type(error).__name__}: {error})"
+            + ("; --input-size says how large pictures are to be." if has_pictures else ".")
         ) from error
     logits_of(outputs)
     processes.say(f"model  {options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
