@@ -13,7 +13,7 @@ from matrix import check, fit, prune
 from models import assert_untouched, fingerprint
 from photos import crops, missing, mobilenet_v2, n_right, photographs
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, CoSePSelector, PruningError
 
 RECORDS = json.loads((Path(__file__).parent.parent / "benchmarks" / "architectures.json").read_text(encoding="utf-8"))
 TIMM = [

@@ -208,7 +208,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         except Exception as error:
             # The stock constructor traces after it has noted what is ignored.
             if "ignored_params" in vars(self) and "DG" not in vars(self):
-                raise PruningError(cannot_follow(error)) from error
+                raise PruningError(cannot_follow(error, model, example_inputs, options.get("forward_fn"))) from error
             raise
         names = {p: name for name, p in model.named_parameters()}
         self.plan = replace(

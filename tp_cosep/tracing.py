@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tp_cosep.batches import described, evaluating
+from tp_cosep.batches import described, evaluating, run_model
 from tp_cosep.errors import InputError, PruningError
 
 __all__ = [
@@ -129,15 +129,21 @@ def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
                 model, example_inputs=example_inputs, **{**options, **trace_options(options)}
             )
     except Exception as error:
-        raise PruningError(cannot_follow(error)) from error
+        raise PruningError(cannot_follow(error, model, example_inputs, options.get("forward_fn"))) from error
 
 
-def cannot_follow(error: Exception) -> str:
-    """What to say of an error in a trace."""
-    return (
-        f"example_inputs: Torch-Pruning cannot follow the model on them ({type(error).__name__}: {error}); expected "
-        "inputs that the model takes."
-    )
+def cannot_follow(
+    error: Exception, model: nn.Module, example_inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None
+) -> str:
+    """What to say of an error in a trace: whether it is for the inputs or for Torch-Pruning."""
+    try:
+        with evaluating(model):
+            (forward_fn or run_model)(model, example_inputs)
+        advice = "the model runs on them, so it is one that Torch-Pruning cannot trace"
+    except Exception:  # which is most likely the error that is told
+        advice = "expected inputs that the model takes"
+    told = f"{type(error).__name__}: {error}"
+    return f"example_inputs: Torch-Pruning cannot follow the model on them ({told}); {advice}."
 
 
 def trace_options(given: Mapping[str, Any]) -> dict[str, Any]:
