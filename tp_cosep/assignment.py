@@ -171,6 +171,9 @@ class SwapTable:
         self._own = np.zeros(n, np.int64)
         self._near = np.zeros((2, n))
         self._is_small = n <= _SMALL
+        # Room for what is counted anew each time: to allocate it takes as long as to fill it.
+        self._kept, self._to_second = torch.empty(2, *((n, n) if self._is_small else (0, 0)), dtype=torch.float64)
+        self._counted_for: Floats | None = None
         # Lower bounds of the least rise of every point, but for the slots in which it has changed (None: all).
         self._least = np.zeros(n)
         self._changed: Indices | None = None
@@ -184,9 +187,7 @@ class SwapTable:
     def _follow_shared(self) -> Floats:
         now = self.assignment.d1
         if self._is_small:
-            self._shared = torch.minimum(self._distances, torch.from_numpy(now)[:, None]).numpy().sum(0)
-            self._shared -= now.sum()
-            return self._shared
+            return self._counted_anew(now)
         points = (now != self._shared_d1).nonzero()[0]
         if len(points):
             before, after = self._shared_d1[points], now[points]
@@ -199,10 +200,22 @@ class SwapTable:
                 self._shared += change.numpy().sum(0)
         return self._shared
 
+    def _counted_anew(self, d1: Floats) -> Floats:
+        """What adding every point would change; leaves min(D, d1) behind."""
+        if self._counted_for is None or not np.array_equal(self._counted_for, d1):
+            torch.minimum(self._distances, torch.from_numpy(d1)[:, None], out=self._kept)
+            self._shared = self._kept.numpy().sum(0)
+            self._shared -= d1.sum()
+            self._counted_for = d1.copy()
+        return self._shared
+
+    def _make_room(self) -> None:
+        while len(self._rise) < len(self.assignment.medoids):
+            self._rise = torch.cat([self._rise, torch.zeros_like(self._rise)])
+
     def _follow_rise(self) -> Tensor:
         state = self.assignment
-        while len(self._rise) < len(state.medoids):
-            self._rise = torch.cat([self._rise, torch.zeros_like(self._rise)])
+        self._make_room()
         points = state.is_touched.nonzero()[0]
         state.is_touched[points] = False
         if 2 * len(points) > len(self._own):
@@ -274,13 +287,12 @@ class SwapTable:
 
     def _changes_of_few(self) -> Floats:
         """What the best swap of every point would change."""
-        state, d = self.assignment, self._distances
-        kept = torch.minimum(d, torch.from_numpy(state.d1)[:, None])
-        change: Floats = kept.numpy().sum(0)
-        change -= state.d1.sum()
-        rise = torch.zeros(len(state.medoids), len(d), dtype=d.dtype)
-        to_second = torch.minimum(d, torch.from_numpy(state.d2)[:, None])
-        rise.index_add_(0, torch.from_numpy(state.own), to_second.sub_(kept))
+        state = self.assignment
+        change: Floats = self._counted_anew(state.d1).copy()
+        torch.minimum(self._distances, torch.from_numpy(state.d2)[:, None], out=self._to_second).sub_(self._kept)
+        self._make_room()
+        rise = self._rise[: len(state.medoids)].zero_()
+        rise.index_add_(0, torch.from_numpy(state.own), self._to_second)
         change += rise.numpy().min(0)
         return change
 
