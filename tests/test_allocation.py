@@ -308,6 +308,54 @@ def test_a_target_that_asks_for_nothing_is_said_to_do_so(unit):
     assert sum(p.numel() for p in model.parameters()) == before
 
 
+class Own(nn.Module):
+    """A linear layer of the user's own, its weight the other way round."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(n_in, n_out) / 3), nn.Parameter(torch.randn(n_out))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class PruneOwn(tp.pruner.function.BasePruningFunc):
+    def prune_out_channels(self, layer, idxs):
+        kept = [i for i in range(layer.weight.shape[1]) if i not in set(idxs)]
+        layer.weight, layer.bias = nn.Parameter(layer.weight.data[:, kept]), nn.Parameter(layer.bias.data[kept])
+        return layer
+
+    def prune_in_channels(self, layer, idxs):
+        kept = [i for i in range(layer.weight.shape[0]) if i not in set(idxs)]
+        layer.weight = nn.Parameter(layer.weight.data[kept])
+        return layer
+
+    def get_out_channels(self, layer):
+        return layer.weight.shape[1]
+
+    def get_in_channels(self, layer):
+        return layer.weight.shape[0]
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_layers_of_the_users_own_count_and_are_credited(share):
+    torch.manual_seed(0)
+    layers = nn.Linear(16, 32), nn.ReLU(), Own(32, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5)
+    model, x, y = nn.Sequential(*layers), torch.randn(80, 16), torch.arange(80) % 5
+    whole = sum(p.numel() for p in model.parameters())
+    selector = CoSePSelector(space="separability", channel_dims={Own: -1}).fit(model, [(x, y)], progress=False)
+    CoSePPruner(
+        model,
+        x[:2],
+        selector,
+        target={"params": share},
+        customized_pruners={Own: PruneOwn()},
+        root_module_types=[nn.Linear, Own],
+    ).step()
+    assert layers[2].weight.shape < (32, 24)
+    assert share - 0.05 < sum(p.numel() for p in model.parameters()) / whole <= share
+
+
 def test_what_fits_comes_back():
     model, x, _ = build("mlp", 30)
     views = [read_group(group_with(model, x, names[0])) for names in PRODUCERS["mlp"].values()]

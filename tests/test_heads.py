@@ -466,6 +466,26 @@ def test_one_space_with_nothing_to_spare_keeps_a_head_in_every_layer():
     assert [layer.num_heads for layer in model.layers] == [1, 1]
 
 
+@pytest.mark.parametrize(("scope", "ratio"), [("layer", 0.75), ("model", 0.75), ("model", None)])
+def test_no_layer_loses_more_heads_than_it_may(scope, ratio):
+    model, x, _, selector = made("fused")
+    selector.scope = scope
+    options = {"pruning_ratio": None, "head_pruning_ratio": 0.0} if ratio is None else {"head_pruning_ratio": ratio}
+    free = copy.deepcopy((model, selector))
+    head_pruner(free[0], x, free[1], **options).step()
+    assert min(layer.num_heads for layer in free[0].layers) < 3
+    head_pruner(model, x, selector, max_pruning_ratio=0.25, **options).step()
+    assert min(layer.num_heads for layer in model.layers) == 3
+
+
+def test_all_heads_stay_without_a_ratio_of_their_own():
+    model, x, _, selector = made("fused")
+    pruner = head_pruner(model, x, selector, pruning_ratio=0.5, head_pruning_ratio=0.0)
+    pruner.step()
+    assert [layer.num_heads for layer in model.layers] == [4, 4]
+    assert {e.reason for e in head_entries(pruner.plan)} == {"no head_pruning_ratio, so all heads stay"}
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

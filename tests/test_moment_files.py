@@ -43,6 +43,18 @@ def assert_same(a, b):
         assert torch.equal(m.between_classes, b.readers[name].between_classes)
 
 
+def test_slow_batches_are_kept_by_the_clock(tmp_path, monkeypatch):
+    model, x, y = build("mlp", 12)
+    given, path = batches(x, y), tmp_path / "moments.safetensors"
+    for seconds, is_kept in ((30, False), (0, True)):
+        monkeypatch.setattr("tp_cosep.moment_files._SECONDS", seconds)
+        with pytest.raises(KeyboardInterrupt):
+            CoSePSelector().fit(model, Interrupted(given, 3), checkpoint=path, progress=False)
+        assert path.is_file() == is_kept
+    again, whole = (CoSePSelector().fit(model, given, progress=False, **keep) for keep in ({"checkpoint": path}, {}))
+    assert_same(again, whole)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("n", [0, 3, 7])
 def test_a_pass_goes_on_where_it_was_interrupted(tmp_path, options, n):

@@ -361,13 +361,22 @@ class Choices:
         each = [max(1, k - ceil((ratio or 0) * k - 1e-9)) for k, ratio in zip(n, ratios, strict=True)]
         counts: int | list[int] | None
         counts, reason = (sum(each) if selector.scope == "model" else each), "head_pruning_ratio"
-        if p.automatic and selector.is_automatic and all(ratio is None for ratio in ratios):
-            counts, reason = None, "knee"
+        if all(ratio is None for ratio in ratios):
+            reason = "no head_pruning_ratio, so all heads stay"
+            if p.automatic and selector.is_automatic:
+                counts, reason = None, ""
+        least = [max(1, ceil(k * (1 - p.max_pruning_ratio) - 1e-9)) for k in n]
+        found: list[_Choice] = []
         selections = select_heads(selector, groups, p.num_heads, n_keep=counts)
-        return [
-            (None, NOT_MEASURED) if s is None else (s, f"heads, {_in_words(s)}" if reason == "knee" else reason)
-            for s in selections
-        ]
+        for group, s, now, fewest in zip(groups, selections, numbers, least, strict=True):
+            if s is None:
+                found.append((None, NOT_MEASURED))
+            elif now * len(s.keep_idxs) < fewest * s.n_channels:
+                bounded = select_heads(selector, [group], p.num_heads, n_keep=_count_for(selector, fewest))
+                found.append((bounded[0], "heads, as few as max_pruning_ratio leaves"))
+            else:
+                found.append((s, reason or f"heads, {_in_words(s)}"))
+        return found
 
     def _head_ratio(self, group: Any) -> float | None:
         """The share of heads to remove that was asked for by this step, if any was."""
@@ -394,6 +403,11 @@ class _Rows:
                         f"layer {member.name!r}: its channel {row} belongs to the groups of {other!r} and of "
                         f"{view.name!r}, which would be chosen apart; put one of these into ignored_layers."
                     )
+
+
+def _count_for(selector: CoSePSelector, n_heads: int) -> int | list[int]:
+    """How a number of heads of a single layer is told to ``select_heads``."""
+    return n_heads if selector.scope == "model" else [n_heads]
 
 
 def _in_words(selection: ChannelSelection) -> str:

@@ -91,8 +91,7 @@ def measure_costs(model: nn.Module, run: Callable[[], Any], views: Sequence[Grou
             for member in members:
                 by_group = shares.setdefault(member.layer, ({}, {}))[side]
                 by_group[g] = by_group.get(g, 0.0) + len(member.rows) / (member.n_channels * view.n_components)
-    count = {"macs": _macs, "params": _params, "latency": _seconds}[unit]
-    parts = count(model, run)
+    parts = _params(model, set(shares)) if unit == "params" else {"macs": _macs, "latency": _seconds}[unit](model, run)
     for layer, part, has_inputs in parts:
         inputs, outputs = shares.get(layer, ({}, {}))
         part.outputs = outputs
@@ -182,14 +181,14 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bo
     return parts
 
 
-def _params(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bool]]:
+def _params(model: nn.Module, known: set[Any]) -> list[tuple[Any, _Part, bool]]:
     found: list[tuple[Any, _Part, bool]] = []
     attention = {id(p): m for m in model.modules() if isinstance(m, nn.MultiheadAttention) for p in m.parameters()}
     layer_of = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
     for p in model.parameters():
         layer: Any = attention.get(id(p)) or layer_of[id(p)]
         # A parameter of the model's own is a layer to Torch-Pruning.
-        is_layer = type(layer).__module__.startswith("torch.nn.")
+        is_layer = type(layer).__module__.startswith("torch.nn.") or layer in known
         is_table = isinstance(layer, nn.Embedding)  # [entries, out]: what it reads are numbers of words
         reads = is_layer and p.dim() > 1 and not is_table
         if isinstance(layer, nn.RNNBase):

@@ -259,8 +259,9 @@ class CoSePSelector(Measured):
         if missing is not None:
             raise InputError(
                 f"layer {missing!r}: what it reads was not measured: the calibration data never reached this layer, or "
-                f"it is not part of the fitted model, or the group of {view.name!r} was left out of the fit; put "
-                f"{view.name!r} into ignored_layers or fit again."
+                f"it is not part of the fitted model, the group of {view.name!r} was left out of the fit, or it goes "
+                "through attention or a layer of your own, which this space does not follow ('separability' does, "
+                f"the default through attention); put {view.name!r} into ignored_layers or fit again."
             )
         return None
 

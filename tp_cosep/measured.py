@@ -92,7 +92,7 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
             checkpoint: A file that keeps the pass on the way. A pass that was interrupted goes on from it, behind the
                 batches it has seen, so the loader has to give the same ones in the same order; one that was finished
                 is not repeated. Delete the file to measure anew.
-            checkpoint_every: Batches between two writes of it.
+            checkpoint_every: Batches between two writes of it; after half a minute there is one in any case.
 
         Returns:
             The selector itself.

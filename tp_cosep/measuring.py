@@ -126,7 +126,7 @@ def measure(
         n_classes: As for ``collect_moments``.
         progress: Show a progress bar on a terminal.
         checkpoint: A file that keeps the pass on the way, and from which one that was interrupted goes on.
-        checkpoint_every: Batches between two writes of it.
+        checkpoint_every: Batches between two writes of it; after half a minute there is one in any case.
 
     Returns:
         Class moments of layers, and what readers see, by name.

@@ -7,6 +7,7 @@ how; a file that does not fit is refused. A file is replaced in one step, so tha
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from tp_cosep.moments import ClassMoments
 __all__ = ["Checkpoint", "Part", "fingerprint", "moments_of", "read", "tensors_of", "write"]
 
 _FORMAT, _VERSION = "tp_cosep.moments", 1
+# A pass of few, slow batches is kept too.
+_SECONDS = 30
 _FIELDS = ("classes", "count", "mean", "m2")
 
 
@@ -104,10 +107,11 @@ class Checkpoint:
 
     Attributes:
         path: Of the file.
-        every: Batches between two writes.
+        every: Batches between two writes; after half a minute there is one too.
         header: What is measured of what.
         device: Of the model.
         parts: Whatever measures, by name.
+        written: When the file was written last.
     """
 
     path: Path
@@ -115,6 +119,7 @@ class Checkpoint:
     header: Mapping[str, Any]
     device: torch.device
     parts: dict[str, Part] = field(default_factory=dict)
+    written: float = field(default_factory=time.monotonic)
 
     def restore(self) -> tuple[int, Counter[int]]:
         """Go on from the file, if there is one.
@@ -139,7 +144,7 @@ class Checkpoint:
 
     def after(self, n_batches: int, samples: Counter[int], *, is_last: bool = False) -> None:
         """Write the file, if it is time to."""
-        if not is_last and n_batches % self.every:
+        if not is_last and n_batches % self.every and time.monotonic() - self.written < _SECONDS:
             return
         states = {name: part.state(name) for name, part in self.parts.items()}
         write(
@@ -152,3 +157,4 @@ class Checkpoint:
                 "parts": {name: facts for name, (_, facts) in states.items()},
             },
         )
+        self.written = time.monotonic()

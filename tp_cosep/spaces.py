@@ -143,8 +143,9 @@ class Space:
         if moments is None:
             raise InputError(
                 f"layer {member.name!r}: expected class moments, got none: the calibration data never reached this "
-                "layer, or it is not part of the fitted model or was left out of the fit; put it into ignored_layers "
-                "or fit again."
+                "layer, it is not part of the fitted model or was left out of the fit, or the selector's space does "
+                "without classes and attention needs them (the default and 'separability' have them); put it into "
+                "ignored_layers or fit again."
             )
         if moments.n_classes < 2:
             raise InputError(
