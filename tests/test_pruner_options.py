@@ -322,7 +322,7 @@ def test_options_that_contradict_each_other(options, message):
     assert_untouched(model, before)
 
 
-def step_is_refused(pruner, error, message):
+def assert_step_refused(pruner, error, message):
     before, plan = fingerprint(pruner.model), pruner.plan
     for _ in range(2):
         with pytest.raises(error, match=message):
@@ -334,7 +334,7 @@ def step_is_refused(pruner, error, message):
 
 def test_an_unfitted_selector():
     model, x, _ = build("mlp", 10)
-    step_is_refused(CoSePPruner(model, x[:1], CoSePSelector()), NotFittedError, r"call fit\(model, loader\) first")
+    assert_step_refused(CoSePPruner(model, x[:1], CoSePSelector()), NotFittedError, r"call fit\(model, loader\) first")
 
 
 @pytest.mark.parametrize("layerwise", [True, False])
@@ -353,13 +353,13 @@ def test_data_that_cannot_be_used(loader, message, layerwise):
     model, x, y = build("mlp", 10)
     selector = CoSePSelector(space="separability")
     pruner = CoSePPruner(model, x[:1], selector, loader=loader(x, y), layerwise=layerwise)
-    step_is_refused(pruner, InputError, message)
+    assert_step_refused(pruner, InputError, message)
 
 
 def test_a_generator_is_too_short_for_layerwise():
     model, x, y = build("mlp", 10)
     pruner = CoSePPruner(model, x[:1], CoSePSelector(), pruning_ratio=0.5, loader=iter([(x, y)]), layerwise=True)
-    step_is_refused(pruner, InputError, "a generator can be read only once")
+    assert_step_refused(pruner, InputError, "a generator can be read only once")
 
 
 def test_moments_that_no_longer_fit():
@@ -367,7 +367,7 @@ def test_moments_that_no_longer_fit():
     selector = fitted(model, x, y)
     CoSePPruner(model, x[:1], selector, pruning_ratio=0.5).step()
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
-    step_is_refused(pruner, InputError, r"layer 'fc.': class moments cover 1\d channels, the layer has 5")
+    assert_step_refused(pruner, InputError, r"layer 'fc.': class moments cover 1\d channels, the layer has 5")
 
 
 def test_a_layer_that_the_data_never_reached():
@@ -382,7 +382,9 @@ def test_a_layer_that_the_data_never_reached():
 
     model, (x, y) = Switched().eval(), vectors()
     pruner = CoSePPruner(model, x[:1], fitted(model, x, y), pruning_ratio=0.5)
-    step_is_refused(pruner, InputError, "layer 'extra': expected class moments, got none: the calibration data never")
+    assert_step_refused(
+        pruner, InputError, "layer 'extra': expected class moments, got none: the calibration data never"
+    )
     ignoring = CoSePPruner(model, x[:1], pruner.importance, pruning_ratio=0.5, ignored_layers=[model.extra])
     ignoring.step()
     assert widths(model) == {"main": 10, "extra": 10, "head": 4}

@@ -124,8 +124,8 @@ def _write_program(model: nn.Module, inputs: Tensor, path: Path, options: argpar
 
 def _write_onnx(model: nn.Module, inputs: Tensor, path: Path, options: argparse.Namespace) -> Any:
     runtime = module_of("onnxruntime", "export")
-    onnx = module_of("onnx", "export")
-    module_of("onnxscript", "export")
+    for package in ("onnx", "onnxscript"):
+        module_of(package, "export")
     given: Mapping[str, Any] = {} if options.opset is None else {"opset_version": options.opset}
     try:
         program = torch.onnx.export(
@@ -137,8 +137,8 @@ def _write_onnx(model: nn.Module, inputs: Tensor, path: Path, options: argparse.
             **given,
         )
         program.save(str(path), external_data=False)  # type: ignore[union-attr]
-        opset = next(part.version for part in onnx.load(str(path)).opset_import if not part.domain)
         # The converter only logs that it failed, and leaves the model as it was.
+        opset = program.model.opset_imports[""]  # type: ignore[union-attr]
         if options.opset not in (None, opset):
             raise InputError(
                 f"--opset {options.opset}: ONNX cannot convert the model from opset {opset} to this one; nothing was "
