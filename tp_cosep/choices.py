@@ -360,7 +360,7 @@ class Choices:
         ratios = [self._head_ratio(group) for group in groups]
         each = [max(1, k - ceil((ratio or 0) * k - 1e-9)) for k, ratio in zip(n, ratios, strict=True)]
         counts: int | list[int] | None
-        counts, reason = (sum(each) if selector.scope == "model" else each), "head_pruning_ratio"
+        counts, reason = _in_scope(selector, each), "head_pruning_ratio"
         if all(ratio is None for ratio in ratios):
             reason = "no head_pruning_ratio, so all heads stay"
             if p.automatic and selector.is_automatic:
@@ -372,7 +372,7 @@ class Choices:
             if s is None:
                 found.append((None, NOT_MEASURED))
             elif now * len(s.keep_idxs) < fewest * s.n_channels:
-                bounded = select_heads(selector, [group], p.num_heads, n_keep=_count_for(selector, fewest))
+                bounded = select_heads(selector, [group], p.num_heads, n_keep=_in_scope(selector, [fewest]))
                 found.append((bounded[0], "heads, as few as max_pruning_ratio leaves"))
             else:
                 found.append((s, reason or f"heads, {_in_words(s)}"))
@@ -405,9 +405,9 @@ class _Rows:
                     )
 
 
-def _count_for(selector: CoSePSelector, n_heads: int) -> int | list[int]:
-    """How a number of heads of a single layer is told to ``select_heads``."""
-    return n_heads if selector.scope == "model" else [n_heads]
+def _in_scope(selector: CoSePSelector, each: list[int]) -> int | list[int]:
+    """How numbers of heads of layers are told to ``select_heads``: one for all of them, or one for each."""
+    return sum(each) if selector.scope == "model" else each
 
 
 def _in_words(selection: ChannelSelection) -> str:
