@@ -378,7 +378,7 @@ class Compensator:
         def take(layer: nn.Module, x: Tensor) -> None:
             reading = readers[layer].reading
             n = self.max_positions or affordable(originals[layer], x.shape)
-            rows[layer].append(reading.sampler(x.shape, n, draws.of(readers[layer].name))(x).double())
+            rows[layer].append(reading.sampler(x.shape, n, draws.of(readers[layer].name))(x))
 
         with evaluating(model), on_inputs(readers, take):
             self._run(model, inputs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["self_product"]
+__all__ = ["add_upper", "mirror", "self_product"]
 
-# Blocks on the diagonal that are not halved any more.
-_BLOCK = 256
+# Blocks on the diagonal that are not halved any more: smaller ones cost more in calls than they save in products.
+_BLOCK = 128
 
 
 def self_product(x: Tensor) -> Tensor:
@@ -18,27 +18,48 @@ def self_product(x: Tensor) -> Tensor:
     whatever torch computes next: a ResNet-50 that was measured in between, by three quarters.
 
     Args:
-        x: ``[n, m]``, or a transposed matrix.
+        x: ``[n, m]``, or a transposed matrix, which is not copied.
 
     Returns:
         ``[n, n]``, symmetric.
     """
-    if x.device.type != "cpu":
-        return x @ x.T
-    out = x.new_empty(len(x), len(x))
-    _fill(x.contiguous(), out)
+    out = x.new_zeros(len(x), len(x))
+    add_upper(out, x)
+    mirror(out)
     return out
 
 
-def _fill(x: Tensor, out: Tensor) -> None:
+def add_upper(out: Tensor, x: Tensor) -> None:
+    """Add x xᵀ in place, to what is above the diagonal and on it; what is below is undefined until :func:`mirror`.
+
+    A matrix that many products are added to is so gone through once for each of them.
+
+    Args:
+        out: ``[n, n]``, changed.
+        x: ``[n, m]``, or a transposed matrix.
+    """
     n = len(x)
-    if n <= _BLOCK:
-        torch.mm(x, x.T, out=out)
-        out.copy_(out.triu() + out.triu(1).T)  # rounding need not be the same on both sides
+    if n <= _BLOCK or x.device.type != "cpu":
+        out.addmm_(x, x.T)
         return
     half = n // 2
     upper, lower = x[:half], x[half:]
-    _fill(upper, out[:half, :half])
-    _fill(lower, out[half:, half:])
-    torch.mm(upper, lower.T, out=out[:half, half:])
+    add_upper(out[:half, :half], upper)
+    add_upper(out[half:, half:], lower)
+    out[:half, half:].addmm_(upper, lower.T)
+
+
+def mirror(out: Tensor) -> None:
+    """Make a square matrix symmetric in place, by what is above its diagonal.
+
+    Args:
+        out: ``[n, n]``, changed.
+    """
+    n = len(out)
+    if n <= _BLOCK:
+        out.copy_(out.triu() + out.triu(1).T)
+        return
+    half = n // 2
+    mirror(out[:half, :half])
+    mirror(out[half:, half:])
     out[half:, :half] = out[:half, half:].T

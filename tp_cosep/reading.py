@@ -134,36 +134,40 @@ class _Sampler:
     """Positions of an input that are read: ``x[sample, :, position]``, or zero.
 
     Attributes:
-        n_samples: Samples.
+        positions: ``[samples, rows per sample, taps]``.
         repeat: Of a linear layer: inputs that belong to one channel; 0 for a convolution.
-        samples: ``[rows]``.
-        positions: ``[rows, taps]``, of each row.
-        inside: ``[rows, taps]``, where they are within the map; ``None`` if all are.
+        inside: ``[samples, rows per sample, taps]``, where they are within the map; ``None`` if all are.
         padding: For padding with other values than zeros: the arguments of ``pad``.
     """
 
-    n_samples: int
-    repeat: int
-    samples: Tensor
     positions: Tensor
+    repeat: int
     inside: Tensor | None = None
     padding: tuple[list[int], str] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rows ``[rows, channels × taps]`` of an input."""
+        """Rows ``[rows, channels × taps]`` float64 of an input."""
+        n_samples, n, n_taps = self.positions.shape
         if self.padding is not None:
             x = pad(x, *self.padding)
         if self.repeat:
-            x = x.reshape(self.n_samples, -1, x.shape[-1] // self.repeat, self.repeat)
+            x = x.reshape(n_samples, -1, x.shape[-1] // self.repeat, self.repeat)
             x = x.transpose(2, 3).flatten(1, 2)
         else:
             x = x.flatten(2).transpose(1, 2)
-        device = x.device
-        rows = x[self.samples.to(device)[:, None], self.positions.to(device)]  # [rows, taps, channels]
+        n_places, n_channels = x.shape[1:]
+        places = self.positions.to(x.device).flatten(1)
+        if x.is_contiguous():
+            # Channels last: a place is one piece of memory.
+            places = places + torch.arange(n_samples, device=x.device)[:, None] * n_places
+            taken = x.flatten(0, 1).index_select(0, places.flatten())
+        else:
+            taken = x.transpose(1, 2).gather(2, places[:, None].expand(-1, n_channels, -1)).transpose(1, 2)
+        taken = taken.reshape(n_samples, n, n_taps, n_channels)
         if self.inside is not None:
-            rows = rows * self.inside.to(device)[:, :, None]
-        flat: Tensor = rows.transpose(1, 2).flatten(1)
-        return flat
+            taken = taken * self.inside.to(x.device)[..., None]
+        rows = torch.empty(n_samples * n, n_channels, n_taps, dtype=torch.float64, device=x.device)
+        return rows.copy_(taken.flatten(0, 1).transpose(1, 2)).flatten(1)
 
 
 def _split(x: Tensor, dim: int, size: int) -> Tensor:
@@ -175,8 +179,7 @@ def _of_rows(shape: torch.Size, repeat: int, n: int, draw: Draw) -> _Sampler:
     """Of a linear layer's input ``[samples, ..., features]``."""
     n_samples = shape[0] if len(shape) > 1 else 1
     n_rows = prod(shape[:-1]) // max(n_samples, 1)
-    samples, positions = _drawn(n_samples, n_rows * repeat, n, draw)
-    return _Sampler(n_samples, repeat, samples, positions[:, None])
+    return _Sampler(_drawn(n_samples, n_rows * repeat, n, draw)[..., None], repeat)
 
 
 def _of_maps(reading: Reading, shape: torch.Size, n: int, draw: Draw) -> _Sampler:
@@ -184,25 +187,24 @@ def _of_maps(reading: Reading, shape: torch.Size, n: int, draw: Draw) -> _Sample
     conv = reading.layer
     assert isinstance(conv, _ConvNd)
     if reading.is_transposed:
-        samples, positions = _drawn(shape[0], prod(shape[2:]), n, draw)
-        return _Sampler(shape[0], 0, samples, positions[:, None])
+        return _Sampler(_drawn(shape[0], prod(shape[2:]), n, draw)[..., None], 0)
     sizes, before, n_out = _map_sizes(conv, shape)
     padding = None if conv.padding_mode == "zeros" else (conv._reversed_padding_repeated_twice, conv.padding_mode)
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
     taps = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
     if reading.taps_apart:
-        samples, outs = _drawn(shape[0], prod(n_out), n, draw)
-        out_at, tap_at = outs[:, None], torch.arange(len(taps))[None]
+        out_at = _drawn(shape[0], prod(n_out), n, draw)[..., None]
+        tap_at = torch.arange(len(taps))[None, None]
     else:
-        samples, pairs = _drawn(shape[0], prod(n_out) * len(taps), n, draw)
-        out_at, tap_at = (pairs // len(taps))[:, None], (pairs % len(taps))[:, None]
+        pairs = _drawn(shape[0], prod(n_out) * len(taps), n, draw)[..., None]
+        out_at, tap_at = pairs // len(taps), pairs % len(taps)
     position = torch.zeros_like(out_at + tap_at)
     inside = torch.ones_like(position, dtype=torch.bool)
     for i, at in enumerate(torch.unravel_index(out_at, tuple(n_out))):
         place = at * stride[i] + taps[tap_at, i] * dilation[i] - before[i]
         inside &= (place >= 0) & (place < sizes[i])
         position = position * sizes[i] + place.clamp(0, sizes[i] - 1)
-    return _Sampler(shape[0], 0, samples, position, None if bool(inside.all()) else inside, padding)
+    return _Sampler(position, 0, None if bool(inside.all()) else inside, padding)
 
 
 def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int], list[int]]:
@@ -229,14 +231,9 @@ def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int
     return sizes, before, n_out
 
 
-def _drawn(n_samples: int, n_of: int, n: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Samples and places of rows: n places of each sample, or all of them."""
-    if n_of <= n:
-        places = torch.arange(n_of).repeat(n_samples)
-        n = n_of
-    else:
-        places = draw(n_samples, n, n_of).flatten()
-    return torch.arange(n_samples).repeat_interleave(n), places
+def _drawn(n_samples: int, n_of: int, n: int, draw: Draw) -> Tensor:
+    """Places of the rows of every sample, ``[samples, n]``; all there are if these are fewer."""
+    return torch.arange(n_of).repeat(n_samples, 1) if n_of <= n else draw(n_samples, n, n_of)
 
 
 def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -> Reading | None:

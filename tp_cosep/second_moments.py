@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tp_cosep.errors import InputError
-from tp_cosep.products import self_product
+from tp_cosep.products import add_upper, mirror
 
 __all__ = ["SecondMoments"]
 
@@ -38,6 +38,7 @@ class SecondMoments:
         self._sums = torch.zeros(n_folds, n_features + 1, n_features + 1, dtype=torch.float64, device=device)
         self._waiting: list[list[Tensor]] = [[] for _ in range(n_folds)]
         self._counts = [0] * n_folds
+        self._is_upper = False  # whether only what is above the diagonals is up to date
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> SecondMoments:
@@ -53,6 +54,10 @@ class SecondMoments:
         """The sums of every fold, ``[folds, n_features + 1, n_features + 1]`` float64."""
         for fold in range(len(self._counts)):
             self._add_up(fold)
+        if self._is_upper:
+            for sums in self._sums:
+                mirror(sums)
+            self._is_upper = False
         return self._sums
 
     @property
@@ -88,9 +93,7 @@ class SecondMoments:
 
     def sum_up(self, summed: Callable[[Tensor], Tensor]) -> None:
         """Add what others have, ``summed(x)`` being the sum of x over everybody."""
-        for fold in range(len(self._counts)):
-            self._add_up(fold)
-        self._sums = summed(self._sums)
+        self._sums = summed(self.folds)
         self._counts = [round(float(sums[-1, -1])) for sums in self._sums]
 
     def of(self, features: Tensor) -> SecondMoments:
@@ -106,8 +109,8 @@ class SecondMoments:
         waiting = self._waiting[fold]
         x = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
         waiting.clear()
-        sums, total = self._sums[fold], x.sum(0)
-        sums[:-1, :-1] += self_product(x.T)
-        sums[-1, :-1] += total
-        sums[:-1, -1] += total
+        sums = self._sums[fold]
+        add_upper(sums[:-1, :-1], x.T)
+        sums[:-1, -1] += x.sum(0)
         sums[-1, -1] += len(x)
+        self._is_upper = True
