@@ -19,7 +19,7 @@ torchvision = import_torchvision()
 
 import torch_pruning as tp  # noqa: E402 -- after torchvision
 
-N_ROUNDS = 5
+N_ROUNDS = 3
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = {name: (build(name), 32, 250, 4) for name in NETWORKS if name not in ("vgg16", "densenet40", "resnet56")}
     for name in ("resnet18", "resnet50", "mobilenet_v2"):
-        cases[f"torchvision {name}"] = (torchvision.models.get_model(name), 224, 16, 2)
+        cases[f"torchvision {name}"] = (torchvision.models.get_model(name), 224, 16, 8)
     print("| network | images | forward, s | measuring / forward | refits, s | second moments, MiB |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (model, size, batch, n_batches) in cases.items():

@@ -87,7 +87,7 @@ class Compensator:
             ``min ‖W x − W′ x′‖²``, so that errors do not pile up. It keeps a copy of the model, and every group costs
             two passes over the loader, which has to give the same data again.
         max_positions: Positions per sample of a convolution's map (or rows of a linear layer) that are measured, drawn
-            by chance; by default as many as make that cost about half of the layer's own products, from 4 to 16.
+            by chance; by default as many as cost a third of the layer's own products, from 3 to 12.
         max_features: See above.
         ridge: Ridge strength in units of an input's variance; by default as said above.
         memory_budget: Bytes that the second moments may take.
@@ -285,10 +285,17 @@ class Compensator:
 
     def saved(self) -> Callable[[], None]:
         """Remember what is known now; the function that is returned puts it back, for a model that is put back too."""
-        repairs, new_biases, readers = [*self.repairs], [*self.new_biases], dict(self._readers)
+        state = {
+            "repairs": [*self.repairs],
+            "new_biases": [*self.new_biases],
+            "_readers": dict(self._readers),
+            "_attention": self._attention,
+            "_original": self._original,
+            "_data": self._data,
+        }
 
         def restore() -> None:
-            self.repairs, self.new_biases, self._readers = repairs, new_biases, readers
+            self.__dict__.update(state)
 
         return restore
 

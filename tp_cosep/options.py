@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tp_cosep.attention import ATTENTION_JS
 from tp_cosep.class_checks import TAPS
-from tp_cosep.compensator import Compensator
 from tp_cosep.costs import UNITS
 from tp_cosep.errors import InputError
 from tp_cosep.medoids import BACKENDS
@@ -24,7 +23,6 @@ __all__ = [
     "check_pruner",
     "check_selector",
     "check_target",
-    "compensator_for",
     "default_space",
 ]
 
@@ -131,35 +129,6 @@ def _check_space(
             f"CoSePSelector: representative={representative!r} chooses among the members of a cluster, and "
             f"space={space!r} makes no clusters; add method='k-medoids', or leave one of them out."
         )
-
-
-def compensator_for(
-    compensate: bool | str | Compensator,
-    model: nn.Module,
-    example_inputs: Any,
-    loader: Iterable[Any] | None,
-    trace_options: Mapping[str, Any],
-) -> Compensator | None:
-    """The compensator that ``compensate=`` of :class:`tp_cosep.CoSePPruner` asks for.
-
-    Returns:
-        One for this model, fitted or not; ``None`` for ``False``.
-
-    Raises:
-        InputError: If it is for another model, or has nothing to measure.
-    """
-    if compensate is False:
-        return None
-    if isinstance(compensate, Compensator):
-        if compensate.model is not model:
-            raise InputError("CoSePPruner: expected a compensator of this model, got one of another.")
-        made = compensate
-    else:
-        mode = "one-shot" if compensate is True else compensate
-        made = Compensator(model, example_inputs, mode=mode, **trace_options)
-    if loader is None and not made.is_fitted:
-        raise InputError("CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator.")
-    return made
 
 
 def check_pruner(

@@ -13,7 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_cosep.batches import check_loader, run_model
+from tp_cosep.batches import run_model
 from tp_cosep.choices import NOT_MEASURED, Choices
 from tp_cosep.collect import measured_layers
 from tp_cosep.compensator import Compensator
@@ -23,9 +23,9 @@ from tp_cosep.groups import side_of
 from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, head_parameters
 from tp_cosep.importance import CoSePSelector
-from tp_cosep.options import check_heads, check_pruner, check_target, compensator_for
+from tp_cosep.mending import Mending
+from tp_cosep.options import check_heads, check_pruner, check_target
 from tp_cosep.plan import GroupPlan, PruningPlan
-from tp_cosep.recalibration import recalibrate
 from tp_cosep.sharing import Preview, trade_offs
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.structure import describe_inputs, structure_of, versions
@@ -162,16 +162,19 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             options=options,
         )
         self.target = check_target(target, automatic=automatic, options=options)
-        if loader is not None:
-            check_loader(loader, "CoSePPruner")
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
-        if recalibrate and loader is None:
-            raise InputError("CoSePPruner: recalibrate=True runs the model on calibration data; pass loader=.")
         self._trace_options = {k: v for k, v in options.items() if k in _TRACE_OPTIONS}
-        self.compensator = compensator_for(compensate, model, example_inputs, loader, self._trace_options)
-        self.recalibrate = recalibrate
-        self._is_stale = False
+        self.fit_options = fit_options or {}
+        self._mending = Mending(
+            model,
+            example_inputs,
+            loader,
+            compensate=compensate,
+            recalibrate=recalibrate,
+            trace_options=self._trace_options,
+            fit_options=self.fit_options,
+        )
         self.example_inputs = example_inputs
         self.automatic = automatic
         self.loader = loader
@@ -181,7 +184,6 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.on_failure = on_failure
         self.verify = verify
         self.pictures = pictures
-        self.fit_options = fit_options or {}
         self.plan = PruningPlan(
             options={"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
             | ({} if target is None else {"target": dict(target)})
@@ -224,6 +226,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         # Entries of groups that are due, and of groups that nothing is done to.
         self._pending: dict[tuple[nn.Module, str], GroupPlan] = {}
         self._left: list[GroupPlan] = []
+
+    @property
+    def compensator(self) -> Compensator | None:
+        """The compensator; ``None`` without one."""
+        return self._mending.compensator
 
     def run(self, model: nn.Module | None = None) -> Any:
         """Run the model, or a copy of it, on the example inputs."""
@@ -292,17 +299,17 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 costs = layer_costs(self.model, self.run)
                 if self.loader is not None and (self.current_step > 1 or not self.importance.is_fitted):
                     self._fit()
-                self._fit_compensator()
+                self._mending.measure()
                 for group in self._prune():
                     yield from self._visit(group, prune=prune)
                     if self.layerwise:
-                        self._finish()
+                        self._mending.finish(self.fine_tune)
                 for entry in (*self._pending.values(), *self._left):
                     self._record(entry.without(()))
                 self._pending.clear()
                 self._record_unvisited()
                 if not self.layerwise:
-                    self._finish()
+                    self._mending.finish(self.fine_tune)
                 after = layer_costs(self.model, self.run)
                 if self.target is not None:
                     self.choices.check_target(after)
@@ -319,7 +326,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Prune a group, or let the caller; with ``on_failure="skip"`` take a failure back and go on."""
         entry = self._with_heads_left(self._pending.pop(self._key(group)))
         plan, num_heads, channel_groups = self.plan, dict(self.num_heads), dict(self.out_channel_groups)
-        put_back = None if self.compensator is None else self.compensator.saved()
+        put_back = self._mending.saved()
         try:
             with restored_on_error(self.model) if self.on_failure == "skip" else nullcontext():
                 yield from self._attempt(group, entry, prune=prune)
@@ -327,8 +334,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if self.on_failure != "skip":
                 raise
             self.plan = plan
-            if put_back is not None:
-                put_back()
+            put_back()
             for now, before in ((self.num_heads, num_heads), (self.out_channel_groups, channel_groups)):
                 now.clear()
                 now.update(before)
@@ -355,7 +361,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             going = group
             if idxs is not None:
                 going = group_of(self.DG, group[0].dep.target.module, entry.side, gone, entry.heads)
-            self._compensate(going)
+            self._mending.before(going)
             if self.verify and not entry.heads:
                 self._check.expect_without(going)
             pruned(self.model, lambda: native(idxs, record_history), n_now, gone, entry.heads)
@@ -407,7 +413,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for i, name in enumerate(self.importance.measured):
             if i and self.choices.has_begun:
                 self._fit()
-                self._fit_compensator()
+                self._mending.measure()
             yield from self._prune_chosen(name)
 
     def _prune_chosen(self, due: str | None) -> Iterator[Any]:
@@ -461,30 +467,6 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         options = {"layers": self._names, "num_heads": self.num_heads, **self.fit_options}
         selector.fit(self.model, self.loader, **options)
 
-    def _fit_compensator(self) -> None:
-        """Measure what a repair needs, unless it is known: before any group, so that errors are about the data."""
-        if self.compensator is None or (self.compensator.is_fitted and not self._is_stale):
-            return
-        if self.loader is None:
-            raise InputError("CoSePPruner: compensate= has to measure the model, also after fine-tuning; pass loader=.")
-        target_fn = self.fit_options.get("target_fn")
-        self.compensator.fit(self.loader, target_fn=target_fn, progress=self.fit_options.get("progress", True))
-        self._is_stale = False
-
-    def _compensate(self, group: Any) -> None:
-        if self.compensator is not None:
-            self.compensator(group)
-
-    def _finish(self) -> None:
-        """What comes after a step, or after a group with ``layerwise``."""
-        if self.recalibrate:
-            assert self.loader is not None
-            target_fn = self.fit_options.get("target_fn")
-            recalibrate(self.model, self.loader, target_fn=target_fn, progress=self.fit_options.get("progress", True))
-        if self.fine_tune is not None:
-            self.fine_tune(self.model)
-            self._is_stale = True
-
     def _with_heads_left(self, entry: GroupPlan) -> GroupPlan:
         """The entry with the numbers of heads that the stock pruner decided on, where it ranked them."""
         if not (self._is_ranked and entry.heads):
@@ -527,12 +509,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         names = ("current_step", "plan", *_STATE_DICTS)
         state = {n: copy(getattr(self, n)) for n in names}
         state["choices"] = self.choices.saved()
-        put_back = None if self.compensator is None else self.compensator.saved()
+        put_back = self._mending.saved()
 
         def undo() -> None:
             self.__dict__.update(state)
-            if put_back is not None:
-                put_back()
+            put_back()
             try:
                 self.DG = self._trace()
             except Exception as error:
