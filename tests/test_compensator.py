@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, NotFittedError, PruningPlan, recalibrate
-from tp_cosep.compensator import MODES
+from tp_cosep.options import MODES
 
 
 class Chain(nn.Module):

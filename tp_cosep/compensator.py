@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tp_cosep.batches import BatchReader, check_loader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.distributed import agreed, is_distributed, merged_seconds
@@ -20,6 +21,7 @@ from tp_cosep.errors import InputError, NotFittedError
 from tp_cosep.groups import module_names
 from tp_cosep.heads import attention_heads
 from tp_cosep.normalisation import normalised_without
+from tp_cosep.options import check_compensator
 from tp_cosep.readers import affordable, find_readings, named, on_inputs
 from tp_cosep.reading import Reading, reading_of
 from tp_cosep.refitting import MeasuredReader, Refit, Repair, apply, refit_to_original, refit_without
@@ -28,10 +30,7 @@ from tp_cosep.snapshot import restored_on_error
 from tp_cosep.tracing import check_plain
 from tp_cosep.tying import tied_parameters
 
-__all__ = ["MODES", "Compensator", "Repair"]
-
-#: One fit per group on what was measured of the unpruned model, or another one on what the pruned model computes.
-MODES = ("one-shot", "sequential")
+__all__ = ["Compensator", "Repair"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,9 @@ class Compensator:
     A LayerNorm or GroupNorm between a group and its readers averages over channels, and does it anew over those that
     stay; only sequential mode foresees that, and only its errors count it. Use it for transformers.
 
-    The ridge is the one that does best on held-out data among those that do not make a layer much more sensitive to
-    its inputs, since other groups change these: :func:`tp_cosep.compensation.fit_linear`.
+    The ridge is the one that does best on held-out data (of every batch one half for the other, so other batches may
+    give another one) among those that do not make a layer much more sensitive to its inputs, since other groups change
+    these: :func:`tp_cosep.compensation.fit_linear`.
 
     Convolutions of any kernel, stride, dilation and number of channel groups, transposed ones (without a constant), and
     linear layers are refitted. Depthwise convolutions mix no channels and stay; other readers (``MultiheadAttention``,
@@ -134,12 +134,16 @@ class Compensator:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         **trace_options: Any,
     ) -> None:
-        if mode not in MODES:
-            raise InputError(f"Compensator: expected mode of {list(MODES)}, got {mode!r}.")
-        if max_positions is not None and max_positions < 1:
-            raise InputError(f"Compensator: expected max_positions ≥ 1 or None, got {max_positions!r}.")
-        if ridge is not None and not ridge > 0:
-            raise InputError(f"Compensator: expected ridge > 0 or None, got {ridge!r}.")
+        check_compensator(
+            mode=mode,
+            max_positions=max_positions,
+            max_features=max_features,
+            ridge=ridge,
+            memory_budget=memory_budget,
+            seed=seed,
+            forward_fn=forward_fn,
+            trace_options=trace_options,
+        )
         check_plain(model)
         self.model = model
         self.example_inputs = example_inputs
@@ -299,9 +303,21 @@ class Compensator:
 
         return restore
 
+    def _check_measured(self, graph: Any, names: Mapping[nn.Module, str]) -> None:
+        if graph.model is not self.model:
+            raise InputError(
+                "Compensator: expected a group of the model that was measured, got one of another (a copy is another "
+                "model); make a compensator of the model that is pruned."
+            )
+        layers = {name: layer for layer, name in names.items()}
+        for layer, known in self._readers.items():
+            if layers.get(known.name) is not layer:
+                raise InputError(f"layer {known.name!r}: it is not the one that was measured; call fit() again.")
+
     def _losing(self, group: Any) -> tuple[dict[nn.Module, MeasuredReader], list[Repair]]:
         """The readers of a group with what they lose, and those that are left alone."""
         graph, names = group._DG, module_names(group)
+        self._check_measured(graph, names)
         tied = {self.model.get_submodule(n.rpartition(".")[0]) for found in tied_parameters(self.model) for n in found}
         inputs: dict[nn.Module, set[int]] = {}
         left_alone = []
@@ -366,6 +382,11 @@ class Compensator:
                         if j == len(sums[layer]):
                             sums[layer].append(SecondMoments(x.shape[1], x.device))
                         sums[layer][j].update(x)
+        if not all(sums.values()):
+            raise InputError(
+                "Compensator: mode='sequential' reads the data again for every group, and the loader gave none "
+                "this time; pass a DataLoader or a list of batches."
+            )
         return [
             refit_to_original(known, self._original[layer], sums[layer], self.ridge) for layer, known in losing.items()
         ]
@@ -388,7 +409,16 @@ class Compensator:
             rows[layer].append(reading.sampler(x.shape, n, draws.of(readers[layer].name))(x))
 
         with evaluating(model), on_inputs(readers, take):
-            self._run(model, inputs)
+            try:
+                self._run(model, inputs)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(
+                    "Compensator: mode='sequential' runs the model between groups, and as pruned so far it fails "
+                    f"({type(error).__name__}: {error}); after every group.prune() correct sizes that it keeps for "
+                    "itself, such as numbers of heads, and keep its type as it was in fit()."
+                ) from error
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
 
@@ -415,4 +445,6 @@ def _why_not(layer: nn.Module, *, is_known: bool, is_tied: bool) -> str:
         return "the calibration data never reached it"
     if reading_of(layer) is not None:
         return "not measured: it was not part of any group when fit() was called"
+    if isinstance(layer, (nn.Linear, _ConvNd)) and layer._parameters.get("weight") is None:
+        return "its weight is computed from other parameters"
     return f"a {type(layer).__name__} is not refitted"

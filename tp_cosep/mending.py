@@ -47,6 +47,8 @@ class Mending:
     ) -> None:
         if loader is not None:
             check_loader(loader, "CoSePPruner")
+        if not isinstance(recalibrate, bool):
+            raise InputError(f"CoSePPruner: expected recalibrate to be True or False, got {recalibrate!r}.")
         if recalibrate and loader is None:
             raise InputError("CoSePPruner: recalibrate=True runs the model on calibration data; pass loader=.")
         self.compensator = _compensator(compensate, model, example_inputs, trace_options)
@@ -74,9 +76,22 @@ class Mending:
         self._is_stale = False
 
     def before(self, group: Any) -> None:
-        """Refit what reads a group that is about to be pruned."""
-        if self.compensator is not None:
+        """Refit what reads a group that is about to be pruned.
+
+        Raises:
+            InputError: If that fails, which is not for the group to answer for: the data is read again for it.
+        """
+        if self.compensator is None:
+            return
+        try:
             self.compensator(group)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"CoSePPruner: repairing what reads a group failed ({type(error).__name__}: {error}); "
+                "compensate='sequential' reads the data of loader= again for every group."
+            ) from error
 
     def finish(self, fine_tune: Callable[[nn.Module], object] | None) -> None:
         """What comes when everything that was due is pruned: new statistics, and fine-tuning if there is any."""
@@ -103,7 +118,7 @@ class Mending:
 def _compensator(
     compensate: bool | str | Compensator, model: nn.Module, example_inputs: Any, trace_options: Mapping[str, Any]
 ) -> Compensator | None:
-    if compensate is False:
+    if compensate is False or compensate is None:
         return None
     if isinstance(compensate, Compensator):
         if compensate.model is not model:

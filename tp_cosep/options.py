@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,6 +20,8 @@ from tp_cosep.silhouette import MSS_FORMS
 
 __all__ = [
     "DEFAULT_METHODS",
+    "MODES",
+    "check_compensator",
     "check_heads",
     "check_pruner",
     "check_selector",
@@ -26,6 +29,10 @@ __all__ = [
     "default_space",
 ]
 
+#: How a compensator repairs: one fit per group on what was measured of the unpruned model, or another one on what the
+#: pruned model computes.
+MODES = ("one-shot", "sequential")
+_COMPENSATOR_TRACE_OPTIONS = {"unwrapped_parameters", "output_transform", "customized_pruners"}
 _REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 _METHODS = ("k-medoids", "column-subset")
 #: How channels are chosen in every space unless told otherwise.
@@ -128,6 +135,43 @@ def _check_space(
         raise InputError(
             f"CoSePSelector: representative={representative!r} chooses among the members of a cluster, and "
             f"space={space!r} makes no clusters; add method='k-medoids', or leave one of them out."
+        )
+
+
+def check_compensator(
+    *,
+    mode: str,
+    max_positions: int | None,
+    max_features: int,
+    ridge: float | None,
+    memory_budget: int,
+    seed: int,
+    forward_fn: object,
+    trace_options: Mapping[str, Any],
+) -> None:
+    """Check options of :class:`tp_cosep.Compensator`.
+
+    Raises:
+        InputError: If one is unknown or out of range.
+    """
+    if mode not in MODES:
+        raise InputError(f"Compensator: expected mode of {list(MODES)}, got {mode!r}.")
+    if max_positions is not None and not _is_count(max_positions):
+        raise InputError(f"Compensator: expected max_positions ≥ 1 or None, got {max_positions!r}.")
+    if not (_is_count(max_features) or (isinstance(max_features, Integral) and max_features == 0)):
+        raise InputError(f"Compensator: expected max_features ≥ 0, a whole number, got {max_features!r}.")
+    if ridge is not None and not (_is_number(ridge) and 0 < ridge < inf):
+        raise InputError(f"Compensator: expected ridge > 0 or None, got {ridge!r}.")
+    if not (_is_number(memory_budget) and memory_budget > 0):
+        raise InputError(f"Compensator: expected memory_budget > 0, in bytes, got {memory_budget!r}.")
+    if not isinstance(seed, Integral):
+        raise InputError(f"Compensator: expected seed to be a whole number, got {seed!r}.")
+    if forward_fn is not None and not callable(forward_fn):
+        raise InputError(f"Compensator: expected forward_fn to be a function or None, got {forward_fn!r}.")
+    if unknown := set(trace_options) - _COMPENSATOR_TRACE_OPTIONS:
+        raise InputError(
+            f"Compensator: got unknown options {sorted(unknown)}; for tracing it takes "
+            f"{sorted(_COMPENSATOR_TRACE_OPTIONS)}."
         )
 
 

@@ -373,14 +373,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         group.prune = prune_and_record
         n_entries = len(self.plan)
         if prune:
-            try:
-                group.prune()
-            except Exception as error:
-                raise PruningError(
-                    f"layer {entry.name!r}: Torch-Pruning failed to prune its group ({type(error).__name__}: {error}); "
-                    "the model is as it was. Put this layer into ignored_layers, ask for a count that it can have "
-                    "(round_to, num_heads), or leave such groups alone with on_failure='skip'."
-                ) from error
+            _prune_now(group, entry.name)
         yield group
         is_due = False
         if len(self.plan) == n_entries:
@@ -525,3 +518,17 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _trace(self) -> Any:
         return trace(self.model, self.example_inputs, ignored_params=self.ignored_params, **self._trace_options)
+
+
+def _prune_now(group: Any, name: str) -> None:
+    """Prune a group; whatever fails is for Torch-Pruning to answer for, but for the data of a repair."""
+    try:
+        group.prune()
+    except InputError:
+        raise
+    except Exception as error:
+        raise PruningError(
+            f"layer {name!r}: Torch-Pruning failed to prune its group ({type(error).__name__}: {error}); "
+            "the model is as it was. Put this layer into ignored_layers, ask for a count that it can have "
+            "(round_to, num_heads), or leave such groups alone with on_failure='skip'."
+        ) from error

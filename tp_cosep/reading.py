@@ -240,11 +240,14 @@ def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -
     """How a layer reads, if it is one whose weights can be refitted.
 
     Returns:
-        ``None`` for layers of other types, and for depthwise convolutions, which mix no channels.
+        ``None`` for layers of other types, for depthwise convolutions, which mix no channels, and for weights that are
+        computed from other parameters (parametrizations, weight norm, masks).
     """
+    if not isinstance(layer, (nn.Linear, _ConvNd)) or layer._parameters.get("weight") is None:
+        return None
     if isinstance(layer, nn.Linear):
         return Reading(layer, repeat=repeat)
-    if not isinstance(layer, _ConvNd) or (layer.groups > 1 and layer.groups == layer.in_channels):
+    if layer.groups > 1 and layer.groups == layer.in_channels:
         return None
     reading = Reading(layer)
     is_apart = taps_apart and not reading.is_transposed and prod(layer.kernel_size) > 1

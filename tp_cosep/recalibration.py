@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tp_cosep.batches import BatchReader, check_loader, evaluating, progress_bar, run_model
+from tp_cosep.batches import BatchReader, check_loader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.distributed import agreed, averaged
 from tp_cosep.errors import InputError
 from tp_cosep.snapshot import restored_on_error
@@ -38,7 +38,8 @@ def recalibrate(
         progress: Show a progress bar on a terminal.
 
     Returns:
-        Number of layers that were estimated; 0, and nothing is run, if the model has none that keep statistics.
+        Number of layers that were estimated; 0, and nothing is run, if the model has none that keep statistics. A layer
+        that no batch reached keeps those that it has.
 
     Raises:
         InputError: If the loader gives no batch, a batch has a single value per channel, or the statistics come
@@ -58,6 +59,7 @@ def recalibrate(
         return 0
     reader = BatchReader(model, target_fn, predicted=True)
     momenta = {m: m.momentum for m in norms.values()}
+    before = {m: {n: x.clone() for n, x in m.named_buffers(recurse=False)} for m in norms.values()}
     with restored_on_error(model), evaluating(model):
         try:
             for m in norms.values():
@@ -68,29 +70,47 @@ def recalibrate(
         finally:
             for m, momentum in momenta.items():
                 m.momentum = momentum
-        buffers = [x for m in norms.values() for x in (m.running_mean, m.running_var) if x is not None]
-        n_batches = averaged(buffers, n_batches)
-        for m in norms.values():
-            if m.num_batches_tracked is not None:
-                m.num_batches_tracked.fill_(n_batches)
-        if not n_batches:
-            raise InputError("recalibrate: expected at least one batch, the loader gave none.")
-        for name, m in norms.items():
+        reached = _reached(norms, before, n_batches)
+        if not reached:
+            raise InputError("recalibrate: expected at least one batch that reaches a BatchNorm, the loader gave none.")
+        for name, m in reached.items():
             statistics = [x for x in (m.running_mean, m.running_var) if x is not None]
             if not all(bool(torch.isfinite(x).all()) for x in statistics):
                 raise InputError(
                     f"layer {name!r}: its statistics came out NaN or infinite; check the inputs and the weights, or "
                     "give it batches of more than one value per channel."
                 )
-    return len(norms)
+    return len(reached)
+
+
+def _reached(
+    norms: Mapping[str, _BatchNorm], before: Mapping[_BatchNorm, Mapping[str, Tensor]], n_batches: int
+) -> dict[str, _BatchNorm]:
+    """Those that saw batches, in some process; their statistics become those of all, and others get theirs back."""
+    reached = {}
+    for name, m in norms.items():
+        tracked = m.num_batches_tracked
+        statistics = [x for x in (m.running_mean, m.running_var) if x is not None]
+        n_seen = averaged(statistics, n_batches if tracked is None else int(tracked))
+        if n_seen:
+            reached[name] = m
+        for buffer_name, x in m.named_buffers(recurse=False):
+            if not n_seen:
+                x.copy_(before[m][buffer_name])
+            elif x is tracked:
+                x.fill_(n_seen)
+    return reached
 
 
 def _run_all(model: nn.Module, loader: Iterable[Any], reader: BatchReader, *, progress: bool) -> int:
-    """Run a model on all batches; returns their number."""
+    """Run a model on all batches; returns the number of those that were not empty."""
     n_batches = 0
     for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
+        inputs = reader.split(batch, i)[0]
+        if n_samples(inputs) == 0:
+            continue
         try:
-            run_model(model, reader.split(batch, i)[0])
+            run_model(model, inputs)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
