@@ -23,6 +23,7 @@ _OURS = ("joint", "reconstruction", "class-means")
 _COSEP = tuple(m for m in METHODS if m.startswith("cosep"))
 _COLUMNS = [(repair, recalibrated) for repair in REPAIRS for recalibrated in (False, True)]
 _HEADINGS = ["nothing", "BN", "one-shot", "one-shot + BN", "sequential", "sequential + BN"]
+_PANELS_IN_A_ROW = 4
 _PAPER = (
     ("CIFAR-10", "VGG-16", "93.55 → 93.92", "2.59×"),
     ("CIFAR-10", "ResNet-56", "93.69 → 93.82", "2.15×"),
@@ -343,8 +344,12 @@ def plot_results(folder: Path, target: Path) -> None:
     import matplotlib.pyplot as plt
 
     records = _records(folder)
-    fig, axes = plt.subplots(1, len(records), figsize=(3.6 * len(records), 4.6), squeeze=False)
-    for ax, ((network, data), rows) in zip(axes[0], records.items(), strict=True):
+    n_columns = min(len(records), _PANELS_IN_A_ROW)
+    n_rows = -(-len(records) // n_columns)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=(3.6 * n_columns, 4.6 * n_rows), squeeze=False)
+    for ax in axes.flat[len(records) :]:
+        ax.remove()
+    for ax, ((network, data), rows) in zip(axes.flat, records.items(), strict=False):
         chosen = [
             r for r in rows if r[0].amount == "half" and r[0].repair == "one-shot" and r[0].recalibrated
             and r[0].method in METHODS and r[0].n_calibration == 1000
