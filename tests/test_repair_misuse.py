@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, recalibrate
+from tp_cosep.options import MODES
 
 
 class WithAuxiliary(nn.Module):
@@ -118,6 +119,22 @@ def test_weights_that_are_computed_are_left_alone(compute):
     (repair,) = compensator(graph.get_pruning_group(model[0], tp.prune_linear_out_channels, [0, 1]))
     assert repair.reason == "its weight is computed from other parameters"
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_reads_an_embedding_alone_is_repaired(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[:, 4:] = -2 * model[0].weight[:, :4]
+    x = torch.randint(0, 20, (80, 5))
+    before = model(x)
+    compensator = Compensator(model, x[:1], mode=mode).fit([x], progress=False)
+    graph = tp.DependencyGraph().build_dependency(model, x[:1])
+    group = graph.get_pruning_group(model[0], tp.prune_embedding_out_channels, [4, 5, 6, 7])
+    compensator(group)
+    group.prune()
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_does_not_run_between_groups():

@@ -259,7 +259,8 @@ class Compensator:
     def __call__(self, group: Any) -> list[Repair]:
         """Refit what reads a group; call it just before ``group.prune()``.
 
-        Weights of inputs that go become zero, so the model is consistent also if the group is not pruned.
+        In layers that are refitted, weights of inputs that go become zero, so the model is consistent also if the group
+        is not pruned.
 
         Args:
             group: A group of a graph of this model.

@@ -41,7 +41,7 @@ def find_readings(
         Readings by layer name.
     """
     graph = trace(model, example_inputs, **trace_options)
-    views = [view for _, view in readable(prunable_groups(graph, ignored, ROOT_TYPES))]
+    views = [view for _, view in readable(prunable_groups(graph, ignored, (*ROOT_TYPES, nn.Embedding)))]
     return readings_of(views, max_features=max_features)
 
 
