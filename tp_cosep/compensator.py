@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from tp_cosep.batches import BatchReader, check_loader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.distributed import agreed, is_distributed, merged_seconds
@@ -23,7 +22,7 @@ from tp_cosep.heads import attention_heads
 from tp_cosep.normalisation import normalised_without
 from tp_cosep.options import check_compensator
 from tp_cosep.readers import affordable, find_readings, named, on_inputs
-from tp_cosep.reading import Reading, reading_of
+from tp_cosep.reading import Reading, has_computed_weight, reading_of
 from tp_cosep.refitting import MeasuredReader, Refit, Repair, apply, refit_to_original, refit_without
 from tp_cosep.second_moments import SecondMoments
 from tp_cosep.snapshot import restored_on_error
@@ -446,6 +445,6 @@ def _why_not(layer: nn.Module, *, is_known: bool, is_tied: bool) -> str:
         return "the calibration data never reached it"
     if reading_of(layer) is not None:
         return "not measured: it was not part of any group when fit() was called"
-    if isinstance(layer, (nn.Linear, _ConvNd)) and layer._parameters.get("weight") is None:
+    if has_computed_weight(layer):
         return "its weight is computed from other parameters"
     return f"a {type(layer).__name__} is not refitted"

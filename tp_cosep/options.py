@@ -17,6 +17,7 @@ from tp_cosep.medoids import BACKENDS
 from tp_cosep.reader_spaces import READER_SPACES
 from tp_cosep.separability import PairMetric, resolve_metric
 from tp_cosep.silhouette import MSS_FORMS
+from tp_cosep.tracing import TRACE_OPTIONS
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -32,7 +33,6 @@ __all__ = [
 #: How a compensator repairs: one fit per group on what was measured of the unpruned model, or another one on what the
 #: pruned model computes.
 MODES = ("one-shot", "sequential")
-_COMPENSATOR_TRACE_OPTIONS = {"unwrapped_parameters", "output_transform", "customized_pruners"}
 _REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 _METHODS = ("k-medoids", "column-subset")
 #: How channels are chosen in every space unless told otherwise.
@@ -168,10 +168,9 @@ def check_compensator(
         raise InputError(f"Compensator: expected seed to be a whole number, got {seed!r}.")
     if forward_fn is not None and not callable(forward_fn):
         raise InputError(f"Compensator: expected forward_fn to be a function or None, got {forward_fn!r}.")
-    if unknown := set(trace_options) - _COMPENSATOR_TRACE_OPTIONS:
+    if unknown := set(trace_options) - set(TRACE_OPTIONS):
         raise InputError(
-            f"Compensator: got unknown options {sorted(unknown)}; for tracing it takes "
-            f"{sorted(_COMPENSATOR_TRACE_OPTIONS)}."
+            f"Compensator: got unknown options {sorted(unknown)}; for tracing it takes {sorted(TRACE_OPTIONS)}."
         )
 
 

@@ -37,11 +37,10 @@ def add_upper(out: Tensor, x: Tensor) -> None:
         out: ``[n, n]``, changed.
         x: ``[n, m]``, or a transposed matrix.
     """
-    n = len(x)
-    if n <= _BLOCK or x.device.type != "cpu":
+    if _is_whole(out):
         out.addmm_(x, x.T)
         return
-    half = n // 2
+    half = len(x) // 2
     upper, lower = x[:half], x[half:]
     add_upper(out[:half, :half], upper)
     add_upper(out[half:, half:], lower)
@@ -54,11 +53,15 @@ def mirror(out: Tensor) -> None:
     Args:
         out: ``[n, n]``, changed.
     """
-    n = len(out)
-    if n <= _BLOCK:
+    if _is_whole(out):
         out.copy_(out.triu() + out.triu(1).T)
         return
-    half = n // 2
+    half = len(out) // 2
     mirror(out[:half, :half])
     mirror(out[half:, half:])
     out[half:, :half] = out[:half, half:].T
+
+
+def _is_whole(out: Tensor) -> bool:
+    """Whether a matrix is not halved: on other devices a single call costs less than the products that are saved."""
+    return len(out) <= _BLOCK or out.device.type != "cpu"

@@ -31,6 +31,7 @@ from tp_cosep.snapshot import restored_on_error
 from tp_cosep.structure import describe_inputs, structure_of, versions
 from tp_cosep.surgery import group_of, pruned
 from tp_cosep.tracing import (
+    TRACE_OPTIONS,
     cannot_follow,
     check_autograd,
     check_plain,
@@ -52,7 +53,6 @@ _STATE_DICTS = (
     "_scope_initial_channels",
     "_pending",
 )
-_TRACE_OPTIONS = ("forward_fn", "output_transform", "unwrapped_parameters", "customized_pruners")
 
 
 class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
@@ -164,7 +164,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.target = check_target(target, automatic=automatic, options=options)
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
-        self._trace_options = {k: v for k, v in options.items() if k in _TRACE_OPTIONS}
+        self._trace_options = {k: v for k, v in options.items() if k in TRACE_OPTIONS}
         self.fit_options = fit_options or {}
         self._mending = Mending(
             model,

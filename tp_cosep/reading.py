@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tp_cosep.draws import Draw
 
-__all__ = ["Reading", "n_outputs", "reading_of"]
+__all__ = ["Reading", "has_computed_weight", "n_outputs", "reading_of"]
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -
         ``None`` for layers of other types, for depthwise convolutions, which mix no channels, and for weights that are
         computed from other parameters (parametrizations, weight norm, masks).
     """
-    if not isinstance(layer, (nn.Linear, _ConvNd)) or layer._parameters.get("weight") is None:
+    if not isinstance(layer, (nn.Linear, _ConvNd)) or has_computed_weight(layer):
         return None
     if isinstance(layer, nn.Linear):
         return Reading(layer, repeat=repeat)
@@ -252,6 +252,11 @@ def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -
     reading = Reading(layer)
     is_apart = taps_apart and not reading.is_transposed and prod(layer.kernel_size) > 1
     return replace(reading, taps_apart=is_apart)
+
+
+def has_computed_weight(layer: nn.Module) -> bool:
+    """Whether a convolution's or a linear layer's weight is no parameter, but made of others."""
+    return isinstance(layer, (nn.Linear, _ConvNd)) and layer._parameters.get("weight") is None
 
 
 def n_outputs(layer: nn.Module) -> int:

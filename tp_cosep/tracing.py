@@ -16,6 +16,7 @@ from tp_cosep.errors import InputError, PruningError
 
 __all__ = [
     "ROOT_TYPES",
+    "TRACE_OPTIONS",
     "cannot_follow",
     "check_autograd",
     "check_plain",
@@ -29,6 +30,8 @@ __all__ = [
 
 #: Torch-Pruning's default types of root layers.
 ROOT_TYPES: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+#: What :func:`trace` takes beside a model and its inputs, whoever is told of it.
+TRACE_OPTIONS = ("forward_fn", "output_transform", "unwrapped_parameters", "customized_pruners")
 
 
 def check_autograd() -> None:

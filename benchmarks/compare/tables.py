@@ -83,7 +83,7 @@ def _half_table(rows: list[_Row]) -> str:
 
 
 def _aim(network: str, data: str, rows: list[_Row], repair: str) -> list[object] | None:
-    """Points lost after a repair by ours and by the best other selection, on the seeds that most selections have.
+    """Points lost after a repair by ours and by the best other selection, on the seeds that joint has.
 
     One-shot repair is followed by new statistics; sequential repair does not need them.
 
@@ -98,8 +98,9 @@ def _aim(network: str, data: str, rows: list[_Row], repair: str) -> list[object]
     for cell, record in rows:
         lost[cell.method][cell.seed] = 100 * (base_accuracy(network, data, cell.base) - record["accuracy"])
     seeds = set(lost["joint"])
-    lost = {m: v for m, v in lost.items() if seeds <= set(v)}
-    means = {m: statistics.mean(v[s] for s in seeds) for m, v in lost.items() if seeds}
+    if not seeds:
+        return None
+    means = {m: statistics.mean(v[s] for s in seeds) for m, v in lost.items() if seeds <= set(v)}
     others = {m: v for m, v in means.items() if m not in _OURS + _COSEP}
     if len(others) < 2:
         return None
