@@ -1,7 +1,7 @@
 """The comparison of benchmarks/compare: that every selection runs, resumes, and that the page shows its records."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +131,23 @@ def test_the_page_is_that_of_the_records():
     folder = ROOT / "benchmarks" / "compare"
     introduction = (folder / "introduction.md").read_text()
     assert (ROOT / "docs" / "results.md").read_text() == results_page(folder / "records", introduction)
+
+
+def test_the_unpruned_network_fine_tuned_as_long_counts_every_seed_once(tmp_path):
+    rows = [
+        ("unpruned", 0, "none", 0.81),
+        ("unpruned", 0, "one-shot", 0.81),
+        ("unpruned", 1, "one-shot", 0.83),
+        ("l2", 0, "none", 0.7),
+        ("l2", 0, "one-shot", 0.75),
+    ]
+    with (tmp_path / "vgg-cifar10.jsonl").open("w") as file:
+        for method, seed, repair, accuracy in rows:
+            cell = Cell("vgg", "cifar10", seed, "2x", method, repair, recalibrated=True, epochs=1.0, base=0)
+            file.write(json.dumps({"cell": asdict(cell), "accuracy": accuracy, "macs": 2.0, "params": 2.0}) + "\n")
+    page = results_page(tmp_path, "")
+    assert "| unpruned | 82.0 ± 1.4 | 82.0 ± 1.4 |" in page
+    assert "| l2 | 70.0 | 75.0 |" in page
 
 
 def test_every_record_is_of_a_checkpoint_that_is_kept():

@@ -118,11 +118,11 @@ def _fine_tuned_table(rows: list[_Row]) -> str:
         return ""
     columns = sorted({(c.amount, c.epochs, c.repair) for c, _ in rows if c.method != "unpruned"})
     found = _by_method(rows, lambda c: (c.amount, c.epochs, c.repair))
-    for amount, epochs, _ in columns:  # as long a fine-tuning of what was not pruned, whatever the others' repair
-        unpruned = found.get("unpruned", {}).get((amount, epochs, "none"))
-        for column in columns:
-            if unpruned and column[:2] == (amount, epochs):
-                found["unpruned"][column] = unpruned
+    # As long a fine-tuning of what was not pruned is the same whatever repairs the others.
+    unpruned = {(c.amount, c.epochs, c.seed): r["accuracy"] for c, r in rows if c.method == "unpruned"}
+    if unpruned:
+        kept = {column: [a for (*k, _), a in unpruned.items() if k == [*column[:2]]] for column in columns}
+        found["unpruned"] = {column: accuracies for column, accuracies in kept.items() if accuracies}
     order = sorted(found, key=lambda m: -max(statistics.mean(v) for v in found[m].values()))
     return _table(
         [
