@@ -69,7 +69,7 @@ def test_statistics_do_not_see_empty_batches():
 
 
 @pytest.mark.parametrize("on_failure", ["raise", "skip"])
-@pytest.mark.parametrize(("then", "message"), [(list, "gave none this time"), (fail, "OSError: disk")])
+@pytest.mark.parametrize(("then", "message"), [(list, "gave none of the"), (fail, "OSError: disk")])
 def test_data_that_cannot_be_read_again_is_not_held_against_groups(on_failure, then, message):
     model, x, y = build("vgg", 12)
     selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
@@ -87,6 +87,89 @@ def test_data_that_cannot_be_read_again_is_not_held_against_groups(on_failure, t
     with pytest.raises(InputError, match=message):
         pruner.step()
     assert_untouched(model, before)
+
+
+def test_less_data_than_before_is_not_fitted_to():
+    model, x, _ = build("vgg", 12)
+    loader = Failing([x[:20], x[20:]], 1, lambda: [x[:20], x[20:-1]])
+    compensator = Compensator(model, x[:1], mode="sequential").fit(loader, progress=False)
+    before = fingerprint(model)
+    with pytest.raises(InputError, match=f"gave {len(x) - 1} of the {len(x)} samples this time"):
+        compensator(group_with(model, x, "conv1"))
+    assert_untouched(model, before)
+
+
+class Routed(nn.Module):
+    """A layer that reads the trunk for some batches only, or never from some moment on."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head, self.rare = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.sends = lambda x: bool(x.sum() > 0)
+
+    def forward(self, x):
+        y = torch.relu(self.trunk(x))
+        return self.head(y) + self.rare(y) if self.sends(x) else self.head(y)
+
+
+def test_sequential_repair_of_a_layer_that_some_batches_do_not_reach():
+    torch.manual_seed(0)
+    model = Routed()
+    with torch.no_grad():  # the second half repeats the first, scaled
+        model.trunk.weight[4:] = 3 * model.trunk.weight[:4]
+        model.trunk.bias[4:] = 3 * model.trunk.bias[:4]
+    x = torch.randn(40, 6).abs()
+    before = [model(x), model(-x)]
+    compensator = Compensator(model, x[:1], mode="sequential").fit([x, -x, x + 1, -x - 1], progress=False)
+    graph = tp.DependencyGraph().build_dependency(model, x[:1])
+    group = graph.get_pruning_group(model.trunk, tp.prune_linear_out_channels, [4, 5, 6, 7])
+    repairs = compensator(group)
+    group.prune()
+    assert {r.name for r in repairs if r.error is not None} == {"head", "rare"}
+    for x_i, y in zip((x, -x), before, strict=True):
+        torch.testing.assert_close(model(x_i), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sends", "message"),
+    [
+        (lambda x, is_pruned: not is_pruned and bool(x.sum() > 0), "read 40 rows of a batch .* and 0 as pruned so far"),
+        (lambda x, is_pruned: False, "layer 'rare': the data reached it in fit"),
+    ],
+)
+def test_sequential_repair_of_a_layer_that_is_no_longer_reached(sends, message):
+    torch.manual_seed(0)
+    model = Routed()
+    x = torch.randn(40, 6).abs()
+    graph = tp.DependencyGraph().build_dependency(model, x[:1])
+    compensator = Compensator(model, x[:1], mode="sequential").fit([x], progress=False)
+    original = compensator._original[model]
+    for module, is_pruned in ((model, True), (original, False)):
+        module.sends = lambda x, is_pruned=is_pruned: sends(x, is_pruned)
+    before = fingerprint(model)
+    with pytest.raises(InputError, match=message):
+        compensator(graph.get_pruning_group(model.trunk, tp.prune_linear_out_channels, [0, 1]))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("call", [Compensator.__call__, CoSePSelector.__call__])
+def test_what_is_no_group_is_refused(call):
+    model, x, y = build("vgg", 12)
+    if call is Compensator.__call__:
+        fitted = Compensator(model, x[:1]).fit([x], progress=False)
+    else:
+        fitted = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    for group, came in ((None, "None"), ([1, 2], "a list of 2")):
+        with pytest.raises(InputError, match=f"expected a group of a DependencyGraph .* got {came}"):
+            call(fitted, group)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"targetfn": 3}, r"\['targetfn'\]"), (3, "map keywords .* got 3")])
+def test_unknown_fit_options_are_refused_also_if_nothing_is_to_be_fitted(options, message):
+    model, x, y = build("vgg", 12)
+    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    with pytest.raises(InputError, match=f"fit_options.*{message}"):
+        CoSePPruner(model, x[:1], selector, fit_options=options)
 
 
 def test_groups_of_another_model_are_refused():

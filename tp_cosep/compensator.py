@@ -17,14 +17,14 @@ from tp_cosep.batches import BatchReader, check_loader, evaluating, n_samples, p
 from tp_cosep.distributed import agreed, is_distributed, merged_seconds
 from tp_cosep.draws import Draws
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.groups import module_names
+from tp_cosep.groups import graph_of, module_names
 from tp_cosep.heads import attention_heads
 from tp_cosep.normalisation import normalised_without
 from tp_cosep.options import check_compensator
 from tp_cosep.readers import affordable, find_readings, named, on_inputs
 from tp_cosep.reading import Reading, has_computed_weight, reading_of
 from tp_cosep.refitting import MeasuredReader, Refit, Repair, apply, refit_to_original, refit_without
-from tp_cosep.second_moments import SecondMoments
+from tp_cosep.sequential import paired_moments
 from tp_cosep.snapshot import restored_on_error
 from tp_cosep.tracing import check_plain
 from tp_cosep.tying import tied_parameters
@@ -34,11 +34,16 @@ __all__ = ["Compensator", "Repair"]
 
 @dataclass(frozen=True)
 class _Data:
-    """Calibration data, to be read as often as needed."""
+    """Calibration data, to be read as often as needed.
+
+    Attributes:
+        n_samples: How many there were in ``fit``.
+    """
 
     loader: Iterable[Any]
     target_fn: Callable[[Any], tuple[Any, Any]] | None
     progress: bool
+    n_samples: int = 0
 
     def inputs(self, model: nn.Module) -> Iterator[Any]:
         """The inputs of every batch, on the model's device."""
@@ -209,9 +214,9 @@ class Compensator:
         self._check_memory(readings)
         readers = {r.layer: MeasuredReader.whole(name, r) for name, r in readings.items()}
         data = _Data(loader, target_fn, progress)
-        self._measure(data.inputs(self.model), readers)
+        n_seen = self._measure(data.inputs(self.model), readers)
         _warn_of_few(readers.values())
-        self._readers, self._data = readers, data
+        self._readers, self._data = readers, replace(data, n_samples=n_seen)
         self._attention = set(attention_heads(self.model))
         if self.mode == "sequential":
             original = deepcopy(self.model)
@@ -229,27 +234,32 @@ class Compensator:
                 "max_features to share coefficients between the taps of kernels."
             )
 
-    def _measure(self, batches: Iterable[Any], readers: Mapping[nn.Module, MeasuredReader]) -> None:
+    def _measure(self, batches: Iterable[Any], readers: Mapping[nn.Module, MeasuredReader]) -> int:
+        """Take the moments of everything that is read; returns the number of samples."""
+
         def take(draws: Draws, layer: nn.Module, x: Tensor) -> None:
             reader = readers[layer]
             with named(reader.name):
                 n = self.max_positions or affordable(reader.reading, x.shape)
                 reader.moments.update(reader.reading.sampler(x.shape, n, draws.of(reader.name))(x))
 
-        def run() -> int:
-            n_seen = 0
+        def run() -> tuple[int, int]:
+            n_batches, n_seen = 0, 0
             with evaluating(self.model):
                 for inputs in batches:
-                    if n_samples(inputs) != 0:
+                    n = n_samples(inputs)
+                    if n != 0:
                         with on_inputs(readers, partial(take, Draws(inputs, self.seed))):
                             self._run(self.model, inputs)
-                        n_seen += 1
-            return n_seen
+                        n_batches += 1
+                        n_seen += n or 0
+            return n_batches, n_seen
 
-        n_seen = agreed(run)
+        n_batches, n_seen = agreed(run)
         merged_seconds([reader.moments for reader in readers.values()])
-        if not n_seen and not any(reader.moments.n_rows for reader in readers.values()):
+        if not n_batches and not any(reader.moments.n_rows for reader in readers.values()):
             raise InputError("Compensator: expected at least one batch, the loader gave none.")
+        return n_seen
 
     def _run(self, model: nn.Module, inputs: Any) -> None:
         (self.forward_fn or run_model)(model, inputs)
@@ -316,7 +326,7 @@ class Compensator:
 
     def _losing(self, group: Any) -> tuple[dict[nn.Module, MeasuredReader], list[Repair]]:
         """The readers of a group with what they lose, and those that are left alone."""
-        graph, names = group._DG, module_names(group)
+        graph, names = graph_of(group), module_names(group)
         self._check_measured(graph, names)
         tied = {self.model.get_submodule(n.rpartition(".")[0]) for found in tied_parameters(self.model) for n in found}
         inputs: dict[nn.Module, set[int]] = {}
@@ -360,66 +370,20 @@ class Compensator:
     def _from_pruned(self, losing: Mapping[nn.Module, MeasuredReader]) -> list[Refit]:
         """Fit what the readers see in the pruned model to what they computed in the original."""
         assert self._data is not None
-        sums: dict[nn.Module, list[SecondMoments]] = {layer: [] for layer in losing}
-        original = self._original[self.model]
-        twins = {
-            self._original[layer]: replace(r, reading=replace(r.reading, layer=self._original[layer]))
-            for layer, r in losing.items()
-        }
-        for inputs in self._data.inputs(self.model):
-            if n_samples(inputs) == 0:
-                continue
-            # The same positions in both models.
-            counted = {layer: twins[self._original[layer]].reading for layer in losing}
-            before = self._rows(original, inputs, twins, {t: r.reading for t, r in twins.items()})
-            now = self._rows(self.model, inputs, losing, counted)
-            for layer, known in losing.items():
-                staying = now[layer][:, known.reading.features_of(known.staying()).to(now[layer].device)]
-                both = (x.chunk(known.reading.groups, 1) for x in (before[self._original[layer]], staying))
-                with named(known.name):
-                    for j, pair in enumerate(zip(*both, strict=True)):
-                        x = torch.cat(pair, 1)
-                        if j == len(sums[layer]):
-                            sums[layer].append(SecondMoments(x.shape[1], x.device))
-                        sums[layer][j].update(x)
-        if not all(sums.values()):
-            raise InputError(
-                "Compensator: mode='sequential' reads the data again for every group, and the loader gave none "
-                "this time; pass a DataLoader or a list of batches."
-            )
+        sums = paired_moments(
+            self.model,
+            self._original,
+            losing,
+            self._data.inputs(self.model),
+            run=self._run,
+            max_positions=self.max_positions,
+            # Other positions for every group, so that what is fitted to one draw is tried on another.
+            seed=self.seed + 1 + len(self.repairs),
+            n_expected=self._data.n_samples,
+        )
         return [
             refit_to_original(known, self._original[layer], sums[layer], self.ridge) for layer, known in losing.items()
         ]
-
-    def _rows(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        readers: Mapping[nn.Module, MeasuredReader],
-        originals: Mapping[nn.Module, Reading],
-    ) -> dict[nn.Module, Tensor]:
-        """What some layers of a model read of a batch, ``[rows, features]`` float64, at the originals' positions."""
-        # Other positions for every group, so that what is fitted to one draw is tried on another.
-        draws = Draws(inputs, self.seed + 1 + len(self.repairs))
-        rows: dict[nn.Module, list[Tensor]] = {layer: [] for layer in readers}
-
-        def take(layer: nn.Module, x: Tensor) -> None:
-            reading = readers[layer].reading
-            n = self.max_positions or affordable(originals[layer], x.shape)
-            rows[layer].append(reading.sampler(x.shape, n, draws.of(readers[layer].name))(x))
-
-        with evaluating(model), on_inputs(readers, take):
-            try:
-                self._run(model, inputs)
-            except InputError:
-                raise
-            except Exception as error:
-                raise InputError(
-                    "Compensator: mode='sequential' runs the model between groups, and as pruned so far it fails "
-                    f"({type(error).__name__}: {error}); after every group.prune() correct sizes that it keeps for "
-                    "itself, such as numbers of heads, and keep its type as it was in fit()."
-                ) from error
-        return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
 
 def _warn_of_few(readers: Iterable[MeasuredReader]) -> None:

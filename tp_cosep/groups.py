@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_pruning.dependency.group import Group
 from torch_pruning.dependency.index_mapping import _ConcatIndexMapping, _SliceIndexMapping, _SplitIndexMapping
 from torch_pruning.ops import OPTYPE
 
+from tp_cosep.batches import described
 from tp_cosep.errors import InputError
 
 __all__ = [
     "GroupView",
     "Member",
     "full_group",
+    "graph_of",
     "is_output",
     "l1_norms",
     "module_names",
@@ -101,6 +104,24 @@ class GroupView:
         return found
 
 
+def graph_of(group: Any) -> Any:
+    """The graph that a group was traced in.
+
+    Returns:
+        A ``DependencyGraph``.
+
+    Raises:
+        InputError: If there is none, or it is no group.
+    """
+    graph = getattr(group, "_DG", None)
+    if graph is None:
+        came = "one made by hand" if isinstance(group, Group) else described(group)
+        raise InputError(
+            f"group: expected a group of a DependencyGraph (get_pruning_group, get_all_groups), got {came}."
+        )
+    return graph
+
+
 def module_names(group: Any) -> Mapping[nn.Module, str]:
     """Names of all modules of the model that a group was traced in.
 
@@ -110,18 +131,14 @@ def module_names(group: Any) -> Mapping[nn.Module, str]:
     Raises:
         InputError: If the group does not know its model.
     """
-    graph = group._DG
-    if graph is None:
-        raise InputError(
-            "group: expected a group of a DependencyGraph (get_pruning_group, get_all_groups), got one made by hand."
-        )
-    names: Mapping[nn.Module, str] = graph._module2name
+    names: Mapping[nn.Module, str] = graph_of(group)._module2name
     return names
 
 
 def full_group(group: Any) -> Any:
     """The group with all channels of its root: groups may be asked for with a part of them."""
-    graph, dep = group._DG, group[0].dep
+    graph = graph_of(group)
+    dep = group[0].dep
     get = graph.get_out_channels if graph.is_out_channel_pruning_fn(dep.handler) else graph.get_in_channels
     n = get(dep.target.module)
     if len(group[0].idxs) == n:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "DEFAULT_METHODS",
     "MODES",
     "check_compensator",
+    "check_fit_keywords",
     "check_heads",
     "check_pruner",
     "check_selector",
@@ -227,6 +229,25 @@ def _check_numbers(options: Mapping[str, Any]) -> None:
         # Counts are told to stock pruners by ratios a little below 0, see CoSePSelector.pruning_ratio_dict.
         if not (_is_number(ratio) and -1 < ratio <= 1):
             raise InputError(f"CoSePPruner: expected pruning_ratio_dict of {layers!r} in [0, 1], got {ratio!r}.")
+
+
+def check_fit_keywords(options: Mapping[str, Any] | None, fit: Callable[..., object]) -> dict[str, Any]:
+    """Check ``fit_options=`` of :class:`tp_cosep.CoSePPruner` before anything is measured with them.
+
+    Returns:
+        The options, a copy.
+
+    Raises:
+        InputError: If they are no keywords of ``fit``.
+    """
+    if options is None:
+        return {}
+    known = [name for name, p in signature(fit).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
+    if not isinstance(options, Mapping):
+        raise InputError(f"CoSePPruner: expected fit_options to map keywords to values, got {options!r}.")
+    if unknown := [name for name in options if name not in known]:
+        raise InputError(f"CoSePPruner: expected fit_options of {known}, got {unknown}.")
+    return dict(options)
 
 
 def check_target(

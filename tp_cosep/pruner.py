@@ -24,7 +24,7 @@ from tp_cosep.head_importance import with_head_scores
 from tp_cosep.heads import attention_heads, head_parameters
 from tp_cosep.importance import CoSePSelector
 from tp_cosep.mending import Mending
-from tp_cosep.options import check_heads, check_pruner, check_target
+from tp_cosep.options import check_fit_keywords, check_heads, check_pruner, check_target
 from tp_cosep.plan import GroupPlan, PruningPlan
 from tp_cosep.sharing import Preview, trade_offs
 from tp_cosep.snapshot import restored_on_error
@@ -165,7 +165,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         self._trace_options = {k: v for k, v in options.items() if k in TRACE_OPTIONS}
-        self.fit_options = fit_options or {}
+        self.fit_options = check_fit_keywords(fit_options, importance.fit)
         self._mending = Mending(
             model,
             example_inputs,
