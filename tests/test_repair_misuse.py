@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, recalibrate
+from tp_cosep.batches import run_model
 from tp_cosep.options import MODES
 
 
@@ -97,6 +98,23 @@ def test_less_data_than_before_is_not_fitted_to():
     with pytest.raises(InputError, match=f"gave {len(x) - 1} of the {len(x)} samples this time"):
         compensator(group_with(model, x, "conv1"))
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("measure", [lambda m, batches: Compensator(m, batches[0][0][:1]).fit(batches), recalibrate])
+def test_batches_of_more_than_inputs_and_labels(measure):
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    x = torch.randn(20, 6)
+    with pytest.raises(InputError, match=r"the model's forward takes, got a list of 3 .* pass target_fn="):
+        measure(model, [(x, x, x)])
+
+
+def test_an_error_of_a_type_within_a_model_is_its_own():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x + None
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        run_model(Broken(), torch.ones(2))
 
 
 class Routed(nn.Module):

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -58,12 +59,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a tensor, on a tuple or list of arguments, or on a dict of keyword arguments."""
+    """Call a model on a tensor, on a tuple or list of arguments, or on a dict of keyword arguments.
+
+    Returns:
+        Its outputs.
+
+    Raises:
+        InputError: If its ``forward`` takes other arguments.
+        TypeError: If that comes from within.
+    """
+    args: Sequence[Any] = inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    kwargs: Mapping[str, Any] = {}
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        args, kwargs = [], inputs
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        if _takes(model, args, kwargs):
+            raise
+        raise InputError(
+            f"inputs: expected those that the model's forward takes, got {described(inputs)} ({error}); if batches "
+            "hold more than inputs and labels, pass target_fn=, a function that turns a batch into (inputs, labels)."
+        ) from error
+
+
+def _takes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model's ``forward`` can be called with some arguments; true if that cannot be told."""
+    try:
+        taken = signature(model.forward)
+    except (TypeError, ValueError):
+        return True
+    try:
+        taken.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def n_samples(inputs: Any) -> int | None:
