@@ -428,7 +428,7 @@ def test_data_that_repair_cannot_read_is_no_failure_of_a_group(on_failure):
     options = {"on_failure": on_failure, "compensate": True, "fit_options": {"progress": False}}
     for loader, error, message in (
         ([], InputError, "expected at least one batch"),
-        ([{"image": x}], TypeError, "image"),
+        ([{"image": x}], InputError, "forward takes, got a dict .*image.* pass target_fn="),
         ([(x * float("nan"), y)], InputError, "NaN"),
     ):
         pruner = CoSePPruner(model, x[:1], selector, target={"macs": 0.5}, loader=loader, **options)
