@@ -76,9 +76,10 @@ def paired_moments(
                 with named(known.name):
                     _add(sums[layer], known, before[originals[layer]], now[layer])
     if n_seen < n_expected:
+        came = f"{n_seen} of the {n_expected} samples" if n_seen else "none"
         raise InputError(
             "Compensator: mode='sequential' reads the data again for every group, and the loader gave "
-            f"{n_seen or 'none'} of the {n_expected} samples this time; pass a DataLoader or a list of batches."
+            f"{came} this time; pass a DataLoader or a list of batches."
         )
     for layer, found in sums.items():
         if not found:

@@ -116,13 +116,14 @@ def _fine_tuned_table(rows: list[_Row]) -> str:
     rows = [r for r in rows if r[0].epochs]
     if not rows:
         return ""
-    columns = sorted({(c.amount, c.epochs, c.repair) for c, _ in rows if c.method != "unpruned"})
-    found = _by_method(rows, lambda c: (c.amount, c.epochs, c.repair))
+    pruned = [r for r in rows if r[0].method != "unpruned"]
+    columns = sorted({(c.amount, c.epochs, c.repair) for c, _ in pruned})
+    found = _by_method(pruned, lambda c: (c.amount, c.epochs, c.repair))
     # As long a fine-tuning of what was not pruned is the same whatever repairs the others.
     unpruned = {(c.amount, c.epochs, c.seed): r["accuracy"] for c, r in rows if c.method == "unpruned"}
-    if unpruned:
-        kept = {column: [a for (*k, _), a in unpruned.items() if k == [*column[:2]]] for column in columns}
-        found["unpruned"] = {column: accuracies for column, accuracies in kept.items() if accuracies}
+    for column in columns:
+        if accuracies := [a for (*key, _), a in unpruned.items() if tuple(key) == column[:2]]:
+            found["unpruned"][column] = accuracies
     order = sorted(found, key=lambda m: -max(statistics.mean(v) for v in found[m].values()))
     return _table(
         [
