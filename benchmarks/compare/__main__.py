@@ -26,6 +26,10 @@ RECIPES = {
     ("mobilenetv2", "cifar10"): Recipe(6, 0.2, weight_decay=1e-4),
     ("vgg", "fashion-mnist"): Recipe(4, 0.2),
     ("resnet20", "fashion-mnist"): Recipe(4, 0.3),
+    # At the papers' own scale.
+    ("vgg16", "cifar10"): Recipe(25, 0.1, label_smoothing=0.1, cutout=8),
+    ("resnet56_full", "cifar10"): Recipe(30, 0.3, label_smoothing=0.1, cutout=8),
+    ("resnet20_full", "cifar10"): Recipe(30, 0.4, label_smoothing=0.05, cutout=8),
 }
 
 

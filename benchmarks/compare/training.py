@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.compare.data import Images, augmented
+from benchmarks.compare.data import Images, augmented, cut_out
 from benchmarks.compare.networks import build
 
 __all__ = ["Recipe", "accuracy", "checkpoint", "train", "trained"]
@@ -31,6 +31,8 @@ class Recipe:
         batch: Images per step.
         momentum: Of SGD.
         weight_decay: Of all parameters.
+        label_smoothing: Share of the target that all classes have in equal parts, in [0, 1).
+        cutout: Side of the square of every image that is blanked out, in pixels; 0 for none.
     """
 
     epochs: float
@@ -39,6 +41,8 @@ class Recipe:
     batch: int = 128
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    cutout: int = 0
 
 
 def train(
@@ -77,9 +81,12 @@ def train(
         generator = torch.Generator().manual_seed(1000 * seed + step // per_epoch)
         total = torch.zeros((), device=device)
         for idxs in torch.randperm(n, generator=generator).split(recipe.batch)[: n_steps - step]:
-            x = images.standardised(augmented(images.train[idxs], generator)).to(device)
+            x = images.standardised(augmented(images.train[idxs], generator))
+            if recipe.cutout:
+                x = cut_out(x, recipe.cutout, generator)
             with torch.autocast(device.type, torch.bfloat16):
-                loss = cross_entropy(model(x).float(), images.train_labels[idxs].to(device))
+                outputs = model(x.to(device)).float()
+            loss = cross_entropy(outputs, images.train_labels[idxs].to(device), label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,15 +143,27 @@ def trained(network: str, images: Images, seed: int) -> nn.Module:
 
 
 def train_checkpoint(network: str, images: Images, seed: int, recipe: Recipe, scratch: Path, **facts: Any) -> float:
-    """Train a network from random weights and keep it, with the recipe and its accuracy, as a checkpoint."""
+    """Train a network from random weights and keep it, with the recipe and its accuracy, as a checkpoint.
+
+    Kernels and matrices are kept in half precision, everything else (BatchNorm's vectors) as it is; the accuracy is
+    that of the network with the weights that are kept.
+
+    Returns:
+        The accuracy on the test images.
+    """
     torch.manual_seed(seed)
     model = build(network, int(images.train_labels.max()) + 1, images.train.shape[1])
     path = checkpoint(network, images.name, seed)
     state_path = scratch / f"{path.stem}.pt"
     train(model, images, recipe, seed, state_path=state_path, log=True)
+    kept = {
+        k: (v.half() if v.is_floating_point() and v.dim() > 1 else v).contiguous()
+        for k, v in model.state_dict().items()
+    }
+    model.load_state_dict(kept)
     top1 = accuracy(model, images)
     path.parent.mkdir(exist_ok=True)
     record = {"recipe": json.dumps(asdict(recipe)), "test_accuracy": f"{top1:.4f}", "seed": str(seed), **facts}
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, record)
+    save_file(kept, path, record)
     state_path.unlink()
     return top1
