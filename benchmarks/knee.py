@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from tp_cosep import CoSePSelector
-from tp_cosep.demo import train_net
-from tp_cosep.knee import KneeMethod
-from tp_cosep.selection import select_channels
-from tp_cosep.separability import distances_from_gram, profile_gram
+from tp_cosep.cli.demo import train_net
+from tp_cosep.functional.knee import KneeMethod
+from tp_cosep.functional.selection import select_channels
+from tp_cosep.functional.separability import distances_from_gram, profile_gram
 
 METHODS = {
     "guarded (default)": KneeMethod("guarded"),

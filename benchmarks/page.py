@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from tp_cosep import GroupPlan, PruningPlan
-from tp_cosep.pictures import ClassPair, GroupPicture, plane
-from tp_cosep.selection import select_channels
+from tp_cosep.functional.selection import select_channels
+from tp_cosep.selection.embedding import ClassPair, GroupPicture, plane
 
 N_ROUNDS, N_CLASSES = 7, 1000
 _LOADED = "const t = performance.getEntriesByType('navigation')[0]; return t.loadEventEnd - t.startTime"

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.compare.networks import NETWORKS, build
 from tp_cosep import Compensator
-from tp_cosep._torchvision import import_torchvision
+from tp_cosep.cli.torchvision_shim import import_torchvision
 
 torchvision = import_torchvision()
 

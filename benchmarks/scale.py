@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from benchmarks.selection import latent
 from benchmarks.selection import timed as by_processor
 from tp_cosep import ClassMoments, CoSePSelector
-from tp_cosep._torchvision import import_torchvision
-from tp_cosep.medoids import KMedoids, k_medoids_path
-from tp_cosep.selection import ChannelSelection, select_channels
-from tp_cosep.separability import distances_from_gram, profile_gram
+from tp_cosep.cli.torchvision_shim import import_torchvision
+from tp_cosep.functional.kmedoids import KMedoids, k_medoids_path
+from tp_cosep.functional.selection import ChannelSelection, select_channels
+from tp_cosep.functional.separability import distances_from_gram, profile_gram
 
 torchvision = import_torchvision()
 

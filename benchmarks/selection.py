@@ -19,11 +19,11 @@ import kmedoids
 import torch
 from torch import Tensor
 
-from tp_cosep.knee import Knee, find_knee
-from tp_cosep.medoids import GrowingPath, few_threads
-from tp_cosep.selection import select_channels
-from tp_cosep.separability import distances_from_gram
-from tp_cosep.silhouette import mss_curve
+from tp_cosep.functional.kmedoids import GrowingPath, few_threads
+from tp_cosep.functional.knee import Knee, find_knee
+from tp_cosep.functional.selection import select_channels
+from tp_cosep.functional.separability import distances_from_gram
+from tp_cosep.functional.silhouette import mss_curve
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import accuracy, load_digits, train
+from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
 class Attention(nn.Module):

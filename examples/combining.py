@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import accuracy, train, train_net
+from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 class Blend(tp.importance.Importance):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import load_digits
+from tp_cosep.cli.demo import load_digits
 
 
 def inputs_and_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from tp_cosep import CoSePPruner, CoSePSelector, PruningPlan
-from tp_cosep.demo import accuracy, train, train_net
+from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 def main(epochs: int | None = None) -> PruningPlan:

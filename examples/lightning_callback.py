@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import DemoNet, accuracy, load_digits
+from tp_cosep.cli.demo import DemoNet, accuracy, load_digits
 
 
 class Prune(lightning.Callback):

@@ -9,7 +9,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import accuracy, load_digits, train
+from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
 def n_bytes(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from tp_cosep import Compensator, CoSePSelector, recalibrate
-from tp_cosep.demo import accuracy, train_net
+from tp_cosep.cli.demo import accuracy, train_net
 
 
 def main(epochs: int | None = None) -> dict[str, list[float]]:

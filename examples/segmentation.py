@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, max_pool2d, relu
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import load_digits
+from tp_cosep.cli.demo import load_digits
 
 
 class UNet(nn.Module):

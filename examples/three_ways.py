@@ -5,7 +5,7 @@ import copy
 import torch_pruning as tp
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import accuracy, train, train_net
+from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 def main(epochs: int | None = None) -> dict[str, tuple[int, float]]:

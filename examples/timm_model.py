@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch.nn.functional import interpolate
 
 from tp_cosep import CoSePPruner, CoSePSelector
-from tp_cosep.demo import accuracy, load_digits, train
+from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
 def main(name: str = "test_resnet", epochs: int = 3) -> dict[str, tuple[float, float]]:

@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from tp_cosep import CoSePSelector
-from tp_cosep.demo import accuracy, train, train_net
+from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 def main(epochs: int | None = None, steps: int = 3) -> dict[str, list[tuple[float, float]]]:

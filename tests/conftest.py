@@ -3,8 +3,8 @@ from pathlib import Path
 
 
 def import_torchvision_first():
-    """Load tp_cosep/_torchvision.py by its path: the package would import torch_pruning before it."""
-    path = Path(__file__).resolve().parents[1] / "tp_cosep" / "_torchvision.py"
+    """Load the shim by its path: the package would import torch_pruning before it."""
+    path = Path(__file__).resolve().parents[1] / "tp_cosep" / "cli" / "torchvision_shim.py"
     spec = importlib.util.spec_from_file_location("_torchvision_shim", path)
     shim = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shim)

@@ -7,7 +7,7 @@ from models import PRODUCERS, build
 from torch import nn
 
 from tp_cosep import CoSePSelector
-from tp_cosep.tracing import trace
+from tp_cosep.graph.tracing import trace
 
 WIDTHS = [10, 12, 64, 96]
 

@@ -9,7 +9,7 @@ from models import assert_untouched, build, fingerprint
 from torch import nn
 
 from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, PruningError, recalibrate
-from tp_cosep.tracing import trace
+from tp_cosep.graph.tracing import trace
 
 
 def assert_refused(use, message, error=InputError):

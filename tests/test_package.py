@@ -30,4 +30,4 @@ def test_the_package_alone_is_light():
 
 def test_files_that_are_no_code_are_there():
     assert (ROOT / "py.typed").is_file()
-    assert (ROOT / "plan.schema.json").is_file()
+    assert (ROOT / "pruning" / "plan.schema.json").is_file()

@@ -10,7 +10,7 @@ from models import assert_untouched, build, fingerprint, initialise, vectors
 from torch import nn
 
 from tp_cosep import CoSePPruner, InputError, PruningPlan
-from tp_cosep.tracing import trace
+from tp_cosep.graph.tracing import trace
 
 
 def frozen(model, names):

@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tp_cosep.compensator import Compensator, Repair
+    from tp_cosep.calibration.memory import MemoryEstimate
+    from tp_cosep.compensation.bn_statistics import recalibrate
+    from tp_cosep.compensation.compensator import Compensator, Repair
     from tp_cosep.errors import (
         CoSePError,
         DistributedError,
@@ -13,17 +15,16 @@ if TYPE_CHECKING:
         NotFittedError,
         PruningError,
     )
-    from tp_cosep.heads import attention_heads
-    from tp_cosep.importance import CoSePSelector
-    from tp_cosep.knee import KneeMethod
-    from tp_cosep.memory import MemoryEstimate
-    from tp_cosep.moments import ClassMoments
-    from tp_cosep.plan import GroupPlan, PruningPlan
-    from tp_cosep.pruner import CoSePPruner
-    from tp_cosep.recalibration import recalibrate
-    from tp_cosep.saving import load, save
-    from tp_cosep.selection import ChannelSelection
-    from tp_cosep.sharing import Preview, TradeOff
+    from tp_cosep.functional.class_moments import ClassMoments
+    from tp_cosep.functional.knee import KneeMethod
+    from tp_cosep.functional.selection import ChannelSelection
+    from tp_cosep.graph.heads import attention_heads
+    from tp_cosep.pruning.budget import Preview, TradeOff
+    from tp_cosep.pruning.plan import PruningPlan
+    from tp_cosep.pruning.pruner import CoSePPruner
+    from tp_cosep.pruning.saving import load, save
+    from tp_cosep.selection.cosep import CoSePSelector
+    from tp_cosep.selection.result import GroupPlan
 
 __version__ = "0.1.0"
 
@@ -54,28 +55,28 @@ __all__ = [
 
 # Names are looked up when they are first asked for, so that ``tp-cosep --help`` need not wait for torch.
 _MODULE_OF = {
-    "ChannelSelection": "selection",
-    "ClassMoments": "moments",
+    "ChannelSelection": "functional.selection",
+    "ClassMoments": "functional.class_moments",
     "CoSePError": "errors",
-    "CoSePPruner": "pruner",
-    "CoSePSelector": "importance",
-    "Compensator": "compensator",
+    "CoSePPruner": "pruning.pruner",
+    "CoSePSelector": "selection.cosep",
+    "Compensator": "compensation.compensator",
     "DistributedError": "errors",
-    "GroupPlan": "plan",
+    "GroupPlan": "selection.result",
     "InputError": "errors",
-    "KneeMethod": "knee",
-    "MemoryEstimate": "memory",
+    "KneeMethod": "functional.knee",
+    "MemoryEstimate": "calibration.memory",
     "MissingDependencyError": "errors",
     "NotFittedError": "errors",
-    "Preview": "sharing",
+    "Preview": "pruning.budget",
     "PruningError": "errors",
-    "PruningPlan": "plan",
-    "Repair": "compensator",
-    "TradeOff": "sharing",
-    "attention_heads": "heads",
-    "load": "saving",
-    "recalibrate": "recalibration",
-    "save": "saving",
+    "PruningPlan": "pruning.plan",
+    "Repair": "compensation.compensator",
+    "TradeOff": "pruning.budget",
+    "attention_heads": "graph.heads",
+    "load": "pruning.saving",
+    "recalibrate": "compensation.bn_statistics",
+    "save": "pruning.saving",
 }
 
 

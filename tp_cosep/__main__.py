@@ -2,7 +2,7 @@
 
 import sys
 
-from tp_cosep.cli import main
+from tp_cosep.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

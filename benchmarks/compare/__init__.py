@@ -1,5 +1,5 @@
 """Training, pruning and comparing on CIFAR-10 and Fashion-MNIST: ``python -m benchmarks.compare --help``."""
 
-from tp_cosep._torchvision import import_torchvision
+from tp_cosep.cli.torchvision_shim import import_torchvision
 
 import_torchvision()  # before torch_pruning, which looks for it once

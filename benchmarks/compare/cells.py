@@ -19,7 +19,7 @@ from benchmarks.compare.methods import GLOBAL, LAYER_BY_LAYER, SHARED_OUT, impor
 from benchmarks.compare.networks import build
 from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
 from tp_cosep import Compensator, CoSePPruner, recalibrate
-from tp_cosep.importance import ratio_for
+from tp_cosep.selection.cosep import ratio_for
 
 __all__ = ["FINE_TUNING", "REPAIRS", "Cell", "Records", "checkpoint", "groups_of", "measure", "ratio_for_speedup"]
 

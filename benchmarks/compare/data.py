@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tp_cosep._demo_data import DEBIAN_FOLDER, read_idx
-from tp_cosep._torchvision import import_torchvision
+from tp_cosep.cli.demo_data import DEBIAN_FOLDER, read_idx
+from tp_cosep.cli.torchvision_shim import import_torchvision
 
 __all__ = ["DATA", "Images", "augmented", "cut_out", "load"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tp_cosep import CoSePSelector
-from tp_cosep.groups import read_group
+from tp_cosep.graph.groups import read_group
 
 __all__ = ["GLOBAL", "LAYER_BY_LAYER", "METHODS", "SHARED_OUT", "VARIANTS", "importance"]
 

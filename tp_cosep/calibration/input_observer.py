@@ -1,0 +1,114 @@
+"""What the readers of a model see: second moments of their inputs, and the means of every class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_cosep.functional.class_moments import ClassMoments
+from tp_cosep.functional.second_moments import SecondMoments
+from tp_cosep.graph.consumers import affordable, named, on_inputs
+from tp_cosep.graph.patches import Reading
+from tp_cosep.utils.sampling import Draws
+
+__all__ = ["ReaderCollector", "ReaderMoments"]
+
+
+@dataclass
+class ReaderMoments:
+    """Of one reader, taps together: a feature is a channel.
+
+    Attributes:
+        reading: How it reads.
+        shape: Of its weights.
+        second: Second moments over positions.
+        classes: Class moments of its input; empty if they were not measured.
+        precisions: What was inverted so far, see :func:`tp_cosep.selection.input_space.readers_of`.
+    """
+
+    reading: Reading
+    shape: torch.Size
+    second: SecondMoments
+    classes: ClassMoments = field(default_factory=ClassMoments)
+    precisions: dict[str, tuple[int, list[Tensor]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of the features over positions and samples, ``[features, features]``."""
+        total = self.second.folds.sum(0)
+        n = total[-1, -1].clamp(min=1)
+        mean = total[:-1, -1] / n
+        return total[:-1, :-1] / n - torch.outer(mean, mean)
+
+    @property
+    def between_classes(self) -> Tensor:
+        """Covariance of class means, each class counting once, averaged over cells, ``[features, features]``.
+
+        Zero if classes were not measured.
+        """
+        means, n = self.classes.mean, self.second.n_features
+        if self.classes.is_empty:
+            return torch.zeros_like(self.covariance)
+        # The inputs of a linear layer that belong to one channel are its cells.
+        means = means.reshape(len(means), n, -1)
+        means = means - means.mean(0)
+        return torch.einsum("cfs,cgs->fg", means, means) / (means.shape[0] * means.shape[2])
+
+
+class ReaderCollector:
+    """Gathers second moments of what layers read while a model runs, see :func:`tp_cosep.calibration.data_pass.run_pass`.
+
+    Args:
+        readings: How the layers read, by name.
+        seed: Of the positions at which second moments are taken.
+
+    Attributes:
+        readings: As given.
+        found: What was measured, by name, in the order in which the layers first ran.
+    """
+
+    def __init__(self, readings: Mapping[str, Reading], *, seed: int = 0) -> None:
+        self.found: dict[str, ReaderMoments] = {}
+        self.readings = readings
+        self._names = {r.layer: name for name, r in readings.items()}
+        self._seed = seed
+
+    def prepare(self, model: nn.Module, inputs: Any) -> None:
+        """Nothing has to be known beforehand."""
+
+    @contextmanager
+    def watching(self, inputs: Any) -> Iterator[None]:
+        """Measure what the layers read of a batch."""
+        with on_inputs(self._names, partial(self._take, Draws(inputs, self._seed))):
+            yield
+
+    def add(self, labels: Tensor, i: int) -> None:
+        """Second moments do not depend on labels."""
+
+    def state(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was measured so far, see :class:`tp_cosep.calibration.io.Part`."""
+        tensors = {f"{part}/{name}": m.second.folds for name, m in self.found.items()}
+        return tensors, {"names": [*self.found]}
+
+    def restore(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+        """The inverse of :meth:`state`."""
+        for name in facts["names"]:
+            reading = self.readings[name]
+            second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
+            self.found[name] = ReaderMoments(reading, reading.layer.weight.shape, second)  # type: ignore[arg-type]
+
+    def _take(self, draws: Draws, layer: nn.Module, x: Tensor) -> None:
+        name = self._names[layer]
+        reading = self.readings[name]
+        if name not in self.found:
+            second = SecondMoments(reading.n_features, x.device, n_folds=1)
+            self.found[name] = ReaderMoments(reading, layer.weight.shape, second)  # type: ignore[arg-type]
+        with named(name):
+            sampler = reading.sampler(x.shape, affordable(reading, x.shape), draws.of(name))
+            self.found[name].second.update(sampler(x))

@@ -1,1 +1,0 @@
-"""The commands of ``tp-cosep``; nothing here is imported before its command is run."""

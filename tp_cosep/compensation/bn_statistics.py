@@ -1,0 +1,122 @@
+"""Estimating the statistics of BatchNorm layers anew, for the activations that they see now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tp_cosep.errors import InputError
+from tp_cosep.utils.data import BatchReader, check_loader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.utils.distributed import agreed, averaged
+from tp_cosep.utils.snapshot import restored_on_error
+
+__all__ = ["recalibrate"]
+
+
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
+    progress: bool = True,
+) -> int:
+    """Replace the running statistics of all BatchNorm layers by averages over the batches of a loader.
+
+    Pruning and refitting change what reaches a normalisation; its running mean and variance are then those of
+    another model. Every layer sees here what it sees in training: activations normalised by the statistics of
+    their batch. The averages are cumulative, every batch counting once, whatever the layers' momentum is.
+    Use batches as large as those of the training.
+
+    Args:
+        model: The model; weights, momentum and modes stay as they are, and dropout is off.
+        loader: Batches of inputs, or of inputs and labels.
+        target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Number of layers that were estimated; 0, and nothing is run, if the model has none that keep statistics. A layer
+        that no batch reached keeps those that it has.
+
+    Raises:
+        InputError: If the loader gives no batch, a batch has a single value per channel, or the statistics come
+            out NaN or infinite; the old ones stay.
+        ValueError: Whatever else of that type the model raises.
+
+    Example:
+        >>> model = nn.BatchNorm1d(1)
+        >>> recalibrate(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+        1
+        >>> model.running_mean, model.running_var, model.momentum
+        (tensor([4.]), tensor([2.]), 0.1)
+    """
+    check_loader(loader, "recalibrate")
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    if not norms:
+        return 0
+    reader = BatchReader(model, target_fn, predicted=True)
+    momenta = {m: m.momentum for m in norms.values()}
+    before = {m: {n: x.clone() for n, x in m.named_buffers(recurse=False)} for m in norms.values()}
+    with restored_on_error(model), evaluating(model):
+        try:
+            for m in norms.values():
+                m.reset_running_stats()
+                m.momentum = None  # a cumulative average
+                m.training = True
+            n_batches = agreed(lambda: _run_all(model, loader, reader, progress=progress))
+        finally:
+            for m, momentum in momenta.items():
+                m.momentum = momentum
+        reached = _reached(norms, before, n_batches)
+        if not reached:
+            raise InputError("recalibrate: expected at least one batch that reaches a BatchNorm, the loader gave none.")
+        for name, m in reached.items():
+            statistics = [x for x in (m.running_mean, m.running_var) if x is not None]
+            if not all(bool(torch.isfinite(x).all()) for x in statistics):
+                raise InputError(
+                    f"layer {name!r}: its statistics came out NaN or infinite; check the inputs and the weights, or "
+                    "give it batches of more than one value per channel."
+                )
+    return len(reached)
+
+
+def _reached(
+    norms: Mapping[str, _BatchNorm], before: Mapping[_BatchNorm, Mapping[str, Tensor]], n_batches: int
+) -> dict[str, _BatchNorm]:
+    """Those that saw batches, in some process; their statistics become those of all, and others get theirs back."""
+    reached = {}
+    for name, m in norms.items():
+        tracked = m.num_batches_tracked
+        statistics = [x for x in (m.running_mean, m.running_var) if x is not None]
+        n_seen = averaged(statistics, n_batches if tracked is None else int(tracked))
+        if n_seen:
+            reached[name] = m
+        for buffer_name, x in m.named_buffers(recurse=False):
+            if not n_seen:
+                x.copy_(before[m][buffer_name])
+            elif x is tracked:
+                x.fill_(n_seen)
+    return reached
+
+
+def _run_all(model: nn.Module, loader: Iterable[Any], reader: BatchReader, *, progress: bool) -> int:
+    """Run a model on all batches; returns the number of those that were not empty."""
+    n_batches = 0
+    for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
+        inputs = reader.split(batch, i)[0]
+        if n_samples(inputs) == 0:
+            continue
+        try:
+            run_model(model, inputs)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"batch {i}: expected more than one value per channel for every BatchNorm, got a single one "
+                f"({error}); use larger batches, and drop a last one of a single sample."
+            ) from error
+        n_batches += 1
+    return n_batches

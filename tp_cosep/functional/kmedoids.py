@@ -1,0 +1,360 @@
+"""k-medoids on a distance matrix: for one k, and for every k along one warm-started path.
+
+Letters: D is the ``[n, n]`` distance matrix, TD(M) = Σ_i min_{m ∈ M} D_im the total deviation of a set
+M of medoids.
+
+The search runs on the CPU; results are on the device of D. Ties go to the lowest index, and the result
+depends on nothing but D.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tp_cosep.errors import InputError, MissingDependencyError
+from tp_cosep.functional.distances import check_distances
+from tp_cosep.functional.swap_table import TOLERANCE, Assignment, Floats, Indices, SwapTable, few_threads
+
+__all__ = [
+    "BACKENDS",
+    "GrowingPath",
+    "KMedoids",
+    "check_backend",
+    "check_distances",
+    "checkpoints_for",
+    "k_medoids",
+    "k_medoids_path",
+]
+
+# Up to so many points every number of medoids is a checkpoint, and every swap is the best one of all.
+_FEW = 32
+# One more point is added at once for every so many medoids.
+_SHARE = 4
+# Once points have been swapped in, the promises of others are old: after so many broken ones the table is asked anew.
+_IN_VAIN = 6
+
+Backend = Callable[[Tensor, Sequence[int]], "list[KMedoids]"]
+
+
+@dataclass(frozen=True)
+class KMedoids:
+    """A k-medoids solution.
+
+    Attributes:
+        k: Number of medoids.
+        medoids: ``[k]`` int64, ascending.
+        labels: ``[n]`` int64, position in ``medoids`` of each point's nearest medoid (the lowest on
+            ties; a medoid always belongs to itself).
+        total_deviation: Sum over all points of the distance to the nearest medoid.
+    """
+
+    k: int
+    medoids: Tensor
+    labels: Tensor
+    total_deviation: float
+
+    @classmethod
+    def from_assignment(cls, assignment: Assignment) -> KMedoids:
+        """The solution that an assignment stands for; as :meth:`from_medoids`, without computing it anew.
+
+        Returns:
+            The solution, its medoids sorted.
+        """
+        order = assignment.medoids.argsort()
+        medoids, k = assignment.medoids[order], len(order)
+        place = np.empty(k, np.int64)
+        place[order] = np.arange(k)
+        labels = place[assignment.own]
+        tied = np.flatnonzero(assignment.d1 == assignment.d2)
+        if len(tied):
+            labels[tied] = assignment.d[tied[:, None], medoids].argmin(1)
+        labels[medoids] = np.arange(k)
+        return cls(k, torch.from_numpy(medoids), torch.from_numpy(labels), float(assignment.d1.sum()))
+
+    @classmethod
+    def from_medoids(cls, distances: Tensor, medoids: Tensor) -> KMedoids:
+        """The solution that a given set of medoids defines.
+
+        Args:
+            distances: ``[n, n]``.
+            medoids: ``[k]``, distinct indices.
+
+        Returns:
+            The solution, its medoids sorted.
+        """
+        medoids = medoids.sort().values
+        rows = distances[medoids]
+        deviation, labels = rows.min(0)
+        labels[medoids] = torch.arange(len(medoids), device=labels.device)
+        return cls(len(medoids), medoids, labels, float(deviation.sum()))
+
+    def to(self, device: torch.device) -> KMedoids:
+        """The same solution on another device.
+
+        Returns:
+            It; itself if it is there already.
+        """
+        if self.medoids.device == device:
+            return self
+        return replace(self, medoids=self.medoids.to(device), labels=self.labels.to(device))
+
+
+def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native") -> KMedoids:
+    """Cluster n points around k of them, with the smallest total deviation that is found.
+
+    The native backend grows from one medoid to k, see :class:`GrowingPath`, as :func:`k_medoids_path` does;
+    so the result for a given k does not depend on which other k were asked for. The result is swap-optimal:
+    no exchange of one medoid for one other point lowers TD.
+
+    Args:
+        distances: See :func:`check_distances`.
+        k: Number of medoids, 1 … n.
+        backend: ``"native"``; ``"kmedoids"``, FasterPAM of the package kmedoids (GPL, never required);
+            ``"sklearn-extra"``, PAM of scikit-learn-extra's ``KMedoids``.
+
+    Returns:
+        The solution.
+
+    Raises:
+        InputError: If the matrix, k or the backend is not valid.
+        MissingDependencyError: If the backend's package is not installed.
+
+    Example:
+        >>> x = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
+        >>> k_medoids((x[:, None] - x).abs(), 2).medoids
+        tensor([1, 4])
+    """
+    return k_medoids_path(distances, [k], backend=backend)[0]
+
+
+def k_medoids_path(
+    distances: Tensor | np.ndarray, ks: Iterable[int] | None = None, *, backend: str = "native"
+) -> list[KMedoids]:
+    """k-medoids for many k, all from one sequence of warm starts.
+
+    The points that lower TD most become medoids, then single swaps are made, the best first, until none lowers
+    TD; see :class:`GrowingPath`. All swaps are weighed at once, see :class:`tp_cosep.functional.swap_table.SwapTable`.
+
+    Args:
+        distances: See :func:`check_distances`.
+        ks: The k wanted, each 1 … n, in any order; all of 2 … n if not given (1 if n is 1).
+        backend: See :func:`k_medoids`.
+
+    Returns:
+        One solution per k, in the order of ``ks``.
+
+    Raises:
+        InputError: If the matrix, a k or the backend is not valid.
+        MissingDependencyError: If the backend's package is not installed.
+    """
+    d = check_distances(distances)
+    n = len(d)
+    wanted = list(ks) if ks is not None else list(range(min(2, n), n + 1))
+    for k in wanted:
+        if not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
+            raise InputError(f"k_medoids: expected an integer k in 1 … {n} (the number of points), got {k!r}.")
+    return check_backend(backend)(d, wanted)
+
+
+def check_backend(backend: str) -> Backend:
+    """The solver of that name.
+
+    Returns:
+        A function that finds one solution per k.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"k_medoids: expected a backend of {sorted(BACKENDS)}, got {backend!r}.")
+    return BACKENDS[backend]
+
+
+class GrowingPath:
+    """k-medoids for any k of one matrix, each found from the same sequence of solutions.
+
+    *Checkpoints* are numbers of medoids that depend on n alone. The solution at a checkpoint grows from that
+    at the one before: points that lower TD most become medoids (PAM's BUILD, several at a time), then swaps are made
+    until none lowers TD. Between two checkpoints every k has a place in the tree of halved gaps: the middle of a gap
+    grows from the gap's lower end in the same way. So the solution for k does not depend on what else was asked for.
+
+    Args:
+        d: ``[n, n]``, as :func:`check_distances` returns it.
+        checkpoints: Ascending, the first one 1; :func:`checkpoints_for` by default.
+    """
+
+    def __init__(self, d: Tensor, checkpoints: Sequence[int] | None = None) -> None:
+        self._d = d.cpu().contiguous()
+        self._device = d.device
+        self._checkpoints = checkpoints or checkpoints_for(len(d))
+        sums = self._d.sum(0).numpy()
+        first = np.flatnonzero(sums <= sums.min() * (1 + TOLERANCE))[:1]
+        self._table = SwapTable(Assignment(self._d.numpy(), first), 1)
+        self._at = 1
+        self._states = {1: self._table.assignment.copy()}  # converged, by k
+
+    def solve(self, k: int) -> KMedoids:
+        """The solution for one k.
+
+        Returns:
+            It, on the device of the matrix.
+        """
+        if k == len(self._d):
+            return KMedoids.from_medoids(self._d, torch.arange(k)).to(self._device)
+        return KMedoids.from_assignment(self._solved(k)).to(self._device)
+
+    def medoids(self, k: int) -> tuple[Indices, Floats]:
+        """The medoids for one k, and how far away they are.
+
+        Returns:
+            ``[k]``, ascending; ``[n]``, the distance of every point to the nearest.
+        """
+        if k == len(self._d):
+            return np.arange(k), np.zeros(k)
+        state = self._solved(k)
+        return np.sort(state.medoids), state.d1
+
+    def _solved(self, k: int) -> Assignment:
+        if k not in self._states:
+            with few_threads(self._d):
+                for before, after in pairwise(self._steps_to(k)):
+                    if after not in self._states:
+                        self._go_on(before, after)
+        return self._states[k]
+
+    def _steps_to(self, k: int) -> list[int]:
+        """What the solution for k grows from, and k itself, ascending."""
+        ks = self._checkpoints
+        position = bisect_right(ks, k) - 1
+        steps = [*ks[: position + 1]]
+        if steps[-1] != k:
+            low, high = ks[position], ks[position + 1]
+            while low != k:
+                middle = (low + high) // 2
+                if middle <= k:
+                    low = middle
+                    steps.append(middle)
+                else:
+                    high = middle
+        return steps
+
+    def _go_on(self, before: int, k: int) -> None:
+        """Solve for k from a solved number before it."""
+        if self._at != before:
+            self._table.move_to(self._states[before])
+        _grow(self._table, k)
+        self._at = k
+        self._states[k] = self._table.assignment.copy()
+
+
+def checkpoints_for(n: int) -> list[int]:
+    """Numbers of medoids at which :class:`GrowingPath` swaps to convergence.
+
+    Returns:
+        1 … n, all for n ≤ 32, else 1, 2 and from there in steps of k/3, at least 2.
+    """
+    if n <= _FEW:
+        return list(range(1, n + 1))
+    ks = [1, 2]
+    while ks[-1] < n:
+        ks.append(min(ks[-1] + max(2, ks[-1] // 3), n))
+    return ks
+
+
+def _grow(table: SwapTable, k: int) -> None:
+    """Add points until there are k medoids, then swap until no swap lowers TD."""
+    state = table.assignment
+    while len(state.medoids) < k:
+        at_once = max(1, len(state.medoids) // _SHARE)
+        table.add(min(at_once, k - len(state.medoids)))
+    while k < len(state.d) and _swap(table):
+        pass
+
+
+def _swap(table: SwapTable) -> bool:
+    """Make swaps that lower TD, those first that promise most.
+
+    Returns:
+        Whether there were any.
+    """
+    state = table.assignment
+    deviation = float(state.d1.sum())
+    in_vain, has_swapped = 0, False
+    for point in table.promising(TOLERANCE * deviation).tolist():
+        slot, change = state.best_swap(point, deviation)
+        if change < -TOLERANCE * deviation:
+            before = int(state.medoids[slot])
+            state.replace(slot, point)
+            now = float(state.d1.sum())
+            if now < deviation:
+                deviation, in_vain, has_swapped = now, 0, True
+                if len(state.d) <= _FEW:
+                    return True
+                continue
+            state.replace(slot, before)  # a gain at the edge of rounding
+        in_vain += 1
+        if in_vain >= _IN_VAIN and has_swapped:
+            break
+    return has_swapped
+
+
+def _native(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
+    path = GrowingPath(d)
+    found = {k: path.solve(k) for k in sorted(set(ks))}
+    return [found[k] for k in ks]
+
+
+def _kmedoids_package(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
+    try:
+        import kmedoids
+    except ImportError as error:
+        raise MissingDependencyError(
+            "k_medoids: backend='kmedoids' needs the package kmedoids (licence GPL-3.0): pip install kmedoids."
+        ) from error
+    matrix = d.cpu().numpy()
+    results = [kmedoids.fasterpam(matrix, int(k), random_state=0).medoids for k in ks]
+    return _from_arrays(d, results)
+
+
+def _sklearn_extra(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
+    try:
+        from sklearn_extra.cluster import KMedoids as SklearnKMedoids
+    except ImportError as error:
+        raise MissingDependencyError(
+            "k_medoids: backend='sklearn-extra' needs scikit-learn-extra, which needs Python < 3.12 and "
+            f"numpy < 2: pip install 'tp_cosep[sklearn-extra]' (import failed with: {error})."
+        ) from error
+    matrix = d.cpu().numpy()
+    results = []
+    for k in ks:
+        # For one cluster BUILD is exact, and the package warns about any iteration after it.
+        n_iterations = 0 if k == 1 else 300
+        model = SklearnKMedoids(
+            int(k), metric="precomputed", method="pam", init="build", max_iter=n_iterations, random_state=0
+        )
+        with warnings.catch_warnings():
+            # "Cluster i is empty": several points at distance 0; the medoids are what we read.
+            warnings.filterwarnings("ignore", message="Cluster .* is empty")
+            results.append(model.fit(matrix).medoid_indices_)
+    return _from_arrays(d, results)
+
+
+def _from_arrays(d: Tensor, medoid_sets: Iterable[np.ndarray]) -> list[KMedoids]:
+    tensors = (torch.as_tensor(np.asarray(m).astype(np.int64), device=d.device) for m in medoid_sets)
+    return [KMedoids.from_medoids(d, medoids) for medoids in tensors]
+
+
+#: Backends by name: ``backend(distances, ks) -> one solution per k``.
+BACKENDS: dict[str, Backend] = {
+    "native": _native,
+    "kmedoids": _kmedoids_package,
+    "sklearn-extra": _sklearn_extra,
+}

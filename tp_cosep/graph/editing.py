@@ -1,0 +1,106 @@
+"""Removing channels from a group and telling the modules around what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_cosep.errors import InputError
+from tp_cosep.graph.heads import head_parameters, tell_owners
+from tp_cosep.graph.patches import n_outputs, reading_of
+from tp_cosep.graph.tracing import frozen_kept
+from tp_cosep.graph.tying import kept_tied
+
+__all__ = ["add_biases", "group_of", "pruned"]
+
+
+def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads: Mapping[str, tuple[int, int]]) -> Any:
+    """The group that removes channels of a layer.
+
+    Args:
+        graph: A dependency graph.
+        layer: The root.
+        side: ``"out"`` or ``"in"``: which of its channels.
+        idxs: The channels to remove.
+        heads: Heads before and after by attention layer, see :class:`tp_cosep.GroupPlan`. Keys and values that
+            several query heads share stay whole where heads go.
+
+    Returns:
+        The group.
+    """
+    pruner = graph.get_pruner_of_module(layer)
+    prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+    group = graph.get_pruning_group(layer, prune, list(idxs))
+    for i, (dep, found) in enumerate(group):
+        if len(set(found)) < len(found):  # once for every head that shares a key: they would count several times
+            group[i] = (dep, sorted(set(found)))
+    if any(before != after for before, after in heads.values()):
+        names = graph._module2name
+        for i, (dep, _) in enumerate(group):
+            before, after = heads.get(names.get(dep.target.module, ""), (0, 1))
+            if before == after:
+                group[i] = (dep, [])
+    return group
+
+
+def add_biases(model: nn.Module, names: Iterable[str]) -> None:
+    """Give layers a bias of zeros.
+
+    Raises:
+        InputError: If a layer is missing, or is no convolution or linear layer.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        layer: Any = modules.get(name)
+        if reading_of(layer) is None:
+            raise InputError(
+                f"layer {name!r}: the plan gives it a bias; expected a convolution or linear layer of this name, got "
+                f"{type(layer).__name__}; apply the plan to the model it was made for."
+            )
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(n_outputs(layer)), layer.weight.requires_grad)
+
+
+def pruned(
+    model: nn.Module,
+    prune: Callable[[], object],
+    n_channels: int,
+    gone: Iterable[int],
+    heads: Mapping[str, tuple[int, int]],
+) -> None:
+    """Call ``prune()``, keep frozen parameters frozen and tied ones tied, and tell attention modules of their sizes.
+
+    Args:
+        model: The model.
+        prune: Prunes a group of it.
+        n_channels: Channels of the group's root before.
+        gone: Those of them that it removes.
+        heads: Heads before and after, by attention layer.
+    """
+    with frozen_kept(model), kept_tied(model):
+        prune()
+        if not heads:
+            return
+        kept = sorted(set(range(n_channels)) - set(gone))
+        n_before, n_after = (max(numbers) for numbers in zip(*heads.values(), strict=True))
+        sizes = n_channels // n_before, len(kept) // n_after
+        if n_before != n_after:
+            _prune_head_parameters(model, heads, sorted({channel // sizes[0] for channel in kept}))
+        before = {name: (n, sizes[0]) for name, (n, _) in heads.items()}
+        after = {name: (n, sizes[1]) for name, (_, n) in heads.items()}
+        tell_owners(model, before, after)
+
+
+def _prune_head_parameters(model: nn.Module, heads: Mapping[str, tuple[int, int]], kept: list[int]) -> None:
+    layers = {model.get_submodule(name): before for name, (before, _) in heads.items()}
+    for name, dim in head_parameters(model, layers).items():
+        path, _, attribute = name.rpartition(".")
+        old = model.get_parameter(name)
+        idxs = torch.tensor(kept, device=old.device)
+        new = nn.Parameter(old.detach().index_select(dim, idxs))
+        if old.grad is not None:
+            new.grad = old.grad.index_select(dim, idxs)
+        setattr(model.get_submodule(path), attribute, new)

@@ -1,0 +1,345 @@
+"""Reading a Torch-Pruning group: which layers make and read its channels, and what can be chosen among them.
+
+A group is pruned along one dimension, its root's. What is chosen are *components*. Mostly that is a channel. The
+pruner averages scores over *channel groups* (grouped convolution, GroupNorm, attention heads), so that each of
+them keeps as many channels; what can be chosen there is a *slot*, the channels at one position of every channel
+group. Channels that Torch-Pruning removes together because a ``chunk`` or ``split`` joined them (gated
+units) are one component too. And where heads are dropped whole, a component is a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_pruning.dependency.group import Group
+from torch_pruning.dependency.index_mapping import _ConcatIndexMapping, _SliceIndexMapping, _SplitIndexMapping
+from torch_pruning.ops import OPTYPE
+
+from tp_cosep.errors import InputError
+from tp_cosep.utils.data import described
+
+__all__ = [
+    "GroupView",
+    "Member",
+    "full_group",
+    "graph_of",
+    "is_output",
+    "l1_norms",
+    "module_names",
+    "prunable_groups",
+    "read_group",
+    "side_of",
+]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer that loses channels with the group.
+
+    Attributes:
+        name: The module's name in the model.
+        layer: The module.
+        n_channels: Its channels, on the side that the group is on.
+        rows: ``[m]`` int64, ascending: channels of this layer that belong to the group.
+        channels: ``[m]`` int64, the channel of the root that each of them goes with.
+        components: ``[m]`` int64, the component of each of them; one component may have several rows.
+    """
+
+    name: str
+    layer: nn.Module
+    n_channels: int
+    rows: Tensor
+    channels: Tensor
+    components: Tensor
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """What selection has to know of a group.
+
+    Attributes:
+        name: Name of the root module.
+        root: The root module; the pruner takes ratios by it.
+        side: ``"out"`` or ``"in"``: which channels of the root.
+        component_of: ``[n_channels]`` int64, the component of every channel of the root.
+        n_channel_groups: Number of channel groups; 1 if there are none.
+        members: The layers that lose output channels, in the group's order: those that create them, and
+            normalisations behind.
+        readers: The layers that read the channels: those that lose input channels, and depthwise ones.
+        unit: ``"channel"``, or ``"head"`` if components are whole attention heads. A component's profile joins
+            those of its channels, or, for a head, is their mean.
+    """
+
+    name: str
+    root: nn.Module
+    side: str
+    component_of: Tensor
+    n_channel_groups: int
+    members: tuple[Member, ...]
+    readers: tuple[Member, ...]
+    unit: str = "channel"
+
+    @property
+    def n_channels(self) -> int:
+        """Prunable indices of the root."""
+        return len(self.component_of)
+
+    @property
+    def n_components(self) -> int:
+        """Number of components to choose from."""
+        return int(self.component_of.max()) + 1
+
+    def tapped(self, tap: str) -> tuple[Member, ...]:
+        """The layers whose moments describe the channels, see :data:`tp_cosep.calibration.labels.TAPS`."""
+        return self.members if tap == "producers" else self.readers
+
+    def channels_of(self, components: Iterable[int]) -> list[int]:
+        """Root channels of some components, ascending."""
+        wanted = torch.tensor([*components], dtype=torch.int64)
+        found: list[int] = torch.isin(self.component_of, wanted).nonzero()[:, 0].tolist()
+        return found
+
+
+def graph_of(group: Any) -> Any:
+    """The graph that a group was traced in.
+
+    Returns:
+        A ``DependencyGraph``.
+
+    Raises:
+        InputError: If there is none, or it is no group.
+    """
+    graph = getattr(group, "_DG", None)
+    if graph is None:
+        came = "one made by hand" if isinstance(group, Group) else described(group)
+        raise InputError(
+            f"group: expected a group of a DependencyGraph (get_pruning_group, get_all_groups), got {came}."
+        )
+    return graph
+
+
+def module_names(group: Any) -> Mapping[nn.Module, str]:
+    """Names of all modules of the model that a group was traced in.
+
+    Returns:
+        Name by module.
+
+    Raises:
+        InputError: If the group does not know its model.
+    """
+    names: Mapping[nn.Module, str] = graph_of(group)._module2name
+    return names
+
+
+def full_group(group: Any) -> Any:
+    """The group with all channels of its root: groups may be asked for with a part of them."""
+    graph = graph_of(group)
+    dep = group[0].dep
+    get = graph.get_out_channels if graph.is_out_channel_pruning_fn(dep.handler) else graph.get_in_channels
+    n = get(dep.target.module)
+    if len(group[0].idxs) == n:
+        return group
+    return graph.get_pruning_group(dep.target.module, dep.handler, list(range(n)))
+
+
+def prunable_groups(
+    graph: Any, ignored_layers: Iterable[nn.Module], root_module_types: Iterable[type]
+) -> Iterable[Any]:
+    """All groups that a pruner with these ``ignored_layers`` and ``root_module_types`` would visit."""
+    ignored = [m for layer in ignored_layers if isinstance(layer, nn.Module) for m in layer.modules()]
+    groups: Iterable[Any] = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(root_module_types))
+    return groups
+
+
+def is_output(group: Any) -> bool:
+    """Whether something that loses channels has nothing behind it but the caller of the model."""
+    return any(
+        dep.target.type == OPTYPE.OUTPUT or not dep.target.outputs
+        for dep, _ in group
+        if group._DG.is_out_channel_pruning_fn(dep.handler)
+    )
+
+
+def side_of(group: Any) -> str:
+    """Which channels of its root a group removes: ``"out"`` or ``"in"``."""
+    return "out" if group._DG.is_out_channel_pruning_fn(group[0].dep.handler) else "in"
+
+
+def read_group(
+    group: Any,
+    in_channel_groups: Mapping[nn.Module, int] | None = None,
+    out_channel_groups: Mapping[nn.Module, int] | None = None,
+    n_heads: int | None = None,
+) -> GroupView:
+    """Find the layers that create and read a group's channels.
+
+    Args:
+        group: A ``tp.Group``; one with a part of the channels stands for the whole one.
+        in_channel_groups: Channel groups that a pruner was told of, by layer, beside those that
+            convolutions, GroupNorms and attention layers have by themselves.
+        out_channel_groups: Likewise for outputs.
+        n_heads: Choose among that many attention heads, each a block of consecutive channels of the root.
+
+    Returns:
+        The group's layers and how their channels correspond.
+
+    Raises:
+        InputError: If the number of channels is not a multiple of the number of channel groups or heads, or
+            a layer has fewer channels than the group wants to remove there.
+    """
+    names = module_names(group)
+    group = full_group(group)
+    root, n_channels = group[0].dep.target.module, len(group[0].idxs)
+    channels = torch.arange(n_channels)
+    if n_heads is None:
+        n_groups, whose = _n_channel_groups(group, in_channel_groups or {}, out_channel_groups or {})
+        _check_divides(n_channels, n_groups, names.get(whose, "?"), "channel groups")
+        component_of = _joined(group, channels % (n_channels // n_groups))
+    else:
+        n_groups = 1
+        _check_divides(n_channels, n_heads, names.get(root, "?"), "heads")
+        component_of = channels // (n_channels // n_heads)
+    members, readers = [], []
+    for i, (dep, idxs) in enumerate(group):
+        layer = dep.target.module
+        if layer not in names:
+            continue
+        is_out, is_in = (
+            f(dep.handler) for f in (group._DG.is_out_channel_pruning_fn, group._DG.is_in_channel_pruning_fn)
+        )
+        member = _member(group, layer, names[layer], idxs, group[i].root_idxs, component_of, is_out=is_out)
+        if is_out:
+            members.append(member)
+        if is_in and not isinstance(layer, nn.Embedding):  # what an embedding reads are numbers of words
+            readers.append(member)
+    unit = "channel" if n_heads is None else "head"
+    name = names.get(root, "?")
+    return GroupView(name, root, side_of(group), component_of, n_groups, tuple(members), tuple(readers), unit)
+
+
+def _check_divides(n: int, n_parts: int, name: str, what: str) -> None:
+    if n_parts < 1 or n % n_parts:
+        raise InputError(f"layer {name!r}: expected a number of channels divisible by its {n_parts} {what}, got {n}.")
+
+
+def _member(
+    group: Any, layer: nn.Module, name: str, idxs: Any, root_idxs: Any, component_of: Tensor, *, is_out: bool
+) -> Member:
+    graph = group._DG
+    name = getattr(graph, "_param_to_name", {}).get(layer, name) if isinstance(layer, nn.Parameter) else name
+    n = (graph.get_out_channels if is_out else graph.get_in_channels)(layer)
+    if n is not None and len(idxs):
+        _check_within(max(idxs), n, name)
+    # A root index of None marks a position that no root channel maps to.
+    pairs = sorted((row, root) for row, root in zip(idxs, root_idxs, strict=True) if root is not None)
+    rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64)
+    channels = torch.tensor([root for _, root in pairs], dtype=torch.int64)
+    return Member(name, layer, n or len(idxs), rows, channels, component_of[channels])
+
+
+def _check_within(highest: int, n: int, name: str) -> None:
+    if highest >= n:
+        raise InputError(
+            f"layer {name!r}: expected {highest + 1} channels or more, as the layers joined with it have, got {n}: "
+            "something is broadcast between them, or reshaped in a way that Torch-Pruning misreads; put one of them "
+            "into ignored_layers, or let CoSePPruner leave such groups alone with on_failure='skip'."
+        )
+
+
+def _n_channel_groups(
+    group: Any, in_channel_groups: Mapping[nn.Module, int], out_channel_groups: Mapping[nn.Module, int]
+) -> tuple[int, nn.Module]:
+    """The largest number of channel groups that a layer of the group has, and that layer."""
+    graph, n_groups, whose = group._DG, 1, group[0].dep.target.module
+    for dep, _ in group:
+        layer = dep.target.module
+        is_out = graph.is_out_channel_pruning_fn(dep.handler)
+        n = (out_channel_groups if is_out else in_channel_groups).get(layer)
+        if n is None:
+            n = _own_channel_groups(graph, layer, is_out=is_out)
+        if n > n_groups:
+            n_groups, whose = n, layer
+    return n_groups, whose
+
+
+def _own_channel_groups(graph: Any, layer: nn.Module, *, is_out: bool) -> int:
+    if isinstance(layer, nn.MultiheadAttention):
+        return int(layer.num_heads)  # its heads are blocks of the embedding: each has to lose as much
+    pruner = graph.get_pruner_of_module(layer)
+    is_depthwise = getattr(layer, "groups", 1) == getattr(layer, "out_channels", None)
+    if pruner is None or is_depthwise:
+        return 1
+    n: int = pruner.get_out_channel_groups(layer) if is_out else pruner.get_in_channel_groups(layer)
+    return n
+
+
+def _joined(group: Any, component_of: Tensor) -> Tensor:
+    """Merge the components of channels that Torch-Pruning cannot remove apart, numbered in order of appearance.
+
+    A group of all channels does not show which of them belong together; groups of some of them do: they
+    contain more of the root than was asked for.
+
+    Returns:
+        ``[channels]``, the component of every channel of the root.
+    """
+    if not _may_join(group):
+        return component_of
+    n = len(component_of)
+    generator = torch.Generator().manual_seed(0)
+    # Any joint channels are on different sides of a random half with probability ½; what a chunk joins are dozens.
+    halves = (range(n // 2), torch.randperm(n, generator=generator)[: n // 2].sort().values.tolist())
+    if all(_removed_with(group, half) == set(half) for half in halves):
+        return component_of
+    label = component_of.tolist()
+    for channel in range(n):
+        with_it = _removed_with(group, [channel]) if label[channel] == component_of[channel] else {channel}
+        merged = {label[other] for other in with_it}
+        if len(merged) > 1:
+            lowest = min(merged)
+            label = [lowest if x in merged else x for x in label]
+    joined: Tensor = torch.unique(torch.tensor(label), return_inverse=True)[1]
+    return joined
+
+
+def _may_join(group: Any) -> bool:
+    """Whether something in a group cuts channels apart or takes a concatenation back, so that paths may rejoin."""
+    for dep, _ in group:
+        for mapping in dep.index_mapping:
+            is_cut = isinstance(mapping, (_SplitIndexMapping, _SliceIndexMapping))
+            if is_cut or (isinstance(mapping, _ConcatIndexMapping) and mapping.reverse):
+                return True
+    return False
+
+
+def _removed_with(group: Any, channels: Iterable[int]) -> set[int]:
+    """Channels of the root that go when some of them go."""
+    dep, n = group[0].dep, len(group[0].idxs)
+    removed = set(group._DG.get_pruning_group(dep.target.module, dep.handler, list(channels))[0].idxs)
+    _check_within(max(removed), n, module_names(group).get(dep.target.module, "?"))
+    return removed
+
+
+def l1_norms(view: GroupView) -> Tensor:
+    """L1 norm of the weights that create each component, summed over the members.
+
+    Returns:
+        ``[components]`` float64, on the CPU.
+    """
+    norms = torch.zeros(view.n_components, dtype=torch.float64)
+    for member in view.members:
+        weight = getattr(member.layer, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() < 2:
+            continue
+        weight = weight.detach()
+        if isinstance(member.layer, nn.Embedding):  # [entries, out]
+            weight = weight.T
+        if getattr(member.layer, "transposed", False):  # [in, out / groups, ...] instead of [out, ...]
+            groups = getattr(member.layer, "groups", 1)
+            weight = weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+        per_row = weight.flatten(1).abs().sum(1, dtype=torch.float64).cpu()
+        norms.index_add_(0, member.components, per_row[member.rows])
+    return norms

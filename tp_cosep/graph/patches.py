@@ -1,0 +1,265 @@
+"""What a convolution or a linear layer reads, as rows of features, and its weights in the same order.
+
+Contract: features are ``[channel, tap]`` in row-major order, over the channels of one channel group; maps
+are ``[groups, features, outputs, positions]``. With *taps together* a feature is a channel, and the kernel's taps
+are positions at which the same features are read with other weights; with taps apart every tap of every channel
+is a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.modules.conv import _ConvNd
+
+from tp_cosep.utils.sampling import Draw
+
+__all__ = ["Reading", "has_computed_weight", "n_outputs", "reading_of"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a layer reads its input.
+
+    Attributes:
+        layer: The layer.
+        taps_apart: Whether every tap of a kernel has features of its own.
+        repeat: Inputs of a linear layer that belong to one channel, next to each other (a flattened map).
+    """
+
+    layer: nn.Module
+    taps_apart: bool = False
+    repeat: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Channel groups of a grouped convolution."""
+        return int(getattr(self.layer, "groups", 1))
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return bool(getattr(self.layer, "transposed", False))
+
+    @property
+    def n_channels(self) -> int:
+        """Channels that the layer reads, in all channel groups."""
+        layer = self.layer
+        n: int = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features // self.repeat  # type: ignore
+        return n
+
+    @property
+    def features_per_channel(self) -> int:
+        """Features of one channel."""
+        return prod(self.layer.kernel_size) if self.taps_apart else 1  # type: ignore[arg-type]
+
+    @property
+    def n_features(self) -> int:
+        """Features, in all channel groups."""
+        return self.n_channels * self.features_per_channel
+
+    @property
+    def n_features_apart(self) -> int:
+        """Features if the taps of kernels and the positions of flattened maps have their own."""
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+        return self.n_channels * (1 if self.is_transposed else prod(layer.kernel_size))  # type: ignore[arg-type]
+
+    def n_products(self, shape: torch.Size) -> int:
+        """Products that the layer takes for one sample of an input of some shape."""
+        if isinstance(self.layer, nn.Linear):
+            n_positions = prod(shape[1:-1])
+        elif self.is_transposed:
+            n_positions = prod(shape[2:])
+        else:
+            n_positions = prod(_map_sizes(self.layer, shape)[2])
+        return n_positions * self.layer.weight.numel()  # type: ignore[operator]
+
+    @property
+    def takes_constant(self) -> bool:
+        """Whether a constant in an input is a constant in the output: not where kernels overlap by turns."""
+        return not self.is_transposed
+
+    def features_of(self, channels: Sequence[int] | Tensor) -> Tensor:
+        """Features of some channels, ascending by channel."""
+        q = self.features_per_channel
+        channels = torch.as_tensor(channels, dtype=torch.int64)
+        return (channels[:, None] * q + torch.arange(q)).flatten()
+
+    def maps(self, weight: Tensor) -> Tensor:
+        """Weights as ``[groups, features, outputs per group, positions]`` float64, a copy."""
+        w = weight.detach().to(torch.float64)
+        if isinstance(self.layer, nn.Linear):
+            w = _split(w, 1, self.repeat)
+        w = w.flatten(2).reshape(
+            self.groups, -1, *w.flatten(2).shape[1:]
+        )  # [groups, outputs, channels, taps], or transposed
+        w = w if self.is_transposed else w.transpose(1, 2)
+        if not self.taps_apart:
+            return w.clone()
+        return w.transpose(2, 3).flatten(1, 2).unsqueeze(3).clone()
+
+    def weight(self, maps: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`maps`, in shape and type of ``like``."""
+        if self.taps_apart:
+            maps = _split(maps[..., 0], 1, self.features_per_channel).transpose(2, 3)
+        w = maps if self.is_transposed else maps.transpose(1, 2)
+        return w.flatten(0, 1).reshape(like.shape).to(like.dtype)
+
+    def sampler(self, shape: torch.Size, n: int, draw: Draw) -> _Sampler:
+        """Draw what is to be read of an input.
+
+        Args:
+            shape: Of the layer's input.
+            n: Rows per sample, at most; all there are if these are fewer.
+            draw: Draws positions, see :class:`tp_cosep.utils.sampling.Draws`.
+
+        Returns:
+            A function of the input that gives the rows, ``[rows, features of all channel groups]``.
+        """
+        if isinstance(self.layer, nn.Linear):
+            return _of_rows(shape, self.repeat, n, draw)
+        return _of_maps(self, shape, n, draw)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Positions of an input that are read: ``x[sample, :, position]``, or zero.
+
+    Attributes:
+        positions: ``[samples, rows per sample, taps]``.
+        repeat: Of a linear layer: inputs that belong to one channel; 0 for a convolution.
+        inside: ``[samples, rows per sample, taps]``, where they are within the map; ``None`` if all are.
+        padding: For padding with other values than zeros: the arguments of ``pad``.
+    """
+
+    positions: Tensor
+    repeat: int
+    inside: Tensor | None = None
+    padding: tuple[list[int], str] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows ``[rows, channels × taps]`` float64 of an input."""
+        n_samples, n, n_taps = self.positions.shape
+        if self.padding is not None:
+            x = pad(x, *self.padding)
+        if self.repeat:
+            x = x.reshape(n_samples, -1, x.shape[-1] // self.repeat, self.repeat)
+            x = x.transpose(2, 3).flatten(1, 2)
+        else:
+            x = x.flatten(2).transpose(1, 2)
+        n_places, n_channels = x.shape[1:]
+        places = self.positions.to(x.device).flatten(1)
+        if x.is_contiguous():
+            # Channels last: a place is one piece of memory.
+            places = places + torch.arange(n_samples, device=x.device)[:, None] * n_places
+            taken = x.flatten(0, 1).index_select(0, places.flatten())
+        else:
+            taken = x.transpose(1, 2).gather(2, places[:, None].expand(-1, n_channels, -1)).transpose(1, 2)
+        taken = taken.reshape(n_samples, n, n_taps, n_channels)
+        if self.inside is not None:
+            taken = taken * self.inside.to(x.device)[..., None]
+        rows = torch.empty(n_samples * n, n_channels, n_taps, dtype=torch.float64, device=x.device)
+        return rows.copy_(taken.flatten(0, 1).transpose(1, 2)).flatten(1)
+
+
+def _split(x: Tensor, dim: int, size: int) -> Tensor:
+    """Make two dimensions of one, the second of a given size."""
+    return x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
+
+
+def _of_rows(shape: torch.Size, repeat: int, n: int, draw: Draw) -> _Sampler:
+    """Of a linear layer's input ``[samples, ..., features]``."""
+    n_samples = shape[0] if len(shape) > 1 else 1
+    n_rows = prod(shape[:-1]) // max(n_samples, 1)
+    return _Sampler(_drawn(n_samples, n_rows * repeat, n, draw)[..., None], repeat)
+
+
+def _of_maps(reading: Reading, shape: torch.Size, n: int, draw: Draw) -> _Sampler:
+    """Of a convolution's input ``[samples, channels, ...]``: whatever its kernel sees, padding included."""
+    conv = reading.layer
+    assert isinstance(conv, _ConvNd)
+    if reading.is_transposed:
+        return _Sampler(_drawn(shape[0], prod(shape[2:]), n, draw)[..., None], 0)
+    sizes, before, n_out = _map_sizes(conv, shape)
+    padding = None if conv.padding_mode == "zeros" else (conv._reversed_padding_repeated_twice, conv.padding_mode)
+    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    taps = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
+    if reading.taps_apart:
+        out_at = _drawn(shape[0], prod(n_out), n, draw)[..., None]
+        tap_at = torch.arange(len(taps))[None, None]
+    else:
+        pairs = _drawn(shape[0], prod(n_out) * len(taps), n, draw)[..., None]
+        out_at, tap_at = pairs // len(taps), pairs % len(taps)
+    position = torch.zeros_like(out_at + tap_at)
+    inside = torch.ones_like(position, dtype=torch.bool)
+    for i, at in enumerate(torch.unravel_index(out_at, tuple(n_out))):
+        place = at * stride[i] + taps[tap_at, i] * dilation[i] - before[i]
+        inside &= (place >= 0) & (place < sizes[i])
+        position = position * sizes[i] + place.clamp(0, sizes[i] - 1)
+    return _Sampler(position, 0, None if bool(inside.all()) else inside, padding)
+
+
+def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int], list[int]]:
+    """Sizes of a convolution's map, what zeros are put before it in each dimension, and sizes of its output.
+
+    Padding with other values than zeros counts to the map.
+
+    Returns:
+        Three numbers for every dimension.
+    """
+    assert isinstance(layer, _ConvNd)
+    sizes, around = list(shape[2:]), layer._reversed_padding_repeated_twice  # the last dimension first, both sides
+    n = len(sizes)
+    before, after = ([around[2 * (n - 1 - i) + side] for i in range(n)] for side in (0, 1))
+    if layer.padding_mode != "zeros":
+        sizes = [size + a + b for size, a, b in zip(sizes, before, after, strict=True)]
+        before, after = [0] * n, [0] * n
+    n_out = [
+        (size + a + b - d * (k - 1) - 1) // s + 1
+        for size, a, b, d, k, s in zip(
+            sizes, before, after, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    ]
+    return sizes, before, n_out
+
+
+def _drawn(n_samples: int, n_of: int, n: int, draw: Draw) -> Tensor:
+    """Places of the rows of every sample, ``[samples, n]``; all there are if these are fewer."""
+    return torch.arange(n_of).repeat(n_samples, 1) if n_of <= n else draw(n_samples, n, n_of)
+
+
+def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -> Reading | None:
+    """How a layer reads, if it is one whose weights can be refitted.
+
+    Returns:
+        ``None`` for layers of other types, for depthwise convolutions, which mix no channels, and for weights that are
+        computed from other parameters (parametrizations, weight norm, masks).
+    """
+    if not isinstance(layer, (nn.Linear, _ConvNd)) or has_computed_weight(layer):
+        return None
+    if isinstance(layer, nn.Linear):
+        return Reading(layer, repeat=repeat)
+    if layer.groups > 1 and layer.groups == layer.in_channels:
+        return None
+    reading = Reading(layer)
+    is_apart = taps_apart and not reading.is_transposed and prod(layer.kernel_size) > 1
+    return replace(reading, taps_apart=is_apart)
+
+
+def has_computed_weight(layer: nn.Module) -> bool:
+    """Whether a convolution's or a linear layer's weight is no parameter, but made of others."""
+    return isinstance(layer, (nn.Linear, _ConvNd)) and layer._parameters.get("weight") is None
+
+
+def n_outputs(layer: nn.Module) -> int:
+    """Output channels of a convolution or a linear layer."""
+    n: int = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features  # type: ignore[assignment]
+    return n

@@ -1,0 +1,1 @@
+"""The pruner: settings, planner, budget, costs, the plan and saved models."""

@@ -1,0 +1,180 @@
+"""From a target for the whole model to the number of components that every group keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tp_cosep.errors import InputError
+from tp_cosep.graph.groups import GroupView
+from tp_cosep.pruning.allocation import allocate
+from tp_cosep.pruning.costs import Costs, measure_costs
+
+__all__ = ["Preview", "Room", "TradeOff", "counts_for_latency", "trade_offs"]
+
+# A latency that was met by less than this share is close enough, and so many pruned copies are tried at most.
+_CLOSE, _N_TRIES = 0.02, 8
+
+
+@dataclass
+class Room:
+    """What the groups of a model can lose.
+
+    Attributes:
+        views: The groups.
+        losses: For every group ``[n]``, what the first, second … component to go loses, ascending: the share of what a
+            reader sees, summed over the group's readers.
+        least: The number of components that every group keeps whatever the target.
+        steps: The number of components that every group loses at once.
+        told: Components that groups lose whatever the target, by position; these lose no others.
+    """
+
+    views: list[GroupView] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    least: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    told: dict[int, int] = field(default_factory=dict)
+
+    def costs(self, model: nn.Module, run: Callable[[], Any], unit: str) -> tuple[Costs, float]:
+        """What the model costs with what is told removed, and what it costs as it is."""
+        costs = measure_costs(model, run, self.views, unit)
+        whole = costs.total
+        for i, n in self.told.items():
+            costs.remove(i, n)
+        return costs, whole
+
+    def kept(self, costs: Costs, target: float) -> list[int]:
+        """How many components every group keeps for a target; ``costs`` are changed."""
+        return allocate(self.losses, costs, target, least=self.least, steps=self.steps)
+
+    def lost(self, kept: list[int]) -> float:
+        """What goes, as a share of all that readers see."""
+        gone = sum(float(x[: len(x) - k].sum()) for x, k in zip(self.losses, kept, strict=True))
+        return gone / max(sum(float(x.sum()) for x in self.losses), 1e-30)
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """A size that a model can be pruned to.
+
+    Attributes:
+        macs: Multiply-accumulates for one sample, see :func:`tp_cosep.pruning.costs.measure_costs`.
+        params: Parameters.
+        coverage: The share of what readers see that stays: 1 for the whole model. What a fine-tuned model's accuracy
+            will be it does not say; it says where the next step begins to cost more.
+        n_kept: Channels (or other components) that every group keeps, by its root layer.
+    """
+
+    macs: float
+    params: float
+    coverage: float
+    n_kept: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The sizes that a model can be pruned to, from the whole model down.
+
+    Attributes:
+        points: At least the whole model.
+    """
+
+    points: tuple[TradeOff, ...]
+
+    def __str__(self) -> str:
+        whole = self.points[0]
+        lines = ["     MACs    of all      params    of all  coverage"]
+        lines += [
+            f"{p.macs:9.4g}  {p.macs / whole.macs:8.3f}  {p.params:10,.0f}  {p.params / whole.params:8.3f}  "
+            f"{p.coverage:8.4f}"
+            for p in self.points
+        ]
+        return "\n".join(lines)
+
+
+def trade_offs(room: Room, model: nn.Module, run: Callable[[], Any], unit: str, n_points: int) -> Preview:
+    """Sizes between the whole model and the smallest that is allowed.
+
+    Args:
+        room: What the groups can lose.
+        model: The model.
+        run: Runs it on example inputs.
+        unit: What is saved for the loss that it takes, see :func:`tp_cosep.pruning.costs.measure_costs`.
+        n_points: Number of sizes, evenly spaced in the unit; the same size is listed once.
+
+    Returns:
+        The sizes.
+    """
+    units = {name: room.costs(model, run, name)[0] for name in dict.fromkeys(("macs", "params", unit))}
+    fresh = units[unit]
+    smallest = deepcopy(fresh)
+    for i, (x, least) in enumerate(zip(room.losses, room.least, strict=True)):
+        smallest.remove(i, len(x) - least)
+    points: list[TradeOff] = []
+    for i in range(n_points):
+        target = fresh.total - (fresh.total - smallest.total) * i / max(n_points - 1, 1)
+        try:
+            kept = room.kept(deepcopy(fresh), target)
+        except InputError:  # steps of round_to do not reach the very end
+            break
+        left = {name: deepcopy(units[name]) for name in ("macs", "params")}
+        for costs in left.values():
+            for g, (x, n) in enumerate(zip(room.losses, kept, strict=True)):
+                costs.remove(g, len(x) - n)
+        n_kept = {view.name: n - room.told.get(g, 0) for g, (view, n) in enumerate(zip(room.views, kept, strict=True))}
+        point = TradeOff(left["macs"].total, left["params"].total, 1 - room.lost(kept), n_kept)
+        if not points or points[-1].n_kept != n_kept:
+            points.append(point)
+    return Preview(tuple(points))
+
+
+def counts_for_latency(room: Room, costs: Costs, share_of: Callable[[list[int]], float], target: float) -> list[int]:
+    """How many components every group keeps so that the model takes a share of its time.
+
+    What layers take one by one says where time is saved, but neither what hardware makes of another width nor what is
+    lost between layers; so pruned copies are timed, at sizes between which the target lies.
+
+    Args:
+        room: What the groups can lose.
+        costs: Seconds of the layers.
+        share_of: Prunes a copy to some counts and tells its time, as a share of the model's.
+        target: The share to reach.
+
+    Returns:
+        The counts of the largest copy that was timed and met the target.
+
+    Raises:
+        InputError: If the smallest model that is allowed takes longer.
+    """
+    smallest = deepcopy(costs)
+    for i, (x, n) in enumerate(zip(room.losses, room.least, strict=True)):
+        smallest.remove(i, (len(x) - n) // room.steps[i] * room.steps[i])
+    least = smallest.total * (1 + 1e-9)
+    low, high = least, costs.total
+    at = max(target * costs.total, low)
+    best: list[int] | None = None
+    found: dict[tuple[int, ...], float] = {}
+    for _ in range(_N_TRIES):
+        kept = room.kept(deepcopy(costs), at)
+        share = found[tuple(kept)] if tuple(kept) in found else share_of(kept)
+        found[tuple(kept)] = share
+        if share <= target:
+            best, low = kept, at
+            if share >= target * (1 - _CLOSE):
+                break
+        elif at <= least:
+            raise InputError(
+                f"target: expected a latency that can be reached, got {target:.3f} of the model's; with every group at "
+                f"its least {share:.3f} are left. Set a target above that, raise max_pruning_ratio, lower round_to, "
+                "or ignore fewer layers."
+            )
+        else:
+            high = at
+        # After two that are too slow the smallest that there is, to see whether it can be done.
+        at = least if best is None and len(found) > 2 else (low + high) / 2
+    assert best is not None  # the third try at the latest meets the target or raises
+    return best

@@ -1,0 +1,1 @@
+"""Views of what was pruned: tables, measurements, plots and a page."""

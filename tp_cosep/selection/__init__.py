@@ -1,0 +1,1 @@
+"""From statistics to the channels of a group that are kept."""

@@ -1,0 +1,192 @@
+"""Distances between the components of Torch-Pruning groups, from the moments of their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_cosep.calibration.class_observer import channel_dim_of
+from tp_cosep.errors import InputError
+from tp_cosep.functional.class_moments import ClassMoments
+from tp_cosep.functional.separability import PairMetric, distances_from_gram, pooled_gram
+from tp_cosep.graph.groups import GroupView, Member
+
+__all__ = ["Space"]
+
+
+class Space:
+    """What was measured of a model, and how components compare in it.
+
+    Args:
+        moments: By layer name.
+        shapes: Weight shapes of the layers when they were measured.
+        metric: How classes are told apart.
+        tap: Which layers describe a group, see :data:`tp_cosep.calibration.labels.TAPS`.
+        channel_dims: Further types of layers that are measured.
+        max_pairs: As for :func:`tp_cosep.functional.separability.profile_gram`.
+        seed: As there.
+        errors: Where the relative standard errors of sampled distances are put, by layer.
+    """
+
+    def __init__(
+        self,
+        moments: Mapping[str, ClassMoments],
+        shapes: Mapping[str, torch.Size],
+        *,
+        metric: str | PairMetric = "jm",
+        tap: str = "producers",
+        channel_dims: Mapping[type[nn.Module], int] | None = None,
+        max_pairs: int | None = None,
+        seed: int = 0,
+        errors: dict[str, float] | None = None,
+    ) -> None:
+        self.moments = moments
+        self._shapes = shapes
+        self._metric = metric
+        self._tap = tap
+        self._channel_dims = channel_dims
+        self._sampling: dict[str, Any] = {"max_pairs": max_pairs, "seed": seed}
+        self._errors = {} if errors is None else errors
+
+    def layers_of(self, view: GroupView) -> list[Member]:
+        """The layers that describe a group, if they can be measured: their moments are expected."""
+        return [
+            m
+            for m in view.tapped(self._tap)
+            if channel_dim_of(m.layer, self._channel_dims) is not None
+            and not (m.name in self.moments and self.moments[m.name].is_empty)
+        ]
+
+    def distances(self, view: GroupView) -> Tensor | None:
+        """Distances between a group's components.
+
+        D² is the sum over the layers of ‖x_i − x_j‖² / d, x the profiles and d their length; a component that
+        a layer does not have is at the origin there. Where a component has several channels of a layer, x joins
+        their profiles, or for a head is their mean.
+
+        Returns:
+            ``[components, components]`` float64, or ``None`` if none of its layers can be measured.
+
+        Raises:
+            InputError: If the moments do not fit the layers.
+        """
+        layers = [m for m in self.layers_of(view) if len(m.rows)]
+        if not layers:
+            return None
+        if view.unit == "head":
+            return self.head_distances([view])
+        total: Tensor | None = None
+        for member in layers:
+            gram, error = pooled_gram([self._moments_of(member)], [None], self._metric, **self._sampling)
+            self._errors[member.name] = error
+            if total is None:
+                total = gram.new_zeros(view.n_components, view.n_components)
+            for rows, components in _turns(member, member.components):
+                rows, components = rows.to(gram.device), components.to(gram.device)
+                if len(components) == view.n_components and _is_counting(components):
+                    total += gram if len(rows) == len(gram) and _is_counting(rows) else gram[rows[:, None], rows]
+                else:
+                    total[components[:, None], components] += gram[rows[:, None], rows]
+        assert total is not None
+        return distances_from_gram(total)
+
+    def head_distances(self, views: Sequence[GroupView]) -> Tensor | None:
+        """Distances between the heads of one or more attention groups, in one space.
+
+        The profile of a head is the mean of its dimensions' profiles, in each of the projections that make it
+        (queries, keys, values), so that their order inside the head does not matter.
+
+        Args:
+            views: Groups read with heads as components.
+
+        Returns:
+            ``[heads, heads]`` float64, the heads of all groups one after another; ``None`` if a group has no
+            layer that can be measured.
+
+        Raises:
+            InputError: If the moments do not fit the layers, or the groups' projections differ in number.
+        """
+        parts = [list(self._projections(view)) for view in views]
+        if not all(parts):
+            return None
+        if len({len(p) for p in parts}) > 1:
+            raise InputError(
+                "scope='model': expected attention layers with as many projections each, got "
+                f"{', '.join(f'{v.name!r} with {len(p)}' for v, p in zip(views, parts, strict=True))}; use "
+                "scope='layer'."
+            )
+        total: Tensor | None = None
+        for layers in zip(*parts, strict=True):
+            names, moments, pools = zip(*layers, strict=True)
+            gram, error = pooled_gram(moments, pools, self._metric, **self._sampling)
+            for name in names:
+                self._errors[name] = error
+            total = gram if total is None else total + gram
+        assert total is not None
+        return distances_from_gram(total)
+
+    def _projections(self, view: GroupView) -> Iterator[tuple[str, ClassMoments, Tensor]]:
+        """Projections that make heads: name, moments, and ``[heads, channels]`` that averages a head's dimensions."""
+        for member in self.layers_of(view):
+            moments = self._moments_of(member)
+            # A fused layer has the queries' channel first, then the keys' that goes with it, then the values'.
+            for rows, channels in _turns(member, member.channels):
+                pool = torch.zeros(view.n_components, member.n_channels, dtype=torch.float64)
+                pool[view.component_of[channels], rows] = 1
+                yield member.name, moments, pool / pool.sum(1, keepdim=True).clamp(min=1)
+
+    def _moments_of(self, member: Member) -> ClassMoments:
+        moments = self.moments.get(member.name)
+        if moments is None:
+            raise InputError(
+                f"layer {member.name!r}: expected class moments, got none: the calibration data never reached this "
+                "layer, it is not part of the fitted model or was left out of the fit, or the selector's space does "
+                "without classes and attention needs them (the default and 'separability' have them); put it into "
+                "ignored_layers or fit again."
+            )
+        if moments.n_classes < 2:
+            raise InputError(
+                f"layer {member.name!r}: expected class moments of at least two classes, got {moments.n_classes}: only "
+                "samples of these classes reached this layer; put it into ignored_layers."
+            )
+        if moments.n_components != member.n_channels:
+            raise InputError(
+                f"layer {member.name!r}: class moments cover {moments.n_components} channels, the layer has "
+                f"{member.n_channels}; call fit() again after pruning (iterative_steps: pass loader= to CoSePPruner)."
+            )
+        shape, now = self._shapes.get(member.name), weight_shape(member.layer)
+        if shape is not None and now != shape:
+            raise InputError(
+                f"layer {member.name!r}: measured with weights of shape {tuple(shape)}, they are "
+                f"{tuple(now or ())} now; call fit() again after pruning what is in front of it "
+                "(iterative_steps: pass loader= to CoSePPruner)."
+            )
+        return moments
+
+
+def weight_shape(layer: nn.Module) -> torch.Size | None:
+    """Shape of a layer's weights, to see whether it is the one that was measured."""
+    weight = getattr(layer, "weight", None)
+    return weight.shape if isinstance(weight, Tensor) else None
+
+
+def _is_counting(x: Tensor) -> bool:
+    return bool((x == torch.arange(len(x), device=x.device)).all())
+
+
+def _turns(member: Member, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Split a member's rows so that each part has every target (a component, a channel) at most once."""
+    if len(torch.unique(targets)) == len(targets):
+        return [(member.rows, targets)]
+    seen: dict[int, int] = {}
+    parts: list[list[tuple[int, int]]] = []
+    for row, target in zip(member.rows.tolist(), targets.tolist(), strict=True):
+        turn = seen.get(target, 0)
+        seen[target] = turn + 1
+        if turn == len(parts):
+            parts.append([])
+        parts[turn].append((row, target))
+    return [(torch.tensor([r for r, _ in part]), torch.tensor([t for _, t in part])) for part in parts]

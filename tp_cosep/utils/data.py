@@ -1,0 +1,256 @@
+"""Running a model on a loader's batches: what they may look like, and what the model gets of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import is_autocast_available
+from tqdm.auto import tqdm
+
+from tp_cosep.errors import InputError
+
+__all__ = [
+    "EMPTY",
+    "BatchReader",
+    "check_loader",
+    "described",
+    "device_of",
+    "evaluating",
+    "n_samples",
+    "peek",
+    "progress_bar",
+    "run_model",
+    "take_samples",
+    "tensors_in",
+]
+
+#: What is wrong with a loader without samples.
+EMPTY = (
+    "fit: expected at least one batch, the loader gave none; a generator can be read only once, and a loader "
+    "with drop_last=True gives nothing from fewer samples than one batch."
+)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode without gradients, and every submodule back in its own mode after.
+
+    A caller's autocast is off meanwhile: what is measured and compared is in the precision that the model has.
+    """
+    modes = {m: m.training for m in model.modules()}
+    kind = device_of(model).type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
+            yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on a tensor, on a tuple or list of arguments, or on a dict of keyword arguments.
+
+    Returns:
+        Its outputs.
+
+    Raises:
+        InputError: If its ``forward`` takes other arguments.
+        TypeError: If that comes from within.
+    """
+    args: Sequence[Any] = inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        args, kwargs = [], inputs
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        if _takes(model, args, kwargs):
+            raise
+        raise InputError(
+            f"inputs: expected those that the model's forward takes, got {described(inputs)} ({error}); if batches "
+            "hold more than inputs and labels, pass target_fn=, a function that turns a batch into (inputs, labels)."
+        ) from error
+
+
+def _takes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model's ``forward`` can be called with some arguments; true if that cannot be told."""
+    try:
+        taken = signature(model.forward)
+    except (TypeError, ValueError):
+        return True
+    try:
+        taken.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def n_samples(inputs: Any) -> int | None:
+    """Samples in a model's inputs: the first dimension of the first tensor found, ``None`` if there is none."""
+    return next((len(x) for x in tensors_in(inputs) if x.dim()), None)
+
+
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """The tensors of a model's inputs, in order."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, (Mapping, tuple, list)):
+        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from tensors_in(value)
+
+
+def described(x: object) -> str:
+    """What came in place of something else, for an error's message."""
+    if isinstance(x, str):
+        return f"the string {x!r}"
+    if isinstance(x, type):
+        return f"the type {x.__name__}"
+    if x is None or isinstance(x, (int, float)):
+        return repr(x)
+    return f"a {type(x).__name__}" + (f" of {len(x)}" if isinstance(x, (tuple, list)) else "")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: its first parameter or buffer, or the CPU if it has none."""
+    return next((x.device for x in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def take_samples(inputs: Any, n: int, of: int) -> Any:
+    """The first n of a batch's samples: every tensor with ``of`` rows is cut, anything else stays."""
+    if isinstance(inputs, Tensor):
+        return inputs[:n] if inputs.dim() and len(inputs) == of else inputs
+    if isinstance(inputs, Mapping):
+        return {key: take_samples(value, n, of) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return [take_samples(value, n, of) for value in inputs]
+    return inputs
+
+
+def progress_bar(batches: Iterable[Any], loader: Iterable[Any], what: str, *, shown: bool) -> Iterable[Any]:
+    """The same batches, with a progress bar on a terminal."""
+    try:
+        total = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # an iterable without a length
+        total = None
+    bar: Iterable[Any] = tqdm(
+        batches, desc=what, unit="batch", total=total, disable=None if shown else True, leave=False
+    )
+    return bar
+
+
+class BatchReader:
+    """Turns whatever the loader yields into model inputs and checked labels."""
+
+    def __init__(self, model: nn.Module, target_fn: Callable[[Any], tuple[Any, Any]] | None, *, predicted: bool):
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self.device = device_of(model)
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.target_fn = target_fn
+        self.predicted = predicted
+
+    def split(self, batch: Any, i: int) -> tuple[Any, Any]:
+        """Inputs on the model's device, and the labels as they came."""
+        if self.target_fn is not None:
+            batch = self.target_fn(batch)
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not is_pair and not (self.predicted and self.target_fn is None):
+            raise InputError(
+                f"batch {i}: expected a pair (inputs, labels), got {described(batch)}; pass target_fn=, a function "
+                "that turns a batch into such a pair."
+            )
+        inputs, labels = batch if is_pair else (batch, None)
+        return self._to_model(inputs), labels
+
+    def labels(self, outputs: Any, given: Any, i: int) -> Tensor:
+        """Labels ``[samples]`` on the model's device: those given, or the model's own predictions."""
+        if self.predicted:
+            return _logits(outputs, i).argmax(1)
+        try:
+            labels = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"batch {i}: expected integer labels, got {type(given).__name__} ({error}); pass target_fn= to turn "
+                "other targets into class numbers, or labels='predicted'."
+            ) from error
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise InputError(
+                f"batch {i}: expected integer labels, got {labels.dtype}; if they are class numbers convert them with "
+                ".long(), else pass target_fn=."
+            )
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.dim() != 1:
+            raise InputError(
+                f"batch {i}: expected one label per sample, shape [samples], got shape {tuple(labels.shape)}; "
+                "pass target_fn= to turn other targets into class labels."
+            )
+        labels = labels.to(self.device, torch.int64)
+        if len(labels) and int(labels.min()) < 0:
+            raise InputError(f"batch {i}: expected labels ≥ 0, got {int(labels.min())}; drop such samples first.")
+        return labels
+
+    def _to_model(self, inputs: Any) -> Any:
+        if isinstance(inputs, Tensor):
+            cast = self.dtype if inputs.is_floating_point() else None
+            return inputs.to(self.device, cast)
+        if isinstance(inputs, Mapping):
+            return {key: self._to_model(value) for key, value in inputs.items()}
+        if isinstance(inputs, (tuple, list)):
+            return [self._to_model(value) for value in inputs]
+        return inputs
+
+
+def check_loader(loader: object, where: str) -> None:
+    """Refuse what cannot be read batch by batch.
+
+    Args:
+        loader: Of batches.
+        where: Who reads it.
+
+    Raises:
+        InputError: If it is no iterable and no sequence.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise InputError(
+            f"{where}: expected a loader that gives batches, got {described(loader)}; pass a DataLoader or a list of "
+            "batches, such as [(x, y)]."
+        )
+
+
+def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Iterator[Any]]:
+    """Look at the first batch of a loader.
+
+    Returns:
+        The first batch, or ``None``, and all of them.
+
+    Raises:
+        InputError: If it is no loader, or there is no batch and there has to be one.
+    """
+    check_loader(loader, "fit")
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        if may_be_empty:
+            return None, batches
+        raise InputError(EMPTY)
+    return first, itertools.chain([first], batches)
+
+
+def _logits(outputs: Any, i: int) -> Tensor:
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits")
+    elif hasattr(outputs, "logits"):
+        outputs = outputs.logits
+    if isinstance(outputs, (tuple, list)):
+        outputs = outputs[0]
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        came = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"batch {i}: labels='predicted' needs a model output of shape [samples, classes], got {came}.")
+    return outputs
