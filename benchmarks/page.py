@@ -20,7 +20,7 @@ import torch
 
 from tp_cosep import GroupPlan, PruningPlan
 from tp_cosep.functional.selection import select_channels
-from tp_cosep.selection.embedding import ClassPair, GroupPicture, plane
+from tp_cosep.selection.embedding import ClassPair, GroupEmbedding, plane
 
 N_ROUNDS, N_CLASSES = 7, 1000
 _LOADED = "const t = performance.getEntriesByType('navigation')[0]; return t.loadEventEnd - t.startTime"
@@ -38,7 +38,7 @@ def plan_of(n_layers: int, width: int) -> PruningPlan:
         tuple(ClassPair((37 * j + i) % N_CLASSES, (71 * j + i + 1) % N_CLASSES, 2 / (i + 1)) for i in range(3))
         for j in range(width // 2)
     )
-    picture = GroupPicture(at, scale, shares, (), pairs, (N_CLASSES, N_CLASSES))
+    picture = GroupEmbedding(at, scale, shares, (), pairs, (N_CLASSES, N_CLASSES))
     names = [f"features.denseblock{i // 50}.denselayer{i}.conv" for i in range(n_layers)]
     entry = GroupPlan("", "out", (), selection, "knee, guarded", picture=picture)
     groups = tuple(replace(entry, name=name, layers=(name,)) for name in names)

@@ -55,7 +55,7 @@ def main() -> None:
             for _ in range(N_ROUNDS)
         ]
         extra = statistics.median(fit / plain - 1 for plain, fit in rounds)
-        size_of = sum(r.moments.folds.nbytes for r in compensator._readers.values()) / 2**20
+        size_of = sum(r.moments.folds.nbytes for r in compensator._consumers.values()) / 2**20
         pruner = tp.pruner.BasePruner(
             model, batches[0][:1], tp.importance.RandomImportance(), pruning_ratio=0.5,
             ignored_layers=[m for m in model.modules() if isinstance(m, torch.nn.Linear)],

@@ -16,10 +16,10 @@ def batches(x, y):
 
 def assert_same(a, b):
     assert list(a.moments) == list(b.moments)
-    assert list(a.readers) == list(b.readers)
+    assert list(a.consumers) == list(b.consumers)
     for name, m in a.moments.items():
         for field in ("classes", "count", "mean", "m2"):
             assert torch.equal(getattr(m, field), getattr(b.moments[name], field))
-    for name, m in a.readers.items():
-        torch.testing.assert_close(m.covariance, b.readers[name].covariance, rtol=1e-12, atol=1e-12)
-        assert torch.equal(m.between_classes, b.readers[name].between_classes)
+    for name, m in a.consumers.items():
+        torch.testing.assert_close(m.covariance, b.consumers[name].covariance, rtol=1e-12, atol=1e-12)
+        assert torch.equal(m.between_classes, b.consumers[name].between_classes)

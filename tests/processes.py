@@ -55,7 +55,7 @@ def fit(kind, how, rank, world, options):
     selector = CoSePSelector(spatial=2, **options).fit(model, batches, progress=False)
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
     compensator = Compensator(model, x[:1]).fit(batches, progress=False)
-    seconds = {r.name: r.moments.folds.sum(0) for r in compensator._readers.values()}
+    seconds = {r.name: r.moments.folds.sum(0) for r in compensator._consumers.values()}
     # As many samples in every batch: averages over batches are compared.
     again, _, _ = data(kind)
     recalibrate(again, [(x[i : i + 10], y[i : i + 10]) for i in range(10 * rank, 40, 10 * world)], progress=False)
@@ -68,8 +68,8 @@ def fit(kind, how, rank, world, options):
         "recalibrated": again.state_dict(),
         "seconds": seconds,
         "moments": {n: (m.classes, m.count, m.mean, m.m2) for n, m in selector.moments.items()},
-        "covariances": {n: m.covariance for n, m in selector.readers.items()},
-        "between": {n: m.between_classes for n, m in selector.readers.items()},
+        "covariances": {n: m.covariance for n, m in selector.consumers.items()},
+        "between": {n: m.between_classes for n, m in selector.consumers.items()},
     }
 
 

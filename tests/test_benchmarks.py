@@ -39,8 +39,8 @@ def tiny_network(*_):
 def test_every_selection_prunes_half_and_is_measured_once(method, tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "trained", tiny_network)
     records = Records(tmp_path / "tiny.jsonl")
-    for repair in REPAIRS[: 3 if method == "joint" else 1]:
-        measure(replace(CELL, method=method, repair=repair), tiny_data(), records)
+    for refit in REPAIRS[: 3 if method == "joint" else 1]:
+        measure(replace(CELL, method=method, refit=refit), tiny_data(), records)
     found = dict(Records(tmp_path / "tiny.jsonl"))
     assert len(found) == 2 * (3 if method == "joint" else 1)
     for cell, record in found.items():
@@ -142,8 +142,8 @@ def test_the_unpruned_network_fine_tuned_as_long_counts_every_seed_once(tmp_path
         ("l2", 0, "one-shot", 0.75),
     ]
     with (tmp_path / "vgg-cifar10.jsonl").open("w") as file:
-        for method, seed, repair, accuracy in rows:
-            cell = Cell("vgg", "cifar10", seed, "2x", method, repair, recalibrated=True, epochs=1.0, base=0)
+        for method, seed, refit, accuracy in rows:
+            cell = Cell("vgg", "cifar10", seed, "2x", method, refit, recalibrated=True, epochs=1.0, base=0)
             file.write(json.dumps({"cell": asdict(cell), "accuracy": accuracy, "macs": 2.0, "params": 2.0}) + "\n")
     page = results_page(tmp_path, "")
     assert "| unpruned | 82.0 ± 1.4 | 82.0 ± 1.4 |" in page

@@ -28,7 +28,7 @@ def test_three_ways(capsys):
 
 def test_layerwise(capsys):
     plan = load("layerwise").main(epochs=1)
-    assert [entry.name for entry in plan if entry.selection] == ["conv1", "conv2", "conv3", "conv4"]
+    assert [group_plan.name for group_plan in plan if group_plan.selection] == ["conv1", "conv2", "conv3", "conv4"]
     assert capsys.readouterr().out.count("after ") == 4
 
 

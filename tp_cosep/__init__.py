@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tp_cosep.calibration.memory import MemoryEstimate
     from tp_cosep.compensation.bn_statistics import recalibrate
-    from tp_cosep.compensation.compensator import Compensator, Repair
+    from tp_cosep.compensation.compensator import Compensator
+    from tp_cosep.compensation.refit import Refit
     from tp_cosep.errors import (
         CoSePError,
         DistributedError,
@@ -45,7 +46,8 @@ __all__ = [
     "Preview",
     "PruningError",
     "PruningPlan",
-    "Repair",
+    "Refit",
+    "Refit",
     "TradeOff",
     "attention_heads",
     "load",
@@ -71,7 +73,7 @@ _MODULE_OF = {
     "Preview": "pruning.budget",
     "PruningError": "errors",
     "PruningPlan": "pruning.plan",
-    "Repair": "compensation.compensator",
+    "Refit": "compensation.refit",
     "TradeOff": "pruning.budget",
     "attention_heads": "graph.heads",
     "load": "pruning.saving",

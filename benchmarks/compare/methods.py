@@ -29,7 +29,7 @@ class _PerMember(tp.importance.Importance):
     def __call__(self, group: Any) -> Tensor:
         view = read_group(group)
         total, n = torch.zeros(view.n_channels, dtype=torch.float64), torch.zeros(view.n_channels)
-        for member in view.members:
+        for member in view.producers:
             scores = self.score(member.layer)
             if scores is None:
                 continue
@@ -105,7 +105,7 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "correlation": _selector(space="correlation"),
     "cosep": _selector(space="separability"),
     "cosep, max-norm": _selector(representative="max_norm"),
-    "cosep, consumers": _selector(tap="consumers"),
+    "cosep, consumers": _selector(observe="inputs"),
     "cosep, reconstruction": _selector(representative="reconstruction"),
     "cosep, as published": lambda model, batches: CoSePSelector.published().fit(model, batches, progress=False),
     "class-means": _selector(space="class-means"),

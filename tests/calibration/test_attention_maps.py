@@ -302,11 +302,11 @@ def test_heads_of_equal_maps_are_pruned_without_labels(scope):
     # Batches of inputs alone.
     pruner = CoSePPruner(model, x[:2], CoSePSelector(metric=ATTENTION_JS, scope=scope), loader=[x], **options)
     pruner.step()
-    entries = [e for e in pruner.plan if e.unit == "head"]
-    assert len(entries) == 2
-    for entry, layer in zip(sorted(entries, key=lambda e: e.name), model.layers, strict=True):
-        assert {of[i // 3] for i in entry.selection.keep_idxs} == {0, 1}
-        assert layer.num_heads == len(entry.selection.keep_idxs) // 3 == 2
+    group_plans = [e for e in pruner.plan if e.unit == "head"]
+    assert len(group_plans) == 2
+    for group_plan, layer in zip(sorted(group_plans, key=lambda e: e.name), model.layers, strict=True):
+        assert {of[i // 3] for i in group_plan.selection.keep_idxs} == {0, 1}
+        assert layer.num_heads == len(group_plan.selection.keep_idxs) // 3 == 2
         assert layer.q_proj.out_features == layer.proj.in_features == 6
     others = [e for e in pruner.plan if e.unit == "channel"]
     assert others
@@ -341,8 +341,8 @@ def test_maps_of_heads_that_share_keys_and_values():
     options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5}
     pruner = CoSePPruner(model, x[:2], CoSePSelector(metric=ATTENTION_JS), loader=[x], **options)
     pruner.step()
-    (entry,) = [e for e in pruner.plan if e.unit == "head"]
-    assert sorted(i // 6 for i in entry.selection.keep_idxs[::3]) == [0, 1]
+    (group_plan,) = [e for e in pruner.plan if e.unit == "head"]
+    assert sorted(i // 6 for i in group_plan.selection.keep_idxs[::3]) == [0, 1]
     assert (model.layers[0].num_heads, model.layers[0].num_kv_heads) == (2, 2)
     assert model(x).shape == (len(x), 4)
 

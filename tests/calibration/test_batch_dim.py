@@ -186,10 +186,10 @@ ARRANGEMENTS = {
 SPLITS = {"whole": [24], "equal": [8, 8, 8], "last smaller": [10, 10, 4], "ones": [1] * 24, "one first": [1, 20, 3]}
 
 
-@pytest.mark.parametrize("tap", ["producers", "consumers"])
+@pytest.mark.parametrize("observe", ["outputs", "inputs"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", ARRANGEMENTS)
-def test_moments_are_those_of_the_model_with_the_batch_first(kind, split, tap):
+def test_moments_are_those_of_the_model_with_the_batch_first(kind, split, observe):
     # One cell: the positions of a window are in another order than the tokens of a sample. Time is 4.
     model = initialise(Sequence(*ARRANGEMENTS[kind])).double()
     x, y = vectors(24, shape=(4, 5))
@@ -200,9 +200,9 @@ def test_moments_are_those_of_the_model_with_the_batch_first(kind, split, tap):
         made = {"fc1": fc1, "fc2": fc2, "head": model.head(fc2.mean(1))}
         read = {"fc1": x, "fc2": F.relu(fc1), "head": fc2.mean(1)}
     batches = list(zip(x.split(SPLITS[split]), y.split(SPLITS[split]), strict=True))
-    moments = collect(model, batches, tap=tap, spatial=1)
+    moments = collect(model, batches, observe=observe, spatial=1)
     assert list(moments) == ["fc1", "fc2", "head"]
-    for name, tensor in (made if tap == "producers" else read).items():
+    for name, tensor in (made if observe == "outputs" else read).items():
         assert_two_pass(moments[name], tensor.movedim(-1, 1).numpy(), y, 1)
 
 
@@ -320,9 +320,9 @@ def test_ignored_layers_are_not_measured_but_listed(how):
     pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, ignored_layers=ignored)
     pruner.step()
     for name in ("stem", "conv1", "conv2", "head"):
-        (entry,) = [e for e in pruner.plan if name in e.layers]
-        assert entry.selection is None
-        assert entry.reason == "in ignored_layers, or pruned only together with a layer that is"
+        (group_plan,) = [e for e in pruner.plan if name in e.layers]
+        assert group_plan.selection is None
+        assert group_plan.reason == "in ignored_layers, or pruned only together with a layer that is"
     assert (model.stem.out_channels, model.conv1.out_channels, model.conv3.out_channels) == (10, 10, 6)
 
 

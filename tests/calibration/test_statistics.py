@@ -30,7 +30,7 @@ def test_saved_moments_come_back(tmp_path, options):
 
 
 def before_classes(selector):
-    tables = [*selector.moments.values(), *(m.classes for m in selector.readers.values())]
+    tables = [*selector.moments.values(), *(m.classes for m in selector.consumers.values())]
     return max(m.n_classes for m in tables)
 
 
@@ -124,16 +124,16 @@ def test_nothing_to_save_before_fit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [*OPTIONS, {"tap": "consumers"}, {"space": "separability", "spatial": None}], ids=str
+    "options", [*OPTIONS, {"observe": "inputs"}, {"space": "separability", "spatial": None}], ids=str
 )
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_estimated_moments_take_what_was_said(options, name):
     model, x, y = build(name, 12)
     needed = CoSePSelector(**options).memory_estimate(model, x[:2], int(y.max()) + 1)
     selector = fitted(model, x, y, **options)
-    tables = [*selector.moments.values(), *(m.classes for m in selector.readers.values())]
+    tables = [*selector.moments.values(), *(m.classes for m in selector.consumers.values())]
     assert needed.class_moments == sum(m.mean.nbytes + m.m2.nbytes for m in tables)
-    assert needed.second_moments == sum(2 * m.second.folds.nbytes for m in selector.readers.values())
+    assert needed.second_moments == sum(2 * m.second.folds.nbytes for m in selector.consumers.values())
     assert needed.total == needed.class_moments + needed.second_moments + needed.selection
     assert f"{needed.total / 2**20:,.0f} MiB" in str(needed)
 

@@ -138,9 +138,9 @@ def prune(model, x, name, gone, compensator=None):
     layer = model.get_submodule(name)
     graph = group._DG
     group = graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone)
-    repairs = compensator(group) if compensator is not None else []
+    refits = compensator(group) if compensator is not None else []
     group.prune()
-    return repairs
+    return refits
 
 
 @pytest.mark.parametrize("max_features", [0, 2304])
@@ -153,14 +153,14 @@ def test_what_is_a_linear_combination_of_what_stays_is_not_missed(kind, mode, ma
     prune(plain, x, "make", GONE)
     compensator = Compensator(model, x[:1], mode=mode, max_features=max_features, max_positions=64)
     compensator.fit([x[: len(x) // 2], x[len(x) // 2 :]], progress=False)
-    repairs = prune(model, x, "make", GONE, compensator)
+    refits = prune(model, x, "make", GONE, compensator)
     scale = float(before.abs().max())
     assert float((plain(x) - before).detach().abs().max()) > 0.01 * scale  # or nothing had to be repaired
     assert float((model(x) - before).detach().abs().max()) < 1e-4 * scale
-    readers = {"stream": {"inner", "read", "head"}, "normalised": {"read.0"}}.get(kind, {"read"})
-    assert {r.name for r in repairs} == readers
-    assert all(r.reason == "" and r.error < 1e-6 for r in repairs)
-    assert compensator.repairs == repairs
+    consumers = {"stream": {"inner", "read", "head"}, "normalised": {"read.0"}}.get(kind, {"read"})
+    assert {r.name for r in refits} == consumers
+    assert all(r.reason == "" and r.error < 1e-6 for r in refits)
+    assert compensator.refits == refits
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -234,7 +234,7 @@ def test_repair_helps_and_sequential_repair_helps_more(kind):
         for i, options in enumerate(modes):
             outputs, compensator = half_pruned(model, x, **options)
             errors[i] += float((outputs - expected).square().mean() / expected.var())
-            assert compensator is None or all(0 <= r.error <= 1 for r in compensator.repairs)
+            assert compensator is None or all(0 <= r.error <= 1 for r in compensator.refits)
     assert errors[1] < 0.7 * errors[0]
     assert errors[2] <= 1.05 * errors[1]
     # Errors pile up along a residual stream; a short chain has little to gain.
@@ -268,9 +268,9 @@ def test_layers_that_are_left_alone_are_named():
 
     model, x = Attention().eval(), torch.randn(5, 8, 20, generator=seeded())
     compensator = Compensator(model, x[:, :1]).fit([x], progress=False)
-    repairs = {r.name: r for r in prune(model, x, "embed", [0, 1, 8, 9], compensator)}
-    assert repairs["attention"].reason == "a MultiheadAttention is not refitted"
-    assert repairs["attention"].error is None
+    refits = {r.name: r for r in prune(model, x, "embed", [0, 1, 8, 9], compensator)}
+    assert refits["attention"].reason == "a MultiheadAttention is not refitted"
+    assert refits["attention"].error is None
     model(x)
 
 
@@ -320,8 +320,8 @@ def test_a_fitted_compensator_can_be_copied_and_pickled():
     model, x, _ = build("vgg", 12)
     compensator = Compensator(model, x[:1], mode="sequential").fit([x], progress=False)
     for other in (copy.deepcopy(compensator), pickle.loads(pickle.dumps(compensator))):
-        repairs = other(group_with(other.model, x, "conv1"))
-        assert [r.name for r in repairs] == ["conv2"]
+        refits = other(group_with(other.model, x, "conv1"))
+        assert [r.name for r in refits] == ["conv2"]
 
 
 def test_fitting_changes_nothing():
@@ -346,7 +346,7 @@ def test_the_pruner_does_it_by_itself(kind, mode):
     for group in other.step(interactive=True):
         compensator(group)
         group.prune()
-    assert pruner.compensator.repairs == compensator.repairs
+    assert pruner.compensator.refits == compensator.refits
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), by_hand.state_dict().values(), strict=True)
     )
@@ -407,11 +407,11 @@ def test_a_failure_later_on_puts_everything_back():
     with pytest.raises(RuntimeError, match="no"):
         pruner.step()
     assert_untouched(model, before)
-    assert pruner.compensator.repairs == []
+    assert pruner.compensator.refits == []
     assert not pruner.compensator.is_fitted
     pruner.fine_tune = None
     pruner.step()
-    assert [r.reason for r in pruner.compensator.repairs] == [""] * 4
+    assert [r.reason for r in pruner.compensator.refits] == [""] * 4
 
 
 def test_pruner_options():

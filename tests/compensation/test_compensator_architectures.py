@@ -60,6 +60,6 @@ def test_repaired_outputs_are_nearer(name):
         pruner.step()
         errors[mode] = float((pruned(x) - expected).detach().square().mean())
         assert all(bool(torch.isfinite(p).all()) for p in pruned.parameters())
-        assert any(entry.selection and entry.selection.prune_idxs for entry in pruner.plan)
+        assert any(group_plan.selection and group_plan.selection.prune_idxs for group_plan in pruner.plan)
     assert errors["sequential"] < 0.8 * errors[False]
-    assert any(repair.error is not None for repair in pruner.compensator.repairs)
+    assert any(refit.error is not None for refit in pruner.compensator.refits)

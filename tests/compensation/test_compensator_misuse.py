@@ -141,9 +141,9 @@ def test_sequential_repair_of_a_layer_that_some_batches_do_not_reach():
     compensator = Compensator(model, x[:1], mode="sequential").fit([x, -x, x + 1, -x - 1], progress=False)
     graph = tp.DependencyGraph().build_dependency(model, x[:1])
     group = graph.get_pruning_group(model.trunk, tp.prune_linear_out_channels, [4, 5, 6, 7])
-    repairs = compensator(group)
+    refits = compensator(group)
     group.prune()
-    assert {r.name for r in repairs if r.error is not None} == {"head", "rare"}
+    assert {r.name for r in refits if r.error is not None} == {"head", "rare"}
     for x_i, y in zip((x, -x), before, strict=True):
         torch.testing.assert_close(model(x_i), y, rtol=1e-4, atol=1e-4)
 
@@ -217,8 +217,8 @@ def test_weights_that_are_computed_are_left_alone(compute):
     compensator = Compensator(model, x[:1]).fit([x], progress=False)
     before = model(x)
     graph = tp.DependencyGraph().build_dependency(model, x[:1])
-    (repair,) = compensator(graph.get_pruning_group(model[0], tp.prune_linear_out_channels, [0, 1]))
-    assert repair.reason == "its weight is computed from other parameters"
+    (refit,) = compensator(graph.get_pruning_group(model[0], tp.prune_linear_out_channels, [0, 1]))
+    assert refit.reason == "its weight is computed from other parameters"
     assert torch.equal(model(x), before)
 
 

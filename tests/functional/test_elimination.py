@@ -3,12 +3,12 @@ import torch
 from models import seeded
 
 from tp_cosep.functional import elimination as subset
-from tp_cosep.functional.elimination import Reader, backward_elimination
+from tp_cosep.functional.elimination import Consumer, backward_elimination
 
 N = 7
 
 
-def reader(sizes, n_more, n_outputs, seed=0):
+def consumer(sizes, n_more, n_outputs, seed=0):
     """Random inputs: of each component as many as ``sizes`` says, and some of none; W beside it."""
     generator = seeded(seed)
     components = [i for i, size in enumerate(sizes) for _ in range(size)] + [-1] * n_more
@@ -17,15 +17,15 @@ def reader(sizes, n_more, n_outputs, seed=0):
     covariance = (x @ torch.randn(f, f, generator=generator, dtype=torch.float64)).T.cov()
     w = torch.randn(f, n_outputs, generator=generator, dtype=torch.float64)
     order = torch.randperm(f, generator=generator)
-    return Reader(covariance, w @ w.T, torch.tensor(components)[order]), w
+    return Consumer(covariance, w @ w.T, torch.tensor(components)[order]), w
 
 
-def lost(reader, w, kept):
+def lost(consumer, w, kept):
     """Σ_o (w − ŵ)ᵀ C (w − ŵ) with ŵ refitted to the inputs of some components, by solving anew."""
-    c = reader.covariance + torch.diag(
-        1e-4 * reader.covariance.diagonal() + 1e-10 * reader.covariance.diagonal().mean()
+    c = consumer.covariance + torch.diag(
+        1e-4 * consumer.covariance.diagonal() + 1e-10 * consumer.covariance.diagonal().mean()
     )
-    stays = [i for i, component in enumerate(reader.components.tolist()) if component == -1 or component in kept]
+    stays = [i for i, component in enumerate(consumer.components.tolist()) if component == -1 or component in kept]
     refitted = torch.zeros_like(w)
     refitted[stays] = torch.linalg.solve(c[stays][:, stays], c[stays] @ w)
     return float(((w - refitted) * (c @ (w - refitted))).sum())
@@ -35,7 +35,7 @@ def lost(reader, w, kept):
 @pytest.mark.parametrize("sizes", [[1] * N, [3] * N, [1, 2, 3, 1, 1, 4, 2]])
 def test_every_step_takes_what_costs_least(sizes, n_pending, monkeypatch):
     monkeypatch.setattr(subset, "_MOST_PENDING", n_pending)
-    parts = [reader(sizes, 2, 5), reader(sizes[::-1], 0, 3, seed=1)]
+    parts = [consumer(sizes, 2, 5), consumer(sizes[::-1], 0, 3, seed=1)]
     elimination = backward_elimination([r for r, _ in parts], N)
     left, before = set(range(N)), 0.0
     for goes, cost in zip(elimination.order.tolist(), elimination.costs.tolist(), strict=True):
@@ -48,7 +48,7 @@ def test_every_step_takes_what_costs_least(sizes, n_pending, monkeypatch):
 
 def test_a_cluster_loses_its_last_member_only_when_all_are_down_to_one():
     clusters = torch.tensor([0, 0, 1, 1, 1, 2, 0])
-    part, _ = reader([2] * N, 1, 5)
+    part, _ = consumer([2] * N, 1, 5)
     order = backward_elimination([part], N, clusters).order
     assert sorted(clusters[order[-3:]].tolist()) == [0, 1, 2]
     free = backward_elimination([part], N).order
@@ -56,15 +56,15 @@ def test_a_cluster_loses_its_last_member_only_when_all_are_down_to_one():
 
 
 def test_of_equal_ones_the_lowest_index_stays():
-    part = Reader(torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64), torch.arange(4))
+    part = Consumer(torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64), torch.arange(4))
     assert backward_elimination([part], 4).order.tolist() == [3, 2, 1, 0]
 
 
 def test_channels_that_never_move_go_first():
-    part, _ = reader([1] * 5, 0, 3)
+    part, _ = consumer([1] * 5, 0, 3)
     covariance = part.covariance.clone()
     covariance[2] = covariance[:, 2] = 0
-    elimination = backward_elimination([Reader(covariance, part.costs, torch.arange(5))], 5)
+    elimination = backward_elimination([Consumer(covariance, part.costs, torch.arange(5))], 5)
     assert elimination.order[0] == 2
     assert torch.isfinite(elimination.costs).all()
     assert elimination.costs[0] < 1e-6

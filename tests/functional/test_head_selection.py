@@ -287,9 +287,9 @@ def test_global_pruning_with_heads_is_that_of_the_stock_pruner(scope, with_dims)
     pruner = CoSePPruner(model, x[:1], selector, **ignored, **options)
     pruner.step()
     twins_heads = attention_heads(twin)
-    twins = CoSePSelector(spatial=2, num_heads=twins_heads, scope=scope)
-    twins.fit(twin, [vectors(shape=(5, 20))], progress=False)
-    stock(twin, x, twins, twins_heads, **options).step()
+    of_original = CoSePSelector(spatial=2, num_heads=twins_heads, scope=scope)
+    of_original.fit(twin, [vectors(shape=(5, 20))], progress=False)
+    stock(twin, x, of_original, twins_heads, **options).step()
     assert_same_state(model.state_dict(), twin.state_dict())
     for layer in model.layers:
         assert layer.num_heads * layer.head_dim == layer.proj.in_features

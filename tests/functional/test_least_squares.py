@@ -90,7 +90,7 @@ def test_a_layer_does_not_become_much_more_sensitive(with_own):
 
     had = torch.cat([t] if own is None else [x, t], 1).var(0, correction=0)
     before = float((had[:, None] * torch.cat([weights] if own is None else [own, weights]) ** 2).sum())
-    wanted = []
+    spec = []
     for ridge in RIDGES:
         lost = 0.0
         for seen, other in (halves, halves[::-1]):
@@ -99,9 +99,9 @@ def test_a_layer_does_not_become_much_more_sensitive(with_own):
         a, _ = ridge_by_rows(x, t, ridge, True)
         now = a.T @ weights + (0 if own is None else own)
         sensitivity = float((x.var(0, correction=0)[:, None] * now**2).sum())
-        wanted.append((sensitivity > 2 * before, lost, ridge))
-    assert fit.ridge == min(wanted)[2]
-    assert min(wanted, key=lambda w: w[1])[0]  # what predicts best was refused
+        spec.append((sensitivity > 2 * before, lost, ridge))
+    assert fit.ridge == min(spec)[2]
+    assert min(spec, key=lambda w: w[1])[0]  # what predicts best was refused
     assert float(fit.coefficients.abs().max()) < 10
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tp_cosep import CoSePPruner, InputError, PruningError
 from tp_cosep.graph.groups import read_group
-from tp_cosep.pruning import planner as choices
+from tp_cosep.pruning import planner as planner
 
 
 def assert_refused(model, message, use, error=InputError):
@@ -136,7 +136,7 @@ def test_a_layer_in_two_groups(ratio, monkeypatch):
             prune = graph.get_pruner_of_module(layer).prune_out_channels
             yield graph.get_pruning_group(layer, prune, list(range(10)))
 
-    monkeypatch.setattr(choices, "prunable_groups", overlapping)
+    monkeypatch.setattr(planner, "prunable_groups", overlapping)
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=ratio)
     message = (
         r"layer '(stem|bn0|conv2|bn2)': its channel 0 belongs to the groups of 'stem' and of 'conv2', which would be "
@@ -251,7 +251,7 @@ def test_moments_of_one_member_are_of_another_width(layer, prune):
 def test_moments_of_one_reader_are_missing():
     model, x, y = build("resnet", 10)
     with_example(model, x)
-    selector = fitted(model, x, y, tap="consumers")
+    selector = fitted(model, x, y, observe="inputs")
     del selector.moments["conv3"]
     pruner = CoSePPruner(model, x[:1], selector)
     assert_refused(model, "layer 'conv3': expected class moments, got none", pruner.step)

@@ -70,7 +70,7 @@ class Case:
     options: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
     selector: dict[str, Any] = field(default_factory=dict)
     trace_options: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
-    makers: list[list[str]] | None = None  # of every set, if they are not what is measured
+    producers: list[list[str]] | None = None  # of every set, if they are not what is measured
 
     @property
     def example(self):
@@ -162,10 +162,10 @@ def residual():
 @case
 def residual_as_its_readers_see_it():
     plain = residual()
-    plain.makers = [sorted(channels.measured) for channels in plain.sets.values()]
-    readers = {"a": ("conv1", "conv3", "shortcut"), "b": ("conv2",), "c": ("conv4",), "d": ("head",)}
-    plain.sets = {name: Channels(plain.sets[name].n, dict.fromkeys(layers, own)) for name, layers in readers.items()}
-    plain.selector = {"tap": "consumers"}
+    plain.producers = [sorted(channels.measured) for channels in plain.sets.values()]
+    consumers = {"a": ("conv1", "conv3", "shortcut"), "b": ("conv2",), "c": ("conv4",), "d": ("head",)}
+    plain.sets = {name: Channels(plain.sets[name].n, dict.fromkeys(layers, own)) for name, layers in consumers.items()}
+    plain.selector = {"observe": "inputs"}
     return plain
 
 
@@ -334,9 +334,9 @@ def flatten():
 @case
 def flatten_as_its_readers_see_it():
     plain = flatten()
-    plain.makers = [sorted(channels.measured) for channels in plain.sets.values()]
+    plain.producers = [sorted(channels.measured) for channels in plain.sets.values()]
     plain.sets = {"a": Channels(6, {"fc": pixels(16)}), "b": Channels(9, {"head": own})}
-    plain.selector = {"tap": "consumers"}
+    plain.selector = {"observe": "inputs"}
     return plain
 
 
@@ -670,7 +670,7 @@ def test_exactly_the_selected_components_go(one, ratio):
     pruner.step()
     assert_same_state(model.state_dict(), one.pruned(state, kept))
     done = sorted(sorted(e.layers) for e in pruner.plan if e.selection)
-    assert done == sorted(one.makers or [sorted(channels.measured) for channels in one.sets.values()])
+    assert done == sorted(one.producers or [sorted(channels.measured) for channels in one.sets.values()])
     assert_runs(model, one.x[:3])
     again, _ = one.fresh()
     pruner.plan.apply(again, one.example, **one.trace_options(again))
@@ -704,7 +704,7 @@ def test_a_gated_unit_keeps_exactly_k_pairs(k):
 def test_readers_measure_what_addition_and_activation_make_of_the_channels():
     model, x, y = build("resnet", 10)
     model, x = model.double(), x.double()
-    selector = fitted(model, x, y, tap="consumers")
+    selector = fitted(model, x, y, observe="inputs")
     with torch.no_grad():
         a0 = F.relu(model.bn0(model.stem(x)))
         b = F.relu(model.bn1(model.conv1(a0)))
@@ -782,7 +782,7 @@ def channels_last(net, x):
 
 
 @pytest.mark.parametrize(
-    ("run", "readers", "idxs"),
+    ("run", "consumers", "idxs"),
     [
         # Two of each half go, so that shapes fit whichever half each of the readers is taken to read.
         (
@@ -796,9 +796,9 @@ def channels_last(net, x):
         (channels_last, {"head": nn.Linear(12 * 36, 4)}, [0, 5]),
     ],
 )
-def test_what_shapes_do_not_show(run, readers, idxs):
+def test_what_shapes_do_not_show(run, consumers, idxs):
     x, y = images(24, size=6)
-    model = initialise(Net(run, stem=nn.Conv2d(3, 12, 1), **copy.deepcopy(readers)))
+    model = initialise(Net(run, stem=nn.Conv2d(3, 12, 1), **copy.deepcopy(consumers)))
     masked, whole = copy.deepcopy(model), model(x).detach()
     masked.stem.weight.data[idxs], masked.stem.bias.data[idxs] = 0, 0
     with contextlib.suppress(InputError, PruningError):
@@ -926,9 +926,9 @@ def test_an_lstm_loses_inputs_and_keeps_its_outputs(options):
     for key, value in model.state_dict().items():
         dim = {"fc.weight": 0, "fc.bias": 0, "lstm.weight_ih_l0": 1, "lstm.weight_ih_l0_reverse": 1}.get(key)
         assert torch.equal(value, state[key] if dim is None else state[key].index_select(dim, kept)), key
-    (entry,) = [e for e in pruner.plan if e.name == "lstm"]
-    assert entry.selection is None
-    assert entry.reason == "Torch-Pruning cannot prune the outputs of a recurrent layer"
+    (group_plan,) = [e for e in pruner.plan if e.name == "lstm"]
+    assert group_plan.selection is None
+    assert group_plan.reason == "Torch-Pruning cannot prune the outputs of a recurrent layer"
     assert_runs(model, x[:3])
     assert_same_state(pruner.plan.apply(fresh, x[:2]).state_dict(), model.state_dict())
 
@@ -1107,18 +1107,18 @@ REAL = {
 def lost_channels(model, example, plan, options):
     """Rows that a plan takes from every layer's outputs and inputs, from groups of the unpruned model."""
     graph, lost = trace(model, example, **options), {"out": {}, "in": {}}
-    for entry in plan:
-        if entry.selection is None:
+    for group_plan in plan:
+        if group_plan.selection is None:
             continue
-        layer = model.get_submodule(entry.name)
+        layer = model.get_submodule(group_plan.name)
         prune = graph.get_pruner_of_module(layer).prune_out_channels
-        view = read_group(graph.get_pruning_group(layer, prune, list(range(entry.selection.n_channels))))
-        for side, members in (("out", view.members), ("in", view.readers)):
+        view = read_group(graph.get_pruning_group(layer, prune, list(range(group_plan.selection.n_channels))))
+        for side, members in (("out", view.producers), ("in", view.consumers)):
             for member in members:
                 gone = [
                     row
                     for row, channel in zip(member.rows.tolist(), member.channels.tolist(), strict=True)
-                    if channel in entry.selection.prune_idxs
+                    if channel in group_plan.selection.prune_idxs
                 ]
                 lost[side].setdefault(member.name, set()).update(gone)
     return lost

@@ -19,7 +19,7 @@ def groups_by_root(model, x, ignored=()):
 
 def producers(view):
     """Members that are convolutions or linear layers: name → (rows, components)."""
-    layers = [m for m in view.members if isinstance(m.layer, ROOTS)]
+    layers = [m for m in view.producers if isinstance(m.layer, ROOTS)]
     return {m.name: (m.rows.tolist(), m.components.tolist()) for m in layers}
 
 
@@ -44,7 +44,7 @@ def test_members_are_the_layers_that_create_the_channels(kind, width):
         assert view.n_components == view.n_channels == view.root.weight.shape[0]
         identity = list(range(view.n_channels))
         assert all(pair == (identity, identity) for pair in producers(view).values())
-        assert all(m.n_channels == view.n_channels for m in view.members)
+        assert all(m.n_channels == view.n_channels for m in view.producers)
         found[name] = set(producers(view))
     expected = [set(layers) for layers in PRODUCERS[kind].values()]
     assert sorted(map(sorted, found.values())) == sorted(map(sorted, expected))
@@ -70,11 +70,11 @@ def test_concatenation_shifts_rows_and_repeats_components():
     model, x = Concat().eval(), torch.zeros(1, 3, 4, 4)
     views = {name: read_group(group) for name, group in groups_by_root(model, x, [model.head]).items()}
     assert producers(views["a"]) == {"a": ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])}
-    (bn,) = [m for m in views["a"].members if m.name == "bn"]
+    (bn,) = [m for m in views["a"].producers if m.name == "bn"]
     assert bn.n_channels == 16
     pairs = sorted(zip(bn.rows.tolist(), bn.components.tolist(), strict=True))
     assert pairs == [(i, i) for i in range(5)] + [(11 + i, i) for i in range(5)]
-    (bn,) = [m for m in views["b"].members if m.name == "bn"]
+    (bn,) = [m for m in views["b"].producers if m.name == "bn"]
     assert sorted(zip(bn.rows.tolist(), bn.components.tolist(), strict=True)) == [(5 + i, i) for i in range(6)]
 
 
@@ -101,7 +101,7 @@ def test_layers_that_create_a_part_of_the_channels():
         "a": ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
         "b": ([0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 10]),
     }
-    assert {m.name: m.n_channels for m in view.members if m.name in "ab"} == {"a": 5, "b": 6}
+    assert {m.name: m.n_channels for m in view.producers if m.name in "ab"} == {"a": 5, "b": 6}
 
 
 def channel_groups_net(*, norm_groups=None, conv_groups=1, width=12):
@@ -267,6 +267,6 @@ def test_l1_norms_of_an_embedding_are_those_of_its_columns():
 
     model = initialise(Text())
     view = read_group(group_of(model, torch.zeros(1, 5, dtype=torch.int64), "fc"))
-    assert {m.name for m in view.members} == {"fc", "embedding"}
+    assert {m.name for m in view.producers} == {"fc", "embedding"}
     rows, columns = model.fc.weight.detach().double(), model.embedding.weight.detach().double()
     torch.testing.assert_close(l1_norms(view), rows.abs().sum(1) + columns.abs().sum(0))

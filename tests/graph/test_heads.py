@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningError, PruningPlan
 from tp_cosep.functional.separability import profiles
 from tp_cosep.graph.groups import read_group
-from tp_cosep.graph.heads import attention_groups, attention_heads, head_parameters, heads_of, tell_owners
+from tp_cosep.graph.heads import attention_groups, attention_heads, head_parameters, heads_of, update_owners
 from tp_cosep.graph.tracing import ROOT_TYPES, trace
 from tp_cosep.selection.heads import select_heads
 
@@ -135,12 +135,12 @@ def outputs(model, x):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def kept_heads(entry):
+def kept_heads(group_plan):
     """Heads that an entry keeps; none of them in part."""
-    n_heads = max(before for before, _ in entry.heads.values())
-    size = entry.selection.n_channels // n_heads
-    kept = sorted({i // size for i in entry.selection.keep_idxs})
-    assert entry.selection.keep_idxs == tuple(h * size + i for h in kept for i in range(size))
+    n_heads = max(before for before, _ in group_plan.heads.values())
+    size = group_plan.selection.n_channels // n_heads
+    kept = sorted({i // size for i in group_plan.selection.keep_idxs})
+    assert group_plan.selection.keep_idxs == tuple(h * size + i for h in kept for i in range(size))
     return kept, n_heads, size
 
 
@@ -148,11 +148,11 @@ def head_entries(plan):
     return [e for e in plan if e.unit == "head" and e.selection is not None]
 
 
-def assert_only_these_heads_remain(model, before, entry):
+def assert_only_these_heads_remain(model, before, group_plan):
     """Exactly the weights of the kept heads, in every projection and in the layer behind, and the owner's numbers."""
-    kept, _, size = kept_heads(entry)
-    channels = list(entry.selection.keep_idxs)
-    for name, (was, now) in entry.heads.items():
+    kept, _, size = kept_heads(group_plan)
+    channels = list(group_plan.selection.keep_idxs)
+    for name, (was, now) in group_plan.heads.items():
         weight = before.get_submodule(name).weight
         parts = weight.shape[0] // (was * size)
         rows = range(weight.shape[0]) if was == now else [p * was * size + c for p in range(parts) for c in channels]
@@ -164,17 +164,19 @@ def assert_only_these_heads_remain(model, before, entry):
         sizes = [getattr(owner, a) for a in ("head_dim", "attention_head_size") if hasattr(owner, a)]
         assert set(numbers) <= {len(kept)}  # Llama keeps the size alone
         assert set(sizes) <= {size}
-    assert torch.equal(model.get_submodule(entry.name).weight, before.get_submodule(entry.name).weight[:, channels])
+    assert torch.equal(
+        model.get_submodule(group_plan.name).weight, before.get_submodule(group_plan.name).weight[:, channels]
+    )
 
 
-def zeroed_outputs(model, x, entries):
+def zeroed_outputs(model, x, group_plans):
     """What the unpruned model says when the outputs of the dropped heads are zero."""
     handles = []
-    for entry in entries:
-        mask = torch.zeros(entry.selection.n_channels)
-        mask[list(entry.selection.keep_idxs)] = 1
+    for group_plan in group_plans:
+        mask = torch.zeros(group_plan.selection.n_channels)
+        mask[list(group_plan.selection.keep_idxs)] = 1
         handles.append(
-            model.get_submodule(entry.name).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
+            model.get_submodule(group_plan.name).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
         )
     try:
         return outputs(model, x)
@@ -189,14 +191,14 @@ def test_whole_heads_go_and_the_rest_of_the_model_is_as_before(name, tmp_path):
     before, again = copy.deepcopy(model), copy.deepcopy(model)
     pruner = head_pruner(model, x, selector, name)
     pruner.step()
-    entries = head_entries(pruner.plan)
+    group_plans = head_entries(pruner.plan)
     n_layers = sum("qkv" in n or n.endswith(("query", "q_proj", "q_lin")) for n, _ in before.named_modules())
-    assert len(entries) == n_layers > 1
-    for entry in entries:
-        assert len(kept_heads(entry)[0]) == 2
-        assert_only_these_heads_remain(model, before, entry)
+    assert len(group_plans) == n_layers > 1
+    for group_plan in group_plans:
+        assert len(kept_heads(group_plan)[0]) == 2
+        assert_only_these_heads_remain(model, before, group_plan)
     with torch.no_grad():
-        assert outputs(model, x) == pytest.approx(zeroed_outputs(before, x, entries), abs=1e-5)
+        assert outputs(model, x) == pytest.approx(zeroed_outputs(before, x, group_plans), abs=1e-5)
     outputs(model, x).square().sum().backward()
     assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
     model.zero_grad()
@@ -222,8 +224,10 @@ def test_parameters_with_an_entry_per_head_follow_their_heads(name, parameter, d
     pruner = head_pruner(model, x, selector, name)
     pruner.step()
     for i in range(2):
-        entry = next(e for e in head_entries(pruner.plan) if e.name == f"{parameter.format(i).rpartition('.')[0]}.proj")
-        expected = before.get_parameter(parameter.format(i)).index_select(dim, torch.tensor(kept_heads(entry)[0]))
+        group_plan = next(
+            e for e in head_entries(pruner.plan) if e.name == f"{parameter.format(i).rpartition('.')[0]}.proj"
+        )
+        expected = before.get_parameter(parameter.format(i)).index_select(dim, torch.tensor(kept_heads(group_plan)[0]))
         assert torch.equal(model.get_parameter(parameter.format(i)), expected)
     assert torch.equal(model.get_parameter(parameter.format(1)).grad, 2 * expected)
     assert not model.get_parameter(parameter.format(0)).requires_grad
@@ -266,26 +270,28 @@ def test_the_same_dimensions_of_every_head_go(name, heads_too):
     options = {"pruning_ratio_dict": ratios, "prune_num_heads": heads_too, "prune_head_dims": True}
     pruner = head_pruner(model, x, selector, name, **options)
     pruner.step()
-    entries = [e for e in pruner.plan if e.heads and e.unit == "channel"]
-    assert len(entries) > 1
-    assert len(head_entries(pruner.plan)) == (len(entries) if heads_too else 0)
-    for entry in entries:
-        (n_heads,) = {after for _, after in entry.heads.values()}
-        size = entry.selection.n_channels // n_heads
-        dims = [i for i in entry.selection.keep_idxs if i < size]
-        assert entry.selection.keep_idxs == tuple(h * size + i for h in range(n_heads) for i in dims)
+    group_plans = [e for e in pruner.plan if e.heads and e.unit == "channel"]
+    assert len(group_plans) > 1
+    assert len(head_entries(pruner.plan)) == (len(group_plans) if heads_too else 0)
+    for group_plan in group_plans:
+        (n_heads,) = {after for _, after in group_plan.heads.values()}
+        size = group_plan.selection.n_channels // n_heads
+        dims = [i for i in group_plan.selection.keep_idxs if i < size]
+        assert group_plan.selection.keep_idxs == tuple(h * size + i for h in range(n_heads) for i in dims)
         assert len(dims) == size // 2
         heads = range(4)
         if heads_too:
-            heads, _, _ = kept_heads(next(e for e in head_entries(pruner.plan) if e.name == entry.name))
+            heads, _, _ = kept_heads(next(e for e in head_entries(pruner.plan) if e.name == group_plan.name))
         assert len(heads) == n_heads
         channels = [h * size + i for h in heads for i in dims]
-        for layer in entry.heads:
+        for layer in group_plan.heads:
             weight = before.get_submodule(layer).weight
             rows = [part * 4 * size + c for part in range(len(weight) // (4 * size)) for c in channels]
             assert torch.equal(model.get_submodule(layer).weight, weight[rows])
-        assert torch.equal(model.get_submodule(entry.name).weight, before.get_submodule(entry.name).weight[:, channels])
-        module = model.get_submodule(next(iter(entry.heads)).rpartition(".")[0])
+        assert torch.equal(
+            model.get_submodule(group_plan.name).weight, before.get_submodule(group_plan.name).weight[:, channels]
+        )
+        module = model.get_submodule(next(iter(group_plan.heads)).rpartition(".")[0])
         assert {getattr(module, a) for a in ("head_dim", "attention_head_size") if hasattr(module, a)} <= {size // 2}
     outputs(model, x).sum().backward()
     pruner.plan.apply(again, x[:2])
@@ -314,8 +320,10 @@ def test_torchs_own_attention_loses_the_same_dimensions_of_every_head(tmp_path):
     selector = CoSePSelector(space="separability", spatial=2).fit(model, [(x, y)], progress=False)
     pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, adapt=adapt)
     pruner.step()
-    entry = next(e for e in pruner.plan if e.selection and e.selection.n_channels == 24 and "conv_proj" in e.layers)
-    kept = list(entry.selection.keep_idxs)
+    group_plan = next(
+        e for e in pruner.plan if e.selection and e.selection.n_channels == 24 and "conv_proj" in e.layers
+    )
+    kept = list(group_plan.selection.keep_idxs)
     assert [sum(h * 6 <= i < h * 6 + 6 for i in kept) for h in range(4)] == [3] * 4
     for was, now in zip(before.encoder.layers, model.encoder.layers, strict=True):
         attention = now.self_attention
@@ -353,9 +361,9 @@ def test_the_knee_decides_how_many_heads_stay():
     selector = CoSePSelector(spatial=2, knee="strongest").fit(model, [(x, y)], progress=False)
     pruner = head_pruner(model, x, selector, pruning_ratio=None, head_pruning_ratio=0.0)
     pruner.step()
-    (entry,) = head_entries(pruner.plan)
-    assert entry.reason == "heads, knee at 3"
-    assert {h % 3 for h in kept_heads(entry)[0]} == {0, 1, 2}
+    (group_plan,) = head_entries(pruner.plan)
+    assert group_plan.reason == "heads, knee at 3"
+    assert {h % 3 for h in kept_heads(group_plan)[0]} == {0, 1, 2}
     assert model.layers[0].num_heads == 3
 
 
@@ -384,8 +392,8 @@ def test_heads_of_the_whole_model_in_one_space(name):
     left = [max(n for _, n in e.heads.values()) for e in head_entries(pruner.plan)]
     assert sum(left) == 2 * len(left)
     assert min(left) >= 1
-    for entry in head_entries(pruner.plan):
-        assert_only_these_heads_remain(model, before, entry)
+    for group_plan in head_entries(pruner.plan):
+        assert_only_these_heads_remain(model, before, group_plan)
     with torch.no_grad():
         expected = zeroed_outputs(before, x, head_entries(pruner.plan))
         assert outputs(model, x) == pytest.approx(expected, abs=1e-5)
@@ -551,8 +559,8 @@ def test_query_heads_that_share_keys_and_values_go_in_equal_numbers():
     before = copy.deepcopy(model)
     pruner = head_pruner(model, x, selector)
     pruner.step()
-    for entry in head_entries(pruner.plan):
-        assert sorted(h // 2 for h in kept_heads(entry)[0]) == [0, 1]
+    for group_plan in head_entries(pruner.plan):
+        assert sorted(h // 2 for h in kept_heads(group_plan)[0]) == [0, 1]
     for layer, was in zip(model.layers, before.layers, strict=True):
         assert (layer.num_heads, layer.num_key_value_heads, layer.head_dim) == (2, 2, 6)
         assert torch.equal(layer.k_proj.weight, was.k_proj.weight)
@@ -569,9 +577,9 @@ def test_dimensions_of_heads_that_share_keys_and_values_go_with_theirs(heads_too
     pruner.step()
     heads = {e.name: kept_heads(e)[0] for e in head_entries(pruner.plan)}
     for i, (layer, was) in enumerate(zip(model.layers, before.layers, strict=True)):
-        (entry,) = [e for e in pruner.plan if e.name == f"layers.{i}.proj" and e.unit == "channel" and e.heads]
-        dims = [c for c in entry.selection.keep_idxs if c < 6]
-        kept = heads.get(entry.name, range(4))
+        (group_plan,) = [e for e in pruner.plan if e.name == f"layers.{i}.proj" and e.unit == "channel" and e.heads]
+        dims = [c for c in group_plan.selection.keep_idxs if c < 6]
+        kept = heads.get(group_plan.name, range(4))
         assert len(dims) == 3
         assert (layer.num_heads, layer.num_key_value_heads, layer.head_dim) == (len(kept), 2, 3)
         assert torch.equal(layer.q_proj.weight, was.q_proj.weight[[6 * h + d for h in kept for d in dims]])
@@ -760,7 +768,7 @@ def test_only_attributes_that_said_the_old_number_are_changed():
     attributes = {"num_heads": 4, "head_dim": 6, "inner_dim": 24, "heads": 7, "n_rep": 2, "num_kv_heads": 2}
     model = nn.Sequential(owner({"q_proj": 24, "k_proj": 12, "v_proj": 12}, **attributes))
     before = {"0.q_proj": (4, 6), "0.k_proj": (2, 6), "0.v_proj": (2, 6)}
-    tell_owners(model, before, before | {"0.q_proj": (2, 6)})
+    update_owners(model, before, before | {"0.q_proj": (2, 6)})
     now = {name: getattr(model[0], name) for name in attributes}
     assert now == attributes | {"num_heads": 2, "inner_dim": 12, "n_rep": 1}
 

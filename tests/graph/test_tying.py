@@ -55,8 +55,8 @@ def test_which_parameters_are_tied():
     assert tied_parameters(nn.Sequential(layer, nn.ReLU(), layer)) == []  # one layer, which runs twice
 
 
-@pytest.mark.parametrize("repair", [False, True, "sequential"])
-def test_a_table_stays_the_output_layers_weight(repair, tmp_path):
+@pytest.mark.parametrize("refit", [False, True, "sequential"])
+def test_a_table_stays_the_output_layers_weight(refit, tmp_path):
     model, (x, y) = made(Language), words()
     whole = sum(p.numel() for p in model.parameters())
     selector = CoSePSelector().fit(model, [(x, y)], progress=False)
@@ -66,17 +66,17 @@ def test_a_table_stays_the_output_layers_weight(repair, tmp_path):
         selector,
         target={"params": 0.6},
         loader=[(x, y)],
-        compensate=repair,
+        compensate=refit,
         fit_options={"progress": False},
     )
     pruner.step()
     assert model.out.weight is model.table.weight
     assert model.table.embedding_dim < 24
     assert 0.5 < sum(p.numel() for p in model.parameters()) / whole <= 0.6
-    if repair:  # a refit would have changed what the words are
+    if refit:  # a refit would have changed what the words are
         kept = next(g.selection.keep_idxs for g in pruner.plan if "table" in g.layers)
         assert torch.equal(model.table.weight, made(Language).table.weight[:, list(kept)])
-        (left,) = (r for r in pruner.compensator.repairs if r.name == "out")
+        (left,) = (r for r in pruner.compensator.refits if r.name == "out")
         assert left.reason == "another layer has the same weight"
     tp_cosep.save(model, pruner.plan, tmp_path)
     again = tp_cosep.load(tmp_path, Language)

@@ -173,10 +173,10 @@ def test_pruner_meets_a_target(kind, unit, space):
 def test_target_with_other_options():
     model, x, y = build("vgg", 24)
     whole, selector = macs_by_hooks(model, x), fitted(model, x, y, space="joint")
-    told = copy.deepcopy(model)
-    CoSePPruner(told, x[:1], selector, target={"macs": 0.25}, pruning_ratio_dict={told.conv2: 0.75}).step()
-    assert told.conv2.out_channels == 6
-    assert 0.22 < macs_by_hooks(told, x) / whole <= 0.25
+    fixed = copy.deepcopy(model)
+    CoSePPruner(fixed, x[:1], selector, target={"macs": 0.25}, pruning_ratio_dict={fixed.conv2: 0.75}).step()
+    assert fixed.conv2.out_channels == 6
+    assert 0.22 < macs_by_hooks(fixed, x) / whole <= 0.25
     rounded = copy.deepcopy(model)
     CoSePPruner(rounded, x[:1], selector, target={"macs": 0.5}, round_to=4).step()
     assert all(n % 4 == 0 for n in widths(rounded).values())
@@ -254,8 +254,8 @@ def test_recurrent_layers_count_and_keep_their_outputs():
     pruner.step()
     assert (model.lstm.hidden_size, model.lstm.input_size) == (8, model.stem.out_features)
     assert model.stem.out_features < 24
-    (entry,) = [e for e in pruner.plan if e.name == "lstm"]
-    assert entry.reason == "Torch-Pruning cannot prune the outputs of a recurrent layer"
+    (group_plan,) = [e for e in pruner.plan if e.name == "lstm"]
+    assert group_plan.reason == "Torch-Pruning cannot prune the outputs of a recurrent layer"
 
 
 def test_a_target_that_is_missed_is_said_to_be():

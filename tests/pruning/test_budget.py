@@ -24,15 +24,15 @@ def test_a_preview_tells_what_targets_leave(kind):
     assert_untouched(model, before)
     assert len(pruner.plan) == 0
     whole = preview.points[0]
-    assert (whole.macs, whole.params, whole.coverage) == (macs_by_hooks(model, x), n_params(model, x), 1)
+    assert (whole.macs, whole.params, whole.retained_variance) == (macs_by_hooks(model, x), n_params(model, x), 1)
     for a, b in zip(preview.points, preview.points[1:], strict=False):
         assert b.macs < a.macs
-        assert b.coverage <= a.coverage
+        assert b.retained_variance <= a.retained_variance
     for point in preview.points[1::3]:
         trial = copy.deepcopy(model)
         CoSePPruner(trial, x[:1], pruner.importance, target={"macs": point.macs * (1 + 1e-9)}).step()
         assert (macs_by_hooks(trial, x), n_params(trial, x)) == (pytest.approx(point.macs), pytest.approx(point.params))
-        assert 0 < point.coverage < 1
+        assert 0 < point.retained_variance < 1
     lines = str(preview).splitlines()
     assert len(lines) == len(preview.points) + 1
     assert f"{preview.points[-1].params:,.0f}" in lines[-1]
@@ -83,7 +83,7 @@ def test_a_latency_is_met_by_what_is_timed(kind, share, monkeypatch):
     pruner.step()
     assert share * 0.93 < as_macs(model, x) / before <= share
     assert 2 <= n_timed <= 9
-    assert all(entry.reason == "target in latency" for entry in pruner.plan if entry.selection)
+    assert all(group_plan.reason == "target in latency" for group_plan in pruner.plan if group_plan.selection)
 
 
 def test_a_latency_in_milliseconds(monkeypatch):

@@ -14,12 +14,14 @@ from tp_cosep.graph.groups import read_group
 
 def assert_plan_tells_the_truth(plan, before, after):
     """The channels that the plan says are kept are those that are there; whatever is missing is in the plan."""
-    told = {}
-    for entry in plan:
-        for name in entry.layers:
-            if name in before and entry.side == "out":
-                told[name] = len(entry.selection.keep_idxs) if entry.selection else told.get(name, before[name])
-    assert {name: told.get(name, n) for name, n in before.items()} == after
+    fixed = {}
+    for group_plan in plan:
+        for name in group_plan.layers:
+            if name in before and group_plan.side == "out":
+                fixed[name] = (
+                    len(group_plan.selection.keep_idxs) if group_plan.selection else fixed.get(name, before[name])
+                )
+    assert {name: fixed.get(name, n) for name, n in before.items()} == after
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -34,10 +36,10 @@ def test_automatic_counts(kind, width):
     assert_plan_tells_the_truth(pruner.plan, before, widths(model))
     planned = {frozenset(n for n in e.layers if n in before): e for e in pruner.plan}
     for c, names in PRODUCERS[kind].items():
-        entry = planned[frozenset(names)]
-        assert entry.selection.keep_idxs == chosen[c].keep_idxs
-        assert entry.reason.startswith("knee at ") or entry.reason in ("no knee", "all alike")
-        assert torch.equal(entry.selection.scores, chosen[c].scores)
+        group_plan = planned[frozenset(names)]
+        assert group_plan.selection.keep_idxs == chosen[c].keep_idxs
+        assert group_plan.reason.startswith("knee at ") or group_plan.reason in ("no knee", "all alike")
+        assert torch.equal(group_plan.selection.scores, chosen[c].scores)
     assert planned[frozenset(["head"])].selection is None
     assert "model's output" in planned[frozenset(["head"])].reason
 
@@ -50,12 +52,12 @@ def test_interactive(kind, width):
     pruner, skipped = CoSePPruner(model, x[:1], selector), PRODUCERS[kind]["a"]
     for group in pruner.step(interactive=True):
         assert isinstance(group, tp.dependency.Group)
-        if {m.name for m in read_group(group).members}.isdisjoint(skipped):
+        if {m.name for m in read_group(group).producers}.isdisjoint(skipped):
             group.prune()
     kept = kept_of(chosen) | {"a": range(chosen["a"].n_channels)}
     assert_same_state(model.state_dict(), pruned_state(model, state, kept))
-    entries = [e for e in pruner.plan if skipped[0] in e.layers]
-    assert [e.selection and e.selection.prune_idxs for e in entries] in ([None], [()])
+    group_plans = [e for e in pruner.plan if skipped[0] in e.layers]
+    assert [e.selection and e.selection.prune_idxs for e in group_plans] in ([None], [()])
     assert_plan_tells_the_truth(pruner.plan, before, widths(model))
 
 

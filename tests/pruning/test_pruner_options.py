@@ -88,18 +88,18 @@ def test_round_to(round_to, ratio):
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=ratio, round_to=round_to)
     pruner.step()
     for name, n in own.items():
-        kept, wanted = widths(model)[name], n if ratio is None else max(1, int(before[name] * (1 - ratio)))
+        kept, spec = widths(model)[name], n if ratio is None else max(1, int(before[name] * (1 - ratio)))
         assert kept > 0
         assert kept % round_to == 0 or kept == before[name]
-        assert abs(kept - wanted) <= round_to / 2 or kept in (round_to, before[name])
+        assert abs(kept - spec) <= round_to / 2 or kept in (round_to, before[name])
     assert told_by_plan(pruner.plan) == {name: n for name, n in widths(model).items() if name != "head"}
-    for entry in pruner.plan:
-        if entry.selection:
+    for group_plan in pruner.plan:
+        if group_plan.selection:
             group = next(
-                g for g in trace(twin, x[:1]).get_all_groups() if has_output(twin.get_submodule(entry.name), g)
+                g for g in trace(twin, x[:1]).get_all_groups() if has_output(twin.get_submodule(group_plan.name), g)
             )
-            expected = selector.select(group, n_keep=len(entry.selection.keep_idxs))
-            assert entry.selection.keep_idxs == expected.keep_idxs
+            expected = selector.select(group, n_keep=len(group_plan.selection.keep_idxs))
+            assert group_plan.selection.keep_idxs == expected.keep_idxs
 
 
 @pytest.mark.parametrize(("round_to", "slots"), [(4, 4), (8, 8), (5, 5)])
@@ -264,7 +264,7 @@ def test_repair_is_told_of_parameters_outside_of_layers():
     )
     pruner.step()
     assert model.position.shape == (1, 6, 8, 8)
-    assert {repair.name for repair in pruner.compensator.repairs if not repair.reason} == {"second", "head"}
+    assert {refit.name for refit in pruner.compensator.refits if not refit.reason} == {"second", "head"}
 
 
 def test_pruners_share_no_defaults():
@@ -438,4 +438,4 @@ def test_data_that_repair_cannot_read_is_no_failure_of_a_group(on_failure):
     options["fit_options"]["target_fn"] = lambda batch: (batch["image"], None)
     pruner = CoSePPruner(model, x[:1], selector, target={"macs": 0.5}, loader=[{"image": x}], **options)
     pruner.step()
-    assert pruner.compensator.repairs
+    assert pruner.compensator.refits

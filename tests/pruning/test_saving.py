@@ -38,10 +38,10 @@ def assert_same_model(model, again, *inputs):
         assert torch.equal(again(*one), model(*one))
 
 
-@pytest.mark.parametrize("repair", [{}, {"compensate": True, "recalibrate": True}], ids=["plain", "repaired"])
+@pytest.mark.parametrize("refit", [{}, {"compensate": True, "recalibrate": True}], ids=["plain", "repaired"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_comes_back(kind, repair, tmp_path):
-    make, model, plan, x = saved(kind, tmp_path / "new", **repair)
+def test_a_model_comes_back(kind, refit, tmp_path):
+    make, model, plan, x = saved(kind, tmp_path / "new", **refit)
     again = tp_cosep.load(tmp_path / "new", make)
     assert_same_model(model, again, x)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(FILES)

@@ -17,7 +17,7 @@ from benchmarks.page import plan_of
 from tp_cosep import GroupPlan, InputError, PruningPlan
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.report.benchmark import ModelStats
-from tp_cosep.selection.embedding import ClassPair, GroupPicture, kept_components, plane
+from tp_cosep.selection.embedding import ClassPair, GroupEmbedding, kept_components, plane
 
 VOID = {"meta", "link", "wbr"}
 HOSTILE = """</script><script>alert(1)</script>"><img src=x onerror='alert(2)'>&amp;\u202e"""
@@ -74,10 +74,10 @@ def selection_of(n, n_keep=None, seed=0):
     return d, select_channels(d, n_keep=n_keep)
 
 
-def entry(name, n=12, n_keep=5, *, seed=0, picture=True, n_labels=10, reason="knee at 5, guarded", **options):
+def group_plan(name, n=12, n_keep=5, *, seed=0, embedding=True, n_labels=10, reason="knee at 5, guarded", **options):
     d, selection = selection_of(n, n_keep, seed)
     drawn = None
-    if picture:
+    if embedding:
         points, shares = plane(d)
         scale = float(points.abs().max())
         xy = tuple((round(x, 3), round(y, 3)) for x, y in (points / (scale or 1)).tolist())
@@ -86,16 +86,16 @@ def entry(name, n=12, n_keep=5, *, seed=0, picture=True, n_labels=10, reason="kn
             tuple(ClassPair((3 * j + i) % n_labels, (7 * j + i + 1) % n_labels, 2 / (i + 1)) for i in range(3))
             for j in numbers
         )
-        drawn = GroupPicture(xy, scale, shares, (), pairs, (n_labels, n_labels))
-    return GroupPlan(name, "out", (name,), selection, reason, picture=drawn, **options)
+        drawn = GroupEmbedding(xy, scale, shares, (), pairs, (n_labels, n_labels))
+    return GroupPlan(name, "out", (name,), selection, reason, embedding=drawn, **options)
 
 
 @pytest.fixture
 def plan():
     costs = {"conv1": (100, 50), "conv2": (700, 150), "head": (200, 100)}
     groups = (
-        entry("conv2", 20, 8, seed=1),
-        entry("conv1"),
+        group_plan("conv2", 20, 8, seed=1),
+        group_plan("conv1"),
         GroupPlan("head", "out", ("head",), None, "its channels are the model's output"),
     )
     return PruningPlan(groups, {"target": {"macs": 0.3}}, costs={"macs": costs, "params": costs})
@@ -212,11 +212,11 @@ class TestContents:
             parts = [part.split(" to ") for part in text.split(", ")]
             return tuple(i for ends in parts for i in range(int(ends[0]), int(ends[-1]) + 1))
 
-        readable = {spelt(text) for text in listed if re.fullmatch(r"\d+( to \d+)?(, \d+( to \d+)?)*", text)}
-        assert readable == {*kept, *(g.selection.prune_idxs for g in plan if g.selection)}
+        readable_groups = {spelt(text) for text in listed if re.fullmatch(r"\d+( to \d+)?(, \d+( to \d+)?)*", text)}
+        assert readable_groups == {*kept, *(g.selection.prune_idxs for g in plan if g.selection)}
 
     def test_visits_of_one_group_are_one_row(self, plan, tmp_path):
-        again = entry("conv1", 5, 3, seed=4, reason="pruning_ratio")
+        again = group_plan("conv1", 5, 3, seed=4, reason="pruning_ratio")
         left = GroupPlan("conv1", "out", ("conv1",), None, "the caller did not prune it")
         page = write(replace(plan, groups=(*plan.groups, again, left)), tmp_path)
         row = page.rows("Layers")[0]
@@ -228,35 +228,35 @@ class TestContents:
 
     def test_heads_are_counted_as_heads(self, plan, tmp_path):
         _, chosen = selection_of(4, 2)
-        picture = replace(entry("x", 4, 2).picture, component_of=tuple(i // 6 for i in range(24)))
+        embedding = replace(group_plan("x", 4, 2).embedding, component_of=tuple(i // 6 for i in range(24)))
         selection = chosen.expanded(torch.arange(4).repeat_interleave(6))
-        heads = GroupPlan("proj", "in", ("qkv",), selection, "heads", "head", {"qkv": (4, 2)}, picture)
+        heads = GroupPlan("proj", "in", ("qkv",), selection, "heads", "head", {"qkv": (4, 2)}, embedding)
         page = write(PruningPlan((heads,)), tmp_path)
         assert page.rows("Layers")[0][:4] == ["proj (inputs)", "2 / 4 heads", "50.0%", "2"]
         assert "2 of 4 heads kept" in page.source
         assert "qkv 4 → 2" in page.source
 
     def test_coverage_is_called_by_its_name(self, plan, tmp_path):
-        group = entry("conv1")
-        covered = replace(group, selection=replace(group.selection, criterion="coverage"))
+        group = group_plan("conv1")
+        covered = replace(group, selection=replace(group.selection, criterion="retained variance"))
         page = write(PruningPlan((covered,)), tmp_path)
         assert "Share of what the readers see" in page.source
         assert "Silhouette" not in page.source
 
     def test_what_is_not_known_is_said(self, plan, tmp_path):
-        bare = PruningPlan(tuple(replace(group, picture=None) for group in plan))
+        bare = PruningPlan(tuple(replace(group, embedding=None) for group in plan))
         page = write(bare, tmp_path)
         assert "The plan does not say what its layers cost" in page.source
         assert page.source.count("The plan holds no picture of this group") == 2
         assert "Accuracy and latency were not measured" in page.source
         assert {row[6] for row in page.rows("Layers")} == {"–"}
         note = "classes were not measured where its channels are compared"
-        blind = replace(entry("conv1"), picture=replace(entry("conv1").picture, pairs=(), note=note))
+        blind = replace(group_plan("conv1"), embedding=replace(group_plan("conv1").embedding, pairs=(), note=note))
         assert f"not known: {note}." in write(PruningPlan((blind,)), tmp_path).source
 
     def test_some_of_the_classes(self, tmp_path):
-        group = entry("conv1")
-        some = replace(group, picture=replace(group.picture, n_classes=(40, 1000)))
+        group = group_plan("conv1")
+        some = replace(group, embedding=replace(group.embedding, n_classes=(40, 1000)))
         assert "among 40 of the 1,000 classes" in write(PruningPlan((some,)), tmp_path).source
 
     @pytest.mark.parametrize(
@@ -264,9 +264,9 @@ class TestContents:
         [
             ((), "The plan is empty."),
             ((GroupPlan("head", "out", ("head",), None, "output"),), "Nothing was pruned."),
-            ((entry("conv1", 12, 12),), "Nothing was pruned."),
-            ((entry("conv1", 1, 1),), "Nothing was pruned."),
-            ((entry("conv1", 2, 1),), "1 of 2 channels stay."),
+            ((group_plan("conv1", 12, 12),), "Nothing was pruned."),
+            ((group_plan("conv1", 1, 1),), "Nothing was pruned."),
+            ((group_plan("conv1", 2, 1),), "1 of 2 channels stay."),
         ],
         ids=["empty", "left alone", "all kept", "one channel", "two channels"],
     )
@@ -307,7 +307,7 @@ class TestSafety:
     def test_texts_of_a_foreign_plan_stay_text(self, plan, tmp_path):
         plan.save(tmp_path / "plan.json")
         document = json.loads((tmp_path / "plan.json").read_text())
-        document["groups"][0]["unit"] = document["groups"][0]["picture"]["note"] = HOSTILE
+        document["groups"][0]["unit"] = document["groups"][0]["embedding"]["note"] = HOSTILE
         (tmp_path / "plan.json").write_text(json.dumps(document))
         page = write(PruningPlan.load(tmp_path / "plan.json"), tmp_path)
         assert f"8 of 20 {HOSTILE}s kept" in [e["text"] for e in page.all("span")]
@@ -456,8 +456,8 @@ class TestBrowser:
         return next(button for button in buttons if button.text == text)
 
     def test_the_table_sorts(self, opened, plan):
-        fewer = entry("conv10", 30, 2, seed=2)
-        unknown = entry("conv9", 8, 8, seed=3)
+        fewer = group_plan("conv10", 30, 2, seed=2)
+        unknown = group_plan("conv9", 8, 8, seed=3)
         unknown = replace(unknown, selection=replace(unknown.selection, knee_k=None, knee_strength=0.0))
         browser = opened(replace(plan, groups=(*plan.groups, fewer, unknown)))
         assert self.first_column(browser) == ["conv1", "conv2", "conv10", "conv9"]

@@ -15,7 +15,7 @@ from tp_cosep.errors import InputError, MissingDependencyError
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.report.plots import plot_kept_channels, plot_mss, plot_separability_space
-from tp_cosep.selection.embedding import GroupPicture, plane
+from tp_cosep.selection.embedding import GroupEmbedding, plane
 from tp_cosep.selection.result import GroupPlan
 
 
@@ -237,8 +237,8 @@ class TestSeparabilitySpace:
         _, distances, selection = planted
         points, shares = plane(distances)
         scale = float(points.abs().max())
-        picture = GroupPicture(tuple((x, y) for x, y in (points / scale).tolist()), scale, shares)
-        drawn = [plot_separability_space(given, selection)[1] for given in (distances, picture)]
+        embedding = GroupEmbedding(tuple((x, y) for x, y in (points / scale).tolist()), scale, shares)
+        drawn = [plot_separability_space(given, selection)[1] for given in (distances, embedding)]
         (xy, colours, rings), (xy_again, colours_again, rings_again) = (self.drawn(ax, selection) for ax in drawn)
         np.testing.assert_allclose(xy, xy_again)
         np.testing.assert_allclose(rings, rings_again)
@@ -254,7 +254,7 @@ class TestSeparabilitySpace:
     def test_other_pictures_are_an_error(self, planted):
         _, _, selection = planted
         with pytest.raises(InputError, match=r"expected positions of shape \(24, 2\).*got \(3, 2\)"):
-            plot_separability_space(GroupPicture(((0.0, 0.0),) * 3, 1.0, (0.5, 0.5)), selection)
+            plot_separability_space(GroupEmbedding(((0.0, 0.0),) * 3, 1.0, (0.5, 0.5)), selection)
 
     def test_other_distances_are_an_error(self, planted):
         _, distances, selection = planted
@@ -268,12 +268,12 @@ class TestKeptChannels:
         return [[round(bar.get_width()) for bar in container] for container in ax.containers]
 
     @staticmethod
-    def entry(name, n, n_keep, side="out", reason="knee"):
+    def group_plan(name, n, n_keep, side="out", reason="knee"):
         selection = None if n is None else select_channels(distances_of(points(n, n, 3, 0.0)), n_keep=n_keep)
         return GroupPlan(name, side, (name,), selection, reason)
 
     def test_bars_and_numbers(self):
-        plan = PruningPlan((self.entry("conv1", 12, 3), self.entry("conv2", 20, 15)))
+        plan = PruningPlan((self.group_plan("conv1", 12, 3), self.group_plan("conv2", 20, 15)))
         _, ax = plot_kept_channels(plan)
         assert self.bars(ax) == [[12, 20], [3, 15]]
         assert [label.get_text() for label in ax.get_yticklabels()] == ["conv1", "conv2"]
@@ -283,13 +283,17 @@ class TestKeptChannels:
         assert ax.yaxis_inverted()
 
     def test_visits_add_up(self):
-        plan = PruningPlan((self.entry("conv1", 12, 8), self.entry("conv2", 6, 6), self.entry("conv1", 8, 5)))
+        plan = PruningPlan(
+            (self.group_plan("conv1", 12, 8), self.group_plan("conv2", 6, 6), self.group_plan("conv1", 8, 5))
+        )
         _, ax = plot_kept_channels(plan)
         assert self.bars(ax) == [[12, 6], [5, 6]]
         assert shown_texts(ax) == ["5 of 12 (42%)", "6 of 6 (100%)"]
 
     def test_group_left_alone_keeps_its_place(self):
-        plan = PruningPlan((self.entry("stem", None, None, reason="in use elsewhere"), self.entry("conv1", 4, 2)))
+        plan = PruningPlan(
+            (self.group_plan("stem", None, None, reason="in use elsewhere"), self.group_plan("conv1", 4, 2))
+        )
         _, ax = plot_kept_channels(plan)
         assert [label.get_text() for label in ax.get_yticklabels()] == ["stem", "conv1"]
         assert {text.get_text(): text.get_position()[1] for text in ax.texts} == {
@@ -299,7 +303,7 @@ class TestKeptChannels:
         assert self.bars(ax) == [[4], [2]]
 
     def test_sides_of_a_layer_are_two_groups(self):
-        plan = PruningPlan((self.entry("norm", 4, 2), self.entry("norm", 6, 3, side="in")))
+        plan = PruningPlan((self.group_plan("norm", 4, 2), self.group_plan("norm", 6, 3, side="in")))
         _, ax = plot_kept_channels(plan)
         assert [label.get_text() for label in ax.get_yticklabels()] == ["norm", "norm (inputs)"]
 
@@ -309,7 +313,7 @@ class TestKeptChannels:
         assert ax.get_title(loc="left") == "channels kept: 0 of 0"
 
     def test_height_grows_with_the_plan(self):
-        few, many = (PruningPlan(tuple(self.entry(f"conv{i}", 4, 2) for i in range(n))) for n in (3, 30))
+        few, many = (PruningPlan(tuple(self.group_plan(f"conv{i}", 4, 2) for i in range(n))) for n in (3, 30))
         assert plot_kept_channels(many)[0].get_figheight() > 3 * plot_kept_channels(few)[0].get_figheight()
 
 

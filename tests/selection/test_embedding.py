@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningPlan
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.pruning.costs import layer_costs
-from tp_cosep.selection.embedding import GroupPicture, cluster_colours, kept_components, plane
+from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components, plane
 
 
 def distances_of(x):
@@ -47,10 +47,10 @@ def best_pairs(activations, y, selection):
         yield sorted(means.items(), key=lambda item: -item[1])[:3]
 
 
-def assert_pairs(picture, expected):
+def assert_pairs(embedding, expected):
     expected = list(expected)
-    assert len(picture.pairs) == len(expected)
-    for ours, theirs in zip(picture.pairs, expected, strict=True):
+    assert len(embedding.pairs) == len(expected)
+    for ours, theirs in zip(embedding.pairs, expected, strict=True):
         assert [pair[:2] for pair in ours] == [pair for pair, _ in theirs]
         assert [pair.distance for pair in ours] == pytest.approx([value for _, value in theirs], abs=1e-3)
 
@@ -90,10 +90,10 @@ class TestPairs:
             made = model.fc1(x)
             activations = {"fc1": made, "fc2": model.fc2(F.relu(made))}
         for name, activation in activations.items():
-            (entry,) = [entry for entry in pruner.plan if entry.name == name]
-            assert len(entry.selection.medoids) == 5
-            assert entry.picture.n_classes == (4, 4)
-            assert_pairs(entry.picture, best_pairs(activation[:, :, None], y, entry.selection))
+            (group_plan,) = [group_plan for group_plan in pruner.plan if group_plan.name == name]
+            assert len(group_plan.selection.medoids) == 5
+            assert group_plan.embedding.n_classes == (4, 4)
+            assert_pairs(group_plan.embedding, best_pairs(activation[:, :, None], y, group_plan.selection))
 
     def test_of_layers_that_read_a_flattened_map(self):
         """In the default space; inputs of a linear layer that belong to one channel are cells of it."""
@@ -105,9 +105,9 @@ class TestPairs:
             read = model[:4](x)
         pruner = CoSePPruner(model, x[:1], CoSePSelector().fit(model, [(x, y)]), pruning_ratio=0.5)
         pruner.step()
-        entry = pruner.plan.groups[0]
-        assert len(entry.selection.medoids) == 5
-        assert_pairs(entry.picture, best_pairs(read.reshape(len(x), 10, 4), y, entry.selection))
+        group_plan = pruner.plan.groups[0]
+        assert len(group_plan.selection.medoids) == 5
+        assert_pairs(group_plan.embedding, best_pairs(read.reshape(len(x), 10, 4), y, group_plan.selection))
 
     def test_among_some_of_many_classes(self):
         """As many classes as can be compared in a moment, evenly spaced, the first and the last among them."""
@@ -116,22 +116,22 @@ class TestPairs:
         model = initialise(nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, n)))
         pruner = CoSePPruner(model, x[:1], fitted(model, x, 3 * y), pruning_ratio=0.5)
         pruner.step()
-        picture = pruner.plan.groups[0].picture
-        compared, there = picture.n_classes
+        embedding = pruner.plan.groups[0].embedding
+        compared, there = embedding.n_classes
         assert there == n
         assert 100 < compared < 200
-        labels = {label for pairs in picture.pairs for pair in pairs for label in pair[:2]}
+        labels = {label for pairs in embedding.pairs for pair in pairs for label in pair[:2]}
         assert labels <= {3 * round(i * (n - 1) / (compared - 1)) for i in range(compared)}
-        assert all(len(pairs) == 3 for pairs in picture.pairs)
+        assert all(len(pairs) == 3 for pairs in embedding.pairs)
 
     def test_not_known_where_classes_were_not_measured(self):
         model, x, y = build("mlp", 10)
         selector = CoSePSelector(space="correlation").fit(model, [(x, y)])
         pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
         pruner.step()
-        picture = pruner.plan.groups[0].picture
-        assert picture.pairs == ()
-        assert picture.note == "classes were not measured where its channels are compared"
+        embedding = pruner.plan.groups[0].embedding
+        assert embedding.pairs == ()
+        assert embedding.note == "classes were not measured where its channels are compared"
 
 
 class TestPruner:
@@ -139,13 +139,15 @@ class TestPruner:
         model, x, y = build("mlp", 10)
         selector = fitted(model, x, y)
         pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
-        distances = {pruner.choices.view(g).name: selector.distances(g) for g in pruner.choices.groups()}
+        distances = {pruner.planner.view(g).name: selector.distances(g) for g in pruner.planner.groups()}
         pruner.step()
-        for entry in pruner.plan:
-            if entry.selection is not None:
-                points, shares = plane(distances[entry.name])
-                torch.testing.assert_close(entry.picture.points, points, atol=6e-4 * float(points.abs().max()), rtol=0)
-                assert entry.picture.shares == pytest.approx(shares, abs=1e-4)
+        for group_plan in pruner.plan:
+            if group_plan.selection is not None:
+                points, shares = plane(distances[group_plan.name])
+                torch.testing.assert_close(
+                    group_plan.embedding.points, points, atol=6e-4 * float(points.abs().max()), rtol=0
+                )
+                assert group_plan.embedding.shares == pytest.approx(shares, abs=1e-4)
 
     @pytest.mark.parametrize("options", [{"pruning_ratio": 0.5, "global_pruning": True}, {"target": {"macs": 0.5}}, {}])
     def test_every_choice_has_a_picture_and_can_do_without(self, options, tmp_path):
@@ -154,8 +156,8 @@ class TestPruner:
             pruned = copy.deepcopy(model)
             pruner = CoSePPruner(pruned, x[:1], CoSePSelector().fit(model, [(x, y)]), pictures=pictures, **options)
             pruner.step()
-            assert {e.picture is not None for e in pruner.plan if e.selection} == {pictures}
-            assert all(e.picture is None for e in pruner.plan if not e.selection)
+            assert {e.embedding is not None for e in pruner.plan if e.selection} == {pictures}
+            assert all(e.embedding is None for e in pruner.plan if not e.selection)
             pruner.plan.save(tmp_path / "plan.json")
             assert PruningPlan.load(tmp_path / "plan.json") == pruner.plan
 
@@ -186,7 +188,7 @@ class TestPruner:
         after = layer_costs(model, lambda: model(x[:1]))
         for unit in ("macs", "params"):
             assert pruner.plan.costs[unit] == {name: (n, after[unit][name]) for name, n in before[unit].items()}
-        assert sum(1 for entry in pruner.plan if entry.picture) == 6
+        assert sum(1 for group_plan in pruner.plan if group_plan.embedding) == 6
 
     def test_maps_without_a_batch_dimension_are_counted(self):
         model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 2, 1))
@@ -213,8 +215,8 @@ class TestKept:
         """Two channels that go together, in no regular order."""
         chosen = select_channels(distances_of(gaussian(4, 3)), n_keep=2)
         component_of = torch.tensor([3, 0, 1, 2, 2, 0, 1, 3])
-        picture = GroupPicture(((0.0, 0.0),) * 4, 0.0, (0.0, 0.0), tuple(component_of.tolist()))
-        assert kept_components(chosen.expanded(component_of), picture) == list(chosen.keep_idxs)
+        embedding = GroupEmbedding(((0.0, 0.0),) * 4, 0.0, (0.0, 0.0), tuple(component_of.tolist()))
+        assert kept_components(chosen.expanded(component_of), embedding) == list(chosen.keep_idxs)
 
 
 def test_colours_of_neighbours_differ():
@@ -255,7 +257,7 @@ def plan_file(tmp_path):
 )
 def test_damaged_pictures_are_refused(plan_file, key, value, message):
     document = json.loads(plan_file.read_text())
-    document["groups"][0]["picture"][key] = value
+    document["groups"][0]["embedding"][key] = value
     plan_file.write_text(json.dumps(document))
     with pytest.raises(InputError, match=message):
         PruningPlan.load(plan_file)
@@ -275,10 +277,10 @@ def test_a_plan_without_pictures_and_costs_still_loads(plan_file):
     document = json.loads(plan_file.read_text())
     del document["costs"]
     for group in document["groups"]:
-        del group["picture"]
+        del group["embedding"]
     plan_file.write_text(json.dumps(document))
     plan = PruningPlan.load(plan_file)
-    assert plan == replace(whole, costs={}, groups=tuple(replace(group, picture=None) for group in whole))
+    assert plan == replace(whole, costs={}, groups=tuple(replace(group, embedding=None) for group in whole))
 
 
 def test_heads_are_components():
@@ -288,12 +290,12 @@ def test_heads_are_components():
         model, x[:1], selector, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=0.5, pruning_ratio=0.0
     )
     pruner.step()
-    entries = [entry for entry in pruner.plan if entry.unit == "head"]
-    assert len(entries) == 2
-    for entry in entries:
-        assert len(entry.picture.positions) == 4
-        assert entry.picture.component_of == tuple(i // 6 for i in range(24))
-        kept = kept_components(entry.selection, entry.picture)
-        assert [c for c in range(24) if c // 6 in kept] == list(entry.selection.keep_idxs)
+    group_plans = [group_plan for group_plan in pruner.plan if group_plan.unit == "head"]
+    assert len(group_plans) == 2
+    for group_plan in group_plans:
+        assert len(group_plan.embedding.positions) == 4
+        assert group_plan.embedding.component_of == tuple(i // 6 for i in range(24))
+        kept = kept_components(group_plan.selection, group_plan.embedding)
+        assert [c for c in range(24) if c // 6 in kept] == list(group_plan.selection.keep_idxs)
         assert len(kept) == 2
-        assert all(len(pairs) == 3 for pairs in entry.picture.pairs)
+        assert all(len(pairs) == 3 for pairs in group_plan.embedding.pairs)

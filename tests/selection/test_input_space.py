@@ -13,7 +13,7 @@ from tp_cosep.functional.elimination import Elimination, backward_elimination
 from tp_cosep.functional.knee import KneeMethod
 from tp_cosep.functional.selection import select_by_elimination
 from tp_cosep.graph.groups import read_group
-from tp_cosep.selection.input_space import CLASS_WEIGHT, READER_SPACES, correlation_distances, readers_of
+from tp_cosep.selection.input_space import CLASS_WEIGHT, INPUT_SPACES, consumers_of, correlation_distances
 
 COLUMN_SPACES = ("class-means", "reconstruction", "joint")
 
@@ -27,7 +27,7 @@ def inputs_of(model, name, x):
 
 
 def patches(conv, x):
-    """What a 3 × 3 kernel with padding 1 reads, tap by tap: ``[taps, samples × positions, channels]``."""
+    """What a 3 × 3 kernel with padding 1 reads, tap by tap: ``[kernel_positions, samples × positions, channels]``."""
     a = torch.nn.functional.unfold(x, 3, padding=1, stride=conv.stride)
     return a.unflatten(1, (x.shape[1], 9)).permute(2, 0, 3, 1).flatten(1, 2)
 
@@ -45,7 +45,7 @@ def expected_covariances(model, name, x, y):
 
 def measured(model, x, y, **options):
     batches = [(x[:13], y[:13]), (x[13:], y[13:])]
-    return CoSePSelector(space="joint", spatial=2).fit(model, batches, progress=False, **options).readers
+    return CoSePSelector(space="joint", spatial=2).fit(model, batches, progress=False, **options).consumers
 
 
 @pytest.mark.parametrize(("kind", "name"), [("vgg", "conv2"), ("resnet", "conv3"), ("mlp", "fc2")])
@@ -65,9 +65,9 @@ def test_readers_of_a_group():
     model, x, y = build("resnet", 10)
     moments = measured(model, x, y)
     view = read_group(group_with(model, x, "stem"))
-    names = [m.name for m in view.readers if m.name in moments]
-    for space in READER_SPACES:
-        parts = dict(zip(names, readers_of(view, moments, space), strict=True))
+    names = [m.name for m in view.consumers if m.name in moments]
+    for space in INPUT_SPACES:
+        parts = dict(zip(names, consumers_of(view, moments, space), strict=True))
         assert set(parts) == {"conv1", "conv3", "shortcut"}
         for name, part in parts.items():
             m, weight = moments[name], model.get_submodule(name).weight.detach().double()
@@ -78,9 +78,9 @@ def test_readers_of_a_group():
             torch.testing.assert_close(part.covariance, expected)
             costs = torch.zeros(10, 10, dtype=torch.float64)
             for filters in weight:  # one output: [in, height, width]
-                taps = [filters[:, i, j] for i, j in itertools.product(*map(range, filters.shape[1:]))]
-                variance = sum(w @ m.covariance @ w for w in taps)
-                costs += sum(torch.outer(w, w) for w in taps) / variance
+                kernel_positions = [filters[:, i, j] for i, j in itertools.product(*map(range, filters.shape[1:]))]
+                variance = sum(w @ m.covariance @ w for w in kernel_positions)
+                costs += sum(torch.outer(w, w) for w in kernel_positions) / variance
             torch.testing.assert_close(part.costs, costs)
             assert torch.equal(part.components, torch.arange(10))
     distances = correlation_distances(view, moments, "correlation")
@@ -100,7 +100,7 @@ def test_selection_is_what_elimination_leaves(space):
     for channels, names in PRODUCERS["resnet"].items():
         group = group_with(model, x, names[0])
         view = read_group(group)
-        elimination = backward_elimination(readers_of(view, selector.readers, space), view.n_components)
+        elimination = backward_elimination(consumers_of(view, selector.consumers, space), view.n_components)
         for k in (1, 5, view.n_components):
             selection = selector.select(group, n_keep=k)
             assert selection.keep_idxs == tuple(sorted(elimination.order[-k:].tolist())), channels
@@ -132,7 +132,7 @@ def test_a_cluster_keeps_what_reconstructs_best():
         medoids, chosen = plain.select(group), selector.select(group)
         assert medoids.labels == chosen.labels
         assert sorted({chosen.labels[i] for i in chosen.keep_idxs}) == [*range(chosen.k)]
-        parts = readers_of(read_group(group), selector.readers, "reconstruction")
+        parts = consumers_of(read_group(group), selector.consumers, "reconstruction")
         order = backward_elimination(parts, len(chosen.labels), torch.tensor(chosen.labels)).order
         assert chosen.keep_idxs == tuple(sorted(order[-chosen.k :].tolist()))
         differ += medoids.keep_idxs != chosen.keep_idxs
@@ -140,7 +140,7 @@ def test_a_cluster_keeps_what_reconstructs_best():
 
 
 @pytest.mark.parametrize(
-    "options", [{"space": s} for s in READER_SPACES] + [{"representative": "reconstruction"}], ids=str
+    "options", [{"space": s} for s in INPUT_SPACES] + [{"representative": "reconstruction"}], ids=str
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruners(kind, options):
@@ -202,7 +202,7 @@ def test_as_published():
     selector = CoSePSelector.published()
     assert (selector.spatial, selector.knee.rule, selector.metric) == (None, "first", "jm")
     assert (selector.space_name, selector.method, selector.representative) == ("separability", "k-medoids", "medoid")
-    assert selector.tap == "producers"
+    assert selector.observe == "outputs"
     assert CoSePSelector.published(representative="max_norm").representative == "max_norm"
 
 
@@ -211,7 +211,7 @@ def test_refusals():
         ({"space": "elsewhere"}, "expected space"),
         ({"method": "magic"}, "expected method"),
         ({"space": "separability", "method": "column-subset"}, "separability profiles do not tell"),
-        ({"space": "joint", "tap": "consumers"}, "belongs to space='separability'"),
+        ({"space": "joint", "observe": "inputs"}, "belongs to space='separability'"),
         ({"space": "joint", "representative": "max_norm"}, "makes no clusters; add method='k-medoids'"),
         ({"space": "joint", "metric": "hellinger"}, "belongs to space='separability'"),
         ({"representative": "best"}, "expected representative"),
@@ -271,7 +271,7 @@ def test_samples_may_be_in_any_dimension_inside():
     time_first.load_state_dict(model.state_dict())
     a, b = (CoSePSelector().fit(m, [(x, y)], progress=False) for m in (model, time_first))
     for name in ("b", "head"):
-        torch.testing.assert_close(a.readers[name].between_classes, b.readers[name].between_classes)
+        torch.testing.assert_close(a.consumers[name].between_classes, b.consumers[name].between_classes)
 
 
 class Recurrent(nn.Module):
@@ -287,7 +287,7 @@ def test_separability_where_nothing_reads_by_weights():
     torch.manual_seed(0)
     model, x, y = Recurrent(), torch.randn(40, 5, 6), torch.arange(40) % 4
     selector = CoSePSelector().fit(model, [(x, y)], progress=False)
-    assert list(selector.readers) == ["head"]
+    assert list(selector.consumers) == ["head"]
     assert list(selector.moments) == ["stem"]
     group = group_with(model, x, "stem")
     plain = CoSePSelector(space="separability").fit(model, [(x, y)], progress=False)
@@ -305,7 +305,7 @@ def test_options_about_clusters_mean_separability():
     assert CoSePSelector().space_name == "joint"
     for options in (
         {"metric": "hellinger"},
-        {"tap": "consumers"},
+        {"observe": "inputs"},
         {"representative": "medoid"},
         {"method": "k-medoids"},
     ):
@@ -335,7 +335,7 @@ def test_labels_predicted_and_a_class_that_is_missing():
         measured(model, x, torch.full((len(x),), 3))
     with torch.no_grad():  # so that it predicts several classes
         model.head.bias -= model(x).mean(0)
-    predicted = CoSePSelector().fit(model, [x], labels="predicted", progress=False).readers
+    predicted = CoSePSelector().fit(model, [x], labels="predicted", progress=False).consumers
     assert int(predicted["conv2"].classes.count.sum()) == len(x)
 
 

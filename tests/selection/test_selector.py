@@ -47,13 +47,13 @@ def test_the_stock_pruner_keeps_exactly_what_was_selected(kind, width):
     assert {names[m] for m in ratios} <= {name for layers in PRODUCERS[kind].values() for name in layers}
     assert len(ratios) == len(PRODUCERS[kind])
     pruned = copy.deepcopy(model)
-    twins = dict(zip(model.modules(), pruned.modules(), strict=True))
+    of_original = dict(zip(model.modules(), pruned.modules(), strict=True))
     pruner = tp.pruner.MetaPruner(
         pruned,
         x[:1],
         importance=selector,
         pruning_ratio=0.0,
-        pruning_ratio_dict={twins[m]: ratio for m, ratio in ratios.items()},
+        pruning_ratio_dict={of_original[m]: ratio for m, ratio in ratios.items()},
         ignored_layers=[pruned.head],
     )
     pruner.step()

@@ -4,7 +4,7 @@ from models import build, seeded
 from scipy.stats import chisquare
 
 from tp_cosep import Compensator, CoSePSelector
-from tp_cosep.utils.sampling import Draws, _mixed
+from tp_cosep.utils.sampling import PositionSampler, _mixed
 
 _MASK = 2**64 - 1
 
@@ -24,7 +24,7 @@ def test_bits_are_mixed_as_splitmix_does():
 @pytest.mark.parametrize("n_of", [17, 1000])
 def test_places_are_even(n_of):
     x = torch.randn(2000, 3, 5, 5, generator=seeded())
-    places = Draws(x, 0).of("layer")(2000, 16, n_of)
+    places = PositionSampler(x, 0).of("layer")(2000, 16, n_of)
     assert places.shape == (2000, 16)
     assert chisquare(torch.bincount(places.flatten(), minlength=n_of).numpy()).pvalue > 1e-3
     assert chisquare(torch.bincount(places[:, 0], minlength=n_of).numpy()).pvalue > 1e-3
@@ -36,11 +36,11 @@ def test_places_are_even(n_of):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
 def test_places_are_the_samples_own(dtype):
     x = (torch.randn(12, 4, 1500, generator=seeded()) * 50).abs().to(dtype)
-    whole = Draws(x, 3).of("a")(12, 5, 997)
+    whole = PositionSampler(x, 3).of("a")(12, 5, 997)
     order = torch.randperm(12, generator=seeded())
-    assert torch.equal(Draws((x[order], x), 3).of("a")(12, 5, 997), whole[order])
-    assert torch.equal(Draws({"x": x[4:7]}, 3).of("a")(3, 5, 997), whole[4:7])
-    others = Draws(x, 3).of("b")(12, 5, 997), Draws(x, 4).of("a")(12, 5, 997)
+    assert torch.equal(PositionSampler((x[order], x), 3).of("a")(12, 5, 997), whole[order])
+    assert torch.equal(PositionSampler({"x": x[4:7]}, 3).of("a")(3, 5, 997), whole[4:7])
+    others = PositionSampler(x, 3).of("b")(12, 5, 997), PositionSampler(x, 4).of("a")(12, 5, 997)
     assert all(float((other == whole).float().mean()) < 0.1 for other in others)
     if dtype != torch.bool:
         assert float((whole[0] == whole[1]).float().mean()) < 0.5
@@ -48,9 +48,9 @@ def test_places_are_the_samples_own(dtype):
 
 def test_parts_of_samples_have_places_of_their_own():
     x = torch.randn(3, 8, generator=seeded())
-    parts = Draws(x, 0).of("a")(12, 4, 10**6)
+    parts = PositionSampler(x, 0).of("a")(12, 4, 10**6)
     assert len(parts.flatten().unique()) == 48
-    assert torch.equal(Draws(x[1:2], 0).of("a")(4, 4, 10**6), parts[4:8])
+    assert torch.equal(PositionSampler(x[1:2], 0).of("a")(4, 4, 10**6), parts[4:8])
 
 
 @pytest.mark.parametrize("kind", ["vgg", "resnet"])
@@ -59,11 +59,11 @@ def test_second_moments_do_not_depend_on_batches(kind):
     order = torch.randperm(len(x), generator=seeded())
     whole = CoSePSelector().fit(model, [(x, y)], progress=False)
     split = CoSePSelector().fit(model, list(zip(x[order].split(7), y[order].split(7), strict=True)), progress=False)
-    assert list(whole.readers) == list(split.readers)
-    for name, m in whole.readers.items():
-        torch.testing.assert_close(split.readers[name].second.folds, m.second.folds, rtol=1e-6, atol=1e-6)
+    assert list(whole.consumers) == list(split.consumers)
+    for name, m in whole.consumers.items():
+        torch.testing.assert_close(split.consumers[name].second.folds, m.second.folds, rtol=1e-6, atol=1e-6)
     sums = [
-        [r.moments.folds.sum(0) for r in Compensator(model, x[:1]).fit(batches, progress=False)._readers.values()]
+        [r.moments.folds.sum(0) for r in Compensator(model, x[:1]).fit(batches, progress=False)._consumers.values()]
         for batches in ([x], x[order].split(7))
     ]
     for a, b in zip(*sums, strict=True):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tp_cosep.errors import InputError
-from tp_cosep.utils.data import BatchReader, evaluating, progress_bar, run_model
+from tp_cosep.utils.data import BatchAdapter, evaluating, progress_bar, run_model
 
 __all__ = ["collect_attention"]
 
@@ -47,7 +47,7 @@ def collect_attention(
         InputError: If there are no batches, or no attention map was seen after an attention layer.
     """
     names = {m: name for name, m in model.named_modules()}
-    reader = BatchReader(model, target_fn, predicted=True)
+    adapter = BatchAdapter(model, target_fn, predicted=True)
     mode = _Watching(size)
 
     def hook(layer: nn.Module, _args: Any, _output: Any) -> None:
@@ -57,7 +57,7 @@ def collect_attention(
     try:
         with evaluating(model):
             for i, batch in enumerate(progress_bar(loader, loader, "attention maps", shown=progress)):
-                inputs, _ = reader.split(batch, i)
+                inputs, _ = adapter.split(batch, i)
                 with mode:
                     run_model(model, inputs)
     finally:

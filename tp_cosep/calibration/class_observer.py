@@ -22,11 +22,11 @@ from tp_cosep.calibration.labels import check_fit_options, finished, guessed_cla
 from tp_cosep.calibration.memory import class_bytes
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments, to_cells
-from tp_cosep.utils.data import BatchReader, evaluating, n_samples, peek, run_model, take_samples
+from tp_cosep.utils.data import BatchAdapter, evaluating, n_samples, peek, run_model, take_samples
 
 __all__ = [
     "CHANNEL_DIMS",
-    "ClassCollector",
+    "ClassObserver",
     "channel_dim_of",
     "collect_moments",
     "measured_layers",
@@ -67,7 +67,7 @@ def collect_moments(
     loader: Iterable[Any],
     *,
     spatial: int | str | None = 4,
-    tap: str = "producers",
+    observe: str = "outputs",
     layers: Iterable[str] | Callable[[Any], Iterable[str]] | None = None,
     channel_dims: Mapping[type[nn.Module], int] | None = None,
     target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
@@ -87,7 +87,7 @@ def collect_moments(
         spatial: Maps are average-pooled to ``spatial`` cells along each dimension; ``None`` keeps every
             pixel (the papers' form); ``"auto"`` takes the largest value whose moments fit
             ``memory_budget``.
-        tap: ``"producers"`` measures what layers make, ``"consumers"`` what they read.
+        observe: ``"outputs"`` measures what layers make, ``"inputs"`` what they read.
         layers: Names of the layers to measure, or a function of the first batch's inputs that returns them; all of
             the known types if not given.
         channel_dims: Further types of layers, and the dimension of their tensors that holds the channels.
@@ -110,31 +110,31 @@ def collect_moments(
         InputError: If the loader is empty, a batch or a label is not as described, an activation is NaN
             or infinite, there are fewer than two classes, or a class has too few samples.
     """
-    check_fit_options(spatial, labels, rare_classes, tap)
+    check_fit_options(spatial, labels, rare_classes, observe)
     known = measured_layers(model, channel_dims)
     if not known:
         raise InputError("fit: expected a model with convolutional or linear layers, found none.")
-    reader = BatchReader(model, target_fn, predicted=labels == "predicted")
+    adapter = BatchAdapter(model, target_fn, predicted=labels == "predicted")
     first, batches = peek(loader)
     if callable(layers):
-        layers = layers(reader.split(first, 0)[0])
+        layers = layers(adapter.split(first, 0)[0])
     chosen = known if layers is None else {name: known[name] for name in layers if name in known}
     if not chosen:
         raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
-    collector = ClassCollector(chosen, tap=tap, channel_dims=channel_dims)
-    collector.choose_cells(model, reader, first, spatial, n_classes=n_classes, memory_budget=memory_budget)
-    samples = run_pass(model, reader, batches, [collector], loader=loader, what="class moments", progress=progress)
-    return finished(collector.moments, collector.unclear, samples, tap=tap, rare_classes=rare_classes)
+    observer = ClassObserver(chosen, observe=observe, channel_dims=channel_dims)
+    observer.choose_cells(model, adapter, first, spatial, n_classes=n_classes, memory_budget=memory_budget)
+    samples = run_pass(model, adapter, batches, [observer], loader=loader, what="class moments", progress=progress)
+    return finished(observer.moments, observer.unclear, samples, observe=observe, rare_classes=rare_classes)
 
 
-class ClassCollector:
+class ClassObserver:
     """Gathers class moments of some layers while a model runs, see :func:`tp_cosep.calibration.data_pass.run_pass`.
 
     It finds out by itself where the layers' tensors hold the samples.
 
     Args:
         layers: By name.
-        tap: What is measured of them, see :data:`tp_cosep.calibration.labels.TAPS`.
+        observe: What is measured of them, see :data:`tp_cosep.calibration.labels.OBSERVED`.
         channel_dims: Further types of layers, and the dimension of their tensors that holds the channels.
         n_cells: Cells per dimension that maps are pooled to; ``None`` for every pixel.
 
@@ -148,14 +148,14 @@ class ClassCollector:
         self,
         layers: Mapping[str, nn.Module],
         *,
-        tap: str = "producers",
+        observe: str = "outputs",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
         n_cells: int | None = None,
     ) -> None:
         self.layers = layers
         self.moments: dict[str, ClassMoments] = {}
         self.unclear: set[str] = set()
-        self._tap = tap
+        self._observe = observe
         self.n_cells = n_cells
         self._dims = {name: channel_dim_of(m, channel_dims) for name, m in layers.items()}
         self._layouts: dict[str, Layout] = {}
@@ -165,7 +165,7 @@ class ClassCollector:
     def choose_cells(
         self,
         model: nn.Module,
-        reader: BatchReader,
+        adapter: BatchAdapter,
         first: Any,
         spatial: int | str | None,
         *,
@@ -176,7 +176,7 @@ class ClassCollector:
         self.n_cells = None if isinstance(spatial, str) else spatial
         if spatial == "auto":
             with evaluating(model):
-                self.n_cells = _fit_spatial(model, self, reader, first, n_classes, memory_budget)
+                self.n_cells = _fit_spatial(model, self, adapter, first, n_classes, memory_budget)
 
     @contextmanager
     def on_tensor(self, record: _Record) -> Iterator[None]:
@@ -199,7 +199,7 @@ class ClassCollector:
             if isinstance(x, Tensor) and x.dim() > max(dim, 0):
                 record(name, x.movedim(dim, -1))
 
-        if self._tap == "producers":
+        if self._observe == "outputs":
             return layer.register_forward_hook(lambda _module, _args, output: take(output))
         return layer.register_forward_pre_hook(
             lambda _module, args, kwargs: take(args or list(kwargs.values())), with_kwargs=True
@@ -325,16 +325,16 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
 
 def _fit_spatial(
     model: nn.Module,
-    collector: ClassCollector,
-    reader: BatchReader,
+    observer: ClassObserver,
+    adapter: BatchAdapter,
     first: Any,
     n_classes: int | None,
     memory_budget: int,
 ) -> int:
     """The largest number of cells per dimension whose moments fit."""
-    inputs, given = reader.split(first, 0)
-    shapes, outputs = collector.shapes(model, inputs)
-    n_classes = guessed_classes(reader, outputs, given, n_classes)
+    inputs, given = adapter.split(first, 0)
+    shapes, outputs = observer.shapes(model, inputs)
+    n_classes = guessed_classes(adapter, outputs, given, n_classes)
 
     def n_bytes(s: int) -> int:
         return class_bytes(shapes.values(), n_classes, s)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from tp_cosep.calibration.io import Checkpoint
 from tp_cosep.errors import InputError
-from tp_cosep.utils.data import EMPTY, BatchReader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.utils.data import EMPTY, BatchAdapter, evaluating, n_samples, progress_bar, run_model
 
-__all__ = ["Collector", "run_pass"]
+__all__ = ["Observer", "run_pass"]
 
 
-class Collector(Protocol):
+class Observer(Protocol):
     """Something that measures a model while it runs on batch after batch."""
 
     def prepare(self, model: nn.Module, inputs: Any) -> None:
@@ -35,9 +35,9 @@ class Collector(Protocol):
 
 def run_pass(
     model: nn.Module,
-    reader: BatchReader,
+    adapter: BatchAdapter,
     batches: Iterable[Any],
-    collectors: Sequence[Collector],
+    observers: Sequence[Observer],
     *,
     loader: Iterable[Any],
     what: str,
@@ -50,9 +50,9 @@ def run_pass(
 
     Args:
         model: The model.
-        reader: Of the batches.
+        adapter: Of the batches.
         batches: The batches.
-        collectors: Whatever measures.
+        observers: Whatever measures.
         loader: Where the batches are from, for the length of the progress bar.
         what: What is being measured, for the progress bar.
         progress: Show it on a terminal.
@@ -64,7 +64,7 @@ def run_pass(
         Number of samples by label; empty without labels.
 
     Raises:
-        InputError: If no batch has a sample, or labels are not as :meth:`BatchReader.labels` wants them.
+        InputError: If no batch has a sample, or labels are not as :meth:`BatchAdapter.labels` wants them.
     """
     n_done, samples = (0, Counter[int]()) if checkpoint is None else checkpoint.restore()
     has_run, i = n_done > 0, -1
@@ -72,16 +72,16 @@ def run_pass(
         for i, batch in enumerate(progress_bar(batches, loader, what, shown=progress)):
             if i < n_done:
                 continue
-            inputs, given = reader.split(batch, i)
+            inputs, given = adapter.split(batch, i)
             if n_samples(inputs) == 0:
                 continue
-            outputs = _watched(model, inputs, collectors)
+            outputs = _watched(model, inputs, observers)
             has_run = True
             if with_labels:
-                labels = reader.labels(outputs, given, i)
+                labels = adapter.labels(outputs, given, i)
                 samples.update(labels.tolist())
-                for collector in collectors:
-                    collector.add(labels, i)
+                for observer in observers:
+                    observer.add(labels, i)
             if checkpoint is not None:
                 checkpoint.after(i + 1, samples)
     if checkpoint is not None and i + 1 > n_done:
@@ -91,10 +91,10 @@ def run_pass(
     return samples
 
 
-def _watched(model: nn.Module, inputs: Any, collectors: Sequence[Collector]) -> Any:
-    for collector in collectors:
-        collector.prepare(model, inputs)
+def _watched(model: nn.Module, inputs: Any, observers: Sequence[Observer]) -> Any:
+    for observer in observers:
+        observer.prepare(model, inputs)
     with ExitStack() as stack:
-        for collector in collectors:
-            stack.enter_context(collector.watching(inputs))
+        for observer in observers:
+            stack.enter_context(observer.watching(inputs))
         return run_model(model, inputs)

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from tp_cosep.functional.class_moments import ClassMoments
 from tp_cosep.functional.second_moments import SecondMoments
 from tp_cosep.graph.consumers import affordable, named, on_inputs
-from tp_cosep.graph.patches import Reading
-from tp_cosep.utils.sampling import Draws
+from tp_cosep.graph.patches import Patches
+from tp_cosep.utils.sampling import PositionSampler
 
-__all__ = ["ReaderCollector", "ReaderMoments"]
+__all__ = ["InputObserver", "InputStatistics"]
 
 
 @dataclass
-class ReaderMoments:
+class InputStatistics:
     """Of one reader, taps together: a feature is a channel.
 
     Attributes:
-        reading: How it reads.
+        patches: How it reads.
         shape: Of its weights.
         second: Second moments over positions.
         classes: Class moments of its input; empty if they were not measured.
-        precisions: What was inverted so far, see :func:`tp_cosep.selection.input_space.readers_of`.
+        precisions: What was inverted so far, see :func:`tp_cosep.selection.input_space.consumers_of`.
     """
 
-    reading: Reading
+    patches: Patches
     shape: torch.Size
     second: SecondMoments
     classes: ClassMoments = field(default_factory=ClassMoments)
@@ -61,22 +61,22 @@ class ReaderMoments:
         return torch.einsum("cfs,cgs->fg", means, means) / (means.shape[0] * means.shape[2])
 
 
-class ReaderCollector:
+class InputObserver:
     """Gathers second moments of what layers read while a model runs, see :func:`tp_cosep.calibration.data_pass.run_pass`.
 
     Args:
-        readings: How the layers read, by name.
+        all_patches: How the layers read, by name.
         seed: Of the positions at which second moments are taken.
 
     Attributes:
-        readings: As given.
+        all_patches: As given.
         found: What was measured, by name, in the order in which the layers first ran.
     """
 
-    def __init__(self, readings: Mapping[str, Reading], *, seed: int = 0) -> None:
-        self.found: dict[str, ReaderMoments] = {}
-        self.readings = readings
-        self._names = {r.layer: name for name, r in readings.items()}
+    def __init__(self, all_patches: Mapping[str, Patches], *, seed: int = 0) -> None:
+        self.found: dict[str, InputStatistics] = {}
+        self.all_patches = all_patches
+        self._names = {r.layer: name for name, r in all_patches.items()}
         self._seed = seed
 
     def prepare(self, model: nn.Module, inputs: Any) -> None:
@@ -85,7 +85,7 @@ class ReaderCollector:
     @contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
         """Measure what the layers read of a batch."""
-        with on_inputs(self._names, partial(self._take, Draws(inputs, self._seed))):
+        with on_inputs(self._names, partial(self._take, PositionSampler(inputs, self._seed))):
             yield
 
     def add(self, labels: Tensor, i: int) -> None:
@@ -99,16 +99,16 @@ class ReaderCollector:
     def restore(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
         """The inverse of :meth:`state`."""
         for name in facts["names"]:
-            reading = self.readings[name]
+            patches = self.all_patches[name]
             second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
-            self.found[name] = ReaderMoments(reading, reading.layer.weight.shape, second)  # type: ignore[arg-type]
+            self.found[name] = InputStatistics(patches, patches.layer.weight.shape, second)  # type: ignore[arg-type]
 
-    def _take(self, draws: Draws, layer: nn.Module, x: Tensor) -> None:
+    def _take(self, sampler_of: PositionSampler, layer: nn.Module, x: Tensor) -> None:
         name = self._names[layer]
-        reading = self.readings[name]
+        patches = self.all_patches[name]
         if name not in self.found:
-            second = SecondMoments(reading.n_features, x.device, n_folds=1)
-            self.found[name] = ReaderMoments(reading, layer.weight.shape, second)  # type: ignore[arg-type]
+            second = SecondMoments(patches.n_features, x.device, n_folds=1)
+            self.found[name] = InputStatistics(patches, layer.weight.shape, second)  # type: ignore[arg-type]
         with named(name):
-            sampler = reading.sampler(x.shape, affordable(reading, x.shape), draws.of(name))
+            sampler = patches.sampler(x.shape, affordable(patches, x.shape), sampler_of.of(name))
             self.found[name].second.update(sampler(x))

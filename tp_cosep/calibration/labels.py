@@ -11,16 +11,16 @@ from torch import Tensor
 
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments
-from tp_cosep.utils.data import BatchReader
+from tp_cosep.utils.data import BatchAdapter
 
-__all__ = ["TAPS", "check_fit_options", "finished", "guessed_classes"]
+__all__ = ["OBSERVED", "check_fit_options", "finished", "guessed_classes"]
 
 #: What is measured of a layer: what it makes, or what it reads.
-TAPS = ("producers", "consumers")
-_WHERE = {"producers": "outputs", "consumers": "inputs"}
+OBSERVED = ("outputs", "inputs")
+_WHERE = {"outputs": "outputs", "inputs": "inputs"}
 
 
-def check_fit_options(spatial: int | str | None, labels: str, rare_classes: str, tap: str) -> None:
+def check_fit_options(spatial: int | str | None, labels: str, rare_classes: str, observe: str) -> None:
     """Check options of :func:`tp_cosep.calibration.class_observer.collect_moments`.
 
     Raises:
@@ -32,17 +32,17 @@ def check_fit_options(spatial: int | str | None, labels: str, rare_classes: str,
     for name, value, known in (
         ("labels", labels, ("given", "predicted")),
         ("rare_classes", rare_classes, ("error", "drop")),
-        ("tap", tap, TAPS),
+        ("observe", observe, OBSERVED),
     ):
         if value not in known:
             raise InputError(f"fit: expected {name}={known[0]!r} or {known[1]!r}, got {value!r}.")
 
 
-def guessed_classes(reader: BatchReader, outputs: Any, given: Any, n_classes: int | None) -> int:
+def guessed_classes(adapter: BatchAdapter, outputs: Any, given: Any, n_classes: int | None) -> int:
     """The number of classes, from a batch: the largest label or the width of the model's output, if that is a matrix.
 
     Args:
-        reader: Of the batches.
+        adapter: Of the batches.
         outputs: Of the model, for samples of the first batch.
         given: The labels of that batch.
         n_classes: What the user says, if anything.
@@ -52,7 +52,7 @@ def guessed_classes(reader: BatchReader, outputs: Any, given: Any, n_classes: in
     """
     if n_classes is not None:
         return n_classes
-    labels = reader.labels(outputs, given, 0)
+    labels = adapter.labels(outputs, given, 0)
     seen = int(labels.max()) + 1 if len(labels) else 1
     return max(seen, outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() == 2 else 0)
 
@@ -62,7 +62,7 @@ def finished(
     unclear: set[str],
     samples: Counter[int],
     *,
-    tap: str,
+    observe: str,
     rare_classes: str,
     consequence: str = "groups of such layers alone are left alone",
 ) -> dict[str, ClassMoments]:
@@ -72,7 +72,7 @@ def finished(
         moments: By layer name.
         unclear: Layers whose tensors cannot be told apart by sample.
         samples: Number of samples by label.
-        tap: What was measured of them.
+        observe: What was measured of them.
         rare_classes: As for :func:`tp_cosep.calibration.class_observer.collect_moments`, or ``"keep"``.
         consequence: What it means that a layer is unclear.
 
@@ -85,7 +85,7 @@ def finished(
     named = sorted(unclear & set(moments))
     if named and samples:
         warnings.warn(
-            f"fit: cannot measure {', '.join(named)}: what in the {_WHERE[tap]} of these layers belongs to which "
+            f"fit: cannot measure {', '.join(named)}: what in the {_WHERE[observe]} of these layers belongs to which "
             f"sample cannot be told; {consequence}.",
             stacklevel=4,
         )

@@ -7,22 +7,22 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from tp_cosep.calibration.class_observer import ClassCollector
-from tp_cosep.calibration.input_observer import ReaderMoments
+from tp_cosep.calibration.class_observer import ClassObserver
+from tp_cosep.calibration.input_observer import InputStatistics
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments
 from tp_cosep.functional.second_moments import SecondMoments
-from tp_cosep.graph.patches import Reading
+from tp_cosep.graph.patches import Patches
 from tp_cosep.utils.distributed import gathered, is_distributed, summed
 
-__all__ = ["merged_classes", "merged_readers", "merged_seconds"]
+__all__ = ["merged_classes", "merged_inputs", "merged_seconds"]
 
 
-def merged_classes(collector: ClassCollector | None, device: torch.device) -> tuple[dict[str, ClassMoments], set[str]]:
+def merged_classes(observer: ClassObserver | None, device: torch.device) -> tuple[dict[str, ClassMoments], set[str]]:
     """Class moments of the data of all processes.
 
     Args:
-        collector: What this process gathered; layers and classes may be missing where no sample reached them.
+        observer: What this process gathered; layers and classes may be missing where no sample reached them.
         device: Of the model.
 
     Returns:
@@ -31,8 +31,8 @@ def merged_classes(collector: ClassCollector | None, device: torch.device) -> tu
     Raises:
         InputError: If a layer has other channels or cells in another process.
     """
-    moments = {} if collector is None else collector.moments
-    unclear = set() if collector is None else collector.unclear
+    moments = {} if observer is None else observer.moments
+    unclear = set() if observer is None else observer.unclear
     if not is_distributed():
         return moments, unclear
     seen: dict[str, list[tuple[list[int], int, int]]] = {}
@@ -44,7 +44,9 @@ def merged_classes(collector: ClassCollector | None, device: torch.device) -> tu
     return {name: _merged(moments.get(name), name, shapes, device) for name, shapes in seen.items()}, unclear
 
 
-def merged_readers(found: dict[str, ReaderMoments], model: nn.Module, device: torch.device) -> dict[str, ReaderMoments]:
+def merged_inputs(
+    found: dict[str, InputStatistics], model: nn.Module, device: torch.device
+) -> dict[str, InputStatistics]:
     """What readers see of the data of all processes; class moments are left out.
 
     Args:
@@ -58,14 +60,14 @@ def merged_readers(found: dict[str, ReaderMoments], model: nn.Module, device: to
     if not is_distributed():
         return found
     seen: dict[str, tuple[int, int]] = {}
-    for sizes in gathered({name: (m.reading.repeat, m.second.n_features) for name, m in found.items()}):
+    for sizes in gathered({name: (m.patches.repeat, m.second.n_features) for name, m in found.items()}):
         seen = {**sizes, **seen}
     merged = {}
     for name, (repeat, n_features) in seen.items():
         layer = model.get_submodule(name)
         second = found[name].second if name in found else SecondMoments(n_features, device, n_folds=1)
         second.sum_up(summed)
-        merged[name] = ReaderMoments(Reading(layer, repeat=repeat), layer.weight.shape, second)  # type: ignore[arg-type]
+        merged[name] = InputStatistics(Patches(layer, repeat=repeat), layer.weight.shape, second)  # type: ignore[arg-type]
     return merged
 
 

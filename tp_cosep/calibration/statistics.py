@@ -12,8 +12,8 @@ from torch import Size, Tensor, nn
 
 from tp_cosep.calibration.attention_maps import collect_attention
 from tp_cosep.calibration.class_observer import measured_layers
-from tp_cosep.calibration.collect import Wanted, estimate_memory, measure
-from tp_cosep.calibration.input_observer import ReaderMoments
+from tp_cosep.calibration.collect import StatisticsSpec, estimate_memory, measure
+from tp_cosep.calibration.input_observer import InputStatistics
 from tp_cosep.calibration.io import fingerprint
 from tp_cosep.calibration.memory import MemoryEstimate
 from tp_cosep.calibration.statistics_io import load_measured, save_measured
@@ -24,7 +24,7 @@ from tp_cosep.functional.elimination import Elimination
 from tp_cosep.functional.separability import PairMetric
 from tp_cosep.graph.heads import attention_heads
 from tp_cosep.graph.tracing import check_plain, resolve_layers
-from tp_cosep.selection.input_space import READER_SPACES
+from tp_cosep.selection.input_space import INPUT_SPACES
 from tp_cosep.selection.separability_space import weight_shape
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
     spatial: int | str | None
     space_name: str
     representative: str | Callable[[Any], Tensor | None]
-    tap: str
+    observe: str
     num_heads: dict[nn.Module, int]
     channel_dims: dict[type[nn.Module], int]
     memory_budget: int
@@ -50,7 +50,7 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
         self.num_heads = num_heads if num_heads is not None else {}
         self.moments: dict[str, ClassMoments] = {}
         self.attention: dict[str, Tensor] = {}
-        self.readers: dict[str, ReaderMoments] = {}
+        self.consumers: dict[str, InputStatistics] = {}
         self.sampling_errors: dict[str, float] = {}
         self._shapes: dict[str, Size] = {}
         self._fingerprint = ""
@@ -112,10 +112,10 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
             self.attention = collect_attention(model, loader, self.num_heads, target_fn=target_fn, progress=progress)
             self._hold(model, {}, {})
             return self
-        moments, readers = measure(
+        moments, consumers = measure(
             model,
             loader,
-            self._wanted,
+            self._spec,
             layers=layers,
             ignored=resolve_layers(model, ignored_layers, "ignored_layers"),
             target_fn=target_fn,
@@ -126,15 +126,15 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
         )
-        self._hold(model, moments, readers)
+        self._hold(model, moments, consumers)
         return self
 
     def _heads_of(self, model: nn.Module) -> dict[nn.Module, int]:
         """Number of heads by attention layer: those that were given, or what the model says."""
         return attention_heads(model) if self._given_heads is None else dict(self._given_heads)
 
-    def _hold(self, model: nn.Module, moments: dict[str, ClassMoments], readers: dict[str, ReaderMoments]) -> None:
-        self.moments, self.readers = moments, readers
+    def _hold(self, model: nn.Module, moments: dict[str, ClassMoments], consumers: dict[str, InputStatistics]) -> None:
+        self.moments, self.consumers = moments, consumers
         self._eliminations.clear()
         self.sampling_errors.clear()
         shapes = {name: weight_shape(m) for name, m in measured_layers(model, self.channel_dims).items()}
@@ -142,13 +142,13 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
         self._fingerprint = fingerprint(model)
 
     @property
-    def _wanted(self) -> Wanted:
-        by_readers = self.space_name in READER_SPACES
-        return Wanted(
-            by_classes=not by_readers,
-            by_readers=by_readers or self.representative == "reconstruction",
-            reader_classes=self.space_name in ("class-means", "joint"),
-            tap=self.tap,
+    def _spec(self) -> StatisticsSpec:
+        by_inputs = self.space_name in INPUT_SPACES
+        return StatisticsSpec(
+            by_classes=not by_inputs,
+            by_inputs=by_inputs or self.representative == "reconstruction",
+            input_classes=self.space_name in ("class-means", "joint"),
+            observe=self.observe,
             spatial=self.spatial,
             channel_dims=self.channel_dims,
             num_heads=self.num_heads,
@@ -185,8 +185,8 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
         check_plain(model, may_be_empty=True)
         ignored = resolve_layers(model, ignored_layers, "ignored_layers")
         # It may be another model than the one that was measured, or that one after pruning.
-        wanted = replace(self._wanted, num_heads=self._heads_of(model))
-        return estimate_memory(model, example_inputs, wanted, n_classes, ignored)
+        spec = replace(self._spec, num_heads=self._heads_of(model))
+        return estimate_memory(model, example_inputs, spec, n_classes, ignored)
 
     def save_moments(self, path: str | os.PathLike[str]) -> None:
         """Write what was measured to a file, from which :meth:`load_moments` has it back without data.
@@ -203,7 +203,7 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
             path,
             {"model": self._fingerprint, "measured": self._facts},
             self.moments,
-            self.readers,
+            self.consumers,
             self.attention,
         )
 
@@ -225,17 +225,17 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
                 other options; the selector is as it was.
         """
         check_plain(model)
-        moments, readers, attention = load_measured(
+        moments, consumers, attention = load_measured(
             path, {"model": fingerprint(model), "measured": self._facts}, model, n_classes
         )
         self.num_heads, self.attention = self._heads_of(model), attention
-        self._hold(model, moments, readers)
+        self._hold(model, moments, consumers)
         return self
 
     @property
     def _facts(self) -> list[Any]:
         """What a file says of the options."""
-        return ["attention"] if self.metric == ATTENTION_JS else self._wanted.facts()
+        return ["attention"] if self.metric == ATTENTION_JS else self._spec.facts()
 
     @property
     def is_fitted(self) -> bool:
@@ -247,7 +247,7 @@ class Measured(tp.importance.Importance):  # type: ignore[misc]
         """Names of the layers that were measured, in the order in which they ran."""
         if self.metric == ATTENTION_JS:
             return list(self.attention)
-        return list(dict.fromkeys([*(self.readers if self.space_name in READER_SPACES else ()), *self.moments]))
+        return list(dict.fromkeys([*(self.consumers if self.space_name in INPUT_SPACES else ()), *self.moments]))
 
     def check_fitted(self) -> None:
         """Refuse to choose before :meth:`fit`."""

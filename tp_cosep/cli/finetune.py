@@ -19,7 +19,7 @@ from tp_cosep.cli.models import logits_of
 from tp_cosep.cli.processes import Processes
 from tp_cosep.errors import InputError
 from tp_cosep.pruning.saving import read_tensors
-from tp_cosep.utils.data import BatchReader, evaluating, run_model
+from tp_cosep.utils.data import BatchAdapter, evaluating, run_model
 from tp_cosep.utils.distributed import agreed
 from tp_cosep.utils.files import replacing, write_safetensors
 
@@ -76,13 +76,13 @@ def fine_tune(
     accelerator = processes.accelerator
     optimizer = training.optimizer_of(model)
     first = 0 if kept is None or not kept.is_file() else _restore(kept, model, optimizer, accelerator)
-    reader = BatchReader(model, None, predicted=False)
+    adapter = BatchAdapter(model, None, predicted=False)
     own = set(vars(model))
     wrapped, prepared = accelerator.prepare(model, optimizer)
     try:
         for epoch in range(first, training.epochs):
             start = time.perf_counter()
-            loss = _epoch(wrapped, prepared, data, training, processes, reader, epoch)
+            loss = _epoch(wrapped, prepared, data, training, processes, adapter, epoch)
             agreed(partial(_check_finite, loss, epoch))
             # BatchNorm's statistics are those of each process's own batches.
             processes.share(model.buffers())
@@ -122,13 +122,13 @@ def accuracy(model: nn.Module, data: Data, processes: Processes) -> float:
 
 def _counted(model: nn.Module, data: Data, processes: Processes) -> list[int]:
     """Right answers and samples of this process."""
-    reader = BatchReader(model, None, predicted=False)
+    adapter = BatchAdapter(model, None, predicted=False)
     n_right, n = 0, 0
     with evaluating(model):
         for i, batch in enumerate(_bar(data.test, "accuracy", processes)):
-            inputs, given = reader.split(batch, i)
+            inputs, given = adapter.split(batch, i)
             scores = logits_of(run_model(model, inputs))
-            labels = reader.labels(scores, given, i)
+            labels = adapter.labels(scores, given, i)
             if len(labels) and int(labels.max()) >= scores.shape[1]:
                 raise InputError(
                     f"model: it has scores for {scores.shape[1]} classes, the data has a label {int(labels.max())}; "
@@ -145,7 +145,7 @@ def _epoch(
     data: Data,
     training: Training,
     processes: Processes,
-    reader: BatchReader,
+    adapter: BatchAdapter,
     epoch: int,
 ) -> float:
     """Train for one epoch; returns the mean loss of this process."""
@@ -157,9 +157,9 @@ def _epoch(
     for i, batch in enumerate(_bar(batches, f"epoch {epoch + 1}", processes)):
         for group in optimizer.param_groups:
             group["lr"] = training.rate(epoch, i / n_batches if n_batches else 0)
-        inputs, given = reader.split(batch, i)
+        inputs, given = adapter.split(batch, i)
         scores = logits_of(run_model(model, inputs))
-        loss = cross_entropy(scores.float(), reader.labels(scores, given, i))
+        loss = cross_entropy(scores.float(), adapter.labels(scores, given, i))
         processes.accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -48,11 +48,11 @@ def _trade_offs(preview: Preview) -> Table:
         "What targets in MACs would leave",
         "coverage: the share of what layers see that stays; MACs of convolutions and matrix products alone",
     )
-    for header in (*_SIZES, "coverage"):
+    for header in (*_SIZES, "retained variance"):
         table.add_column(header, justify="right", no_wrap=True)
     whole = preview.points[0]
     for p in preview.points:
-        table.add_row(*_sizes((p.macs, p.params), (whole.macs, whole.params)), f"{p.coverage:.2%}")
+        table.add_row(*_sizes((p.macs, p.params), (whole.macs, whole.params)), f"{p.retained_variance:.2%}")
     return table
 
 

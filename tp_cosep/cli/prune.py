@@ -87,7 +87,7 @@ class _Run:
             say(f"going on with the run in {self.output}")
         self._measure_accuracy("unpruned", subject.model, subject)
         pruned, plan = self._pruned(subject)
-        models = {"unpruned": subject.model, "repaired" if self._repairs else "pruned": deepcopy(pruned)}
+        models = {"unpruned": subject.model, "repaired" if self._refits else "pruned": deepcopy(pruned)}
         if options.epochs:
             say(f"fine-tuning for {options.epochs} epochs")
             kept = self.unfinished / "fine-tuning.safetensors"
@@ -99,7 +99,7 @@ class _Run:
         self.processes.wait()
 
     @property
-    def _repairs(self) -> bool:
+    def _refits(self) -> bool:
         """Whether anything is done to the weights that stay."""
         return bool(self.options.compensate != "off" or self.options.recalibrate)
 
@@ -171,11 +171,11 @@ class _Run:
             model, plan = self._prune(subject)
             if self.processes.is_first:
                 saving.save(model, plan, folder)
-        if self._repairs and not self.options.layerwise:
+        if self._refits and not self.options.layerwise:
             is_known = "pruned" in self.accuracies
             bare = subject.model if is_known else plan.apply(deepcopy(subject.model), subject.example)
             self._measure_accuracy("pruned", bare, subject)
-        self._measure_accuracy("repaired" if self._repairs else "pruned", model, subject)
+        self._measure_accuracy("repaired" if self._refits else "pruned", model, subject)
         self.processes.wait()
         return model, plan
 
@@ -259,7 +259,7 @@ class _Run:
         say(f"  prune {next(text for text, is_it in counts.items() if is_it)}")
         if options.layerwise:
             say(f"  group after group, with {options.layerwise_epochs} epochs of fine-tuning in between")
-        if self._repairs:
+        if self._refits:
             both = {f"refitting ({options.compensate})": options.compensate != "off"}
             both["new BatchNorm statistics"] = options.recalibrate
             say(f"  repair by {' and '.join(name for name, is_on in both.items() if is_on)}")

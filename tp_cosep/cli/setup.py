@@ -17,7 +17,7 @@ from tp_cosep.cli.processes import Processes
 from tp_cosep.errors import InputError
 from tp_cosep.graph.tracing import resolve_layers
 from tp_cosep.selection.cosep import CoSePSelector
-from tp_cosep.utils.data import BatchReader, evaluating, n_samples, run_model, take_samples
+from tp_cosep.utils.data import BatchAdapter, evaluating, n_samples, run_model, take_samples
 from tp_cosep.utils.distributed import agreed
 
 __all__ = ["Subject", "fit_options", "fitted", "prepare", "pruner_options", "selector_of"]
@@ -60,7 +60,7 @@ def _prepared(options: argparse.Namespace, processes: Processes) -> Subject:
     data = load_data(options, pictures_of(options, model))
     resolve_layers(model, options.ignored_layers, "ignored_layers")  # unknown names are found before anything long
     model.to(processes.device)
-    inputs, _ = BatchReader(model, None, predicted=False).split(data.first, 0)
+    inputs, _ = BatchAdapter(model, None, predicted=False).split(data.first, 0)
     n = n_samples(inputs)
     if not n:
         raise InputError("data: expected batches with samples, the first one has none.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tp_cosep.errors import InputError
-from tp_cosep.utils.data import BatchReader, check_loader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.utils.data import BatchAdapter, check_loader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.utils.distributed import agreed, averaged
 from tp_cosep.utils.snapshot import restored_on_error
 
@@ -57,7 +57,7 @@ def recalibrate(
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if not norms:
         return 0
-    reader = BatchReader(model, target_fn, predicted=True)
+    adapter = BatchAdapter(model, target_fn, predicted=True)
     momenta = {m: m.momentum for m in norms.values()}
     before = {m: {n: x.clone() for n, x in m.named_buffers(recurse=False)} for m in norms.values()}
     with restored_on_error(model), evaluating(model):
@@ -66,7 +66,7 @@ def recalibrate(
                 m.reset_running_stats()
                 m.momentum = None  # a cumulative average
                 m.training = True
-            n_batches = agreed(lambda: _run_all(model, loader, reader, progress=progress))
+            n_batches = agreed(lambda: _run_all(model, loader, adapter, progress=progress))
         finally:
             for m, momentum in momenta.items():
                 m.momentum = momentum
@@ -102,11 +102,11 @@ def _reached(
     return reached
 
 
-def _run_all(model: nn.Module, loader: Iterable[Any], reader: BatchReader, *, progress: bool) -> int:
+def _run_all(model: nn.Module, loader: Iterable[Any], adapter: BatchAdapter, *, progress: bool) -> int:
     """Run a model on all batches; returns the number of those that were not empty."""
     n_batches = 0
     for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
-        inputs = reader.split(batch, i)[0]
+        inputs = adapter.split(batch, i)[0]
         if n_samples(inputs) == 0:
             continue
         try:

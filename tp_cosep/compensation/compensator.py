@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from tp_cosep.calibration.reduce import merged_seconds
 from tp_cosep.compensation.masked_norms import normalised_without
 from tp_cosep.compensation.options import check_compensator
-from tp_cosep.compensation.refit import MeasuredReader, Refit, Repair, apply, refit_to_original, refit_without
+from tp_cosep.compensation.refit import ConsumerState, Refit, Solution, apply, refit_to_original, refit_without
 from tp_cosep.compensation.sequential import paired_moments
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.graph.consumers import affordable, find_readings, named, on_inputs
+from tp_cosep.graph.consumers import affordable, find_consumers, named, on_inputs
 from tp_cosep.graph.groups import graph_of, module_names
 from tp_cosep.graph.heads import attention_heads
-from tp_cosep.graph.patches import Reading, has_computed_weight, reading_of
+from tp_cosep.graph.patches import Patches, has_computed_weight, patches_of
 from tp_cosep.graph.tracing import check_plain
 from tp_cosep.graph.tying import tied_parameters
-from tp_cosep.utils.data import BatchReader, check_loader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.utils.data import BatchAdapter, check_loader, evaluating, n_samples, progress_bar, run_model
 from tp_cosep.utils.distributed import agreed, is_distributed
-from tp_cosep.utils.sampling import Draws
+from tp_cosep.utils.sampling import PositionSampler
 from tp_cosep.utils.snapshot import restored_on_error
 
-__all__ = ["Compensator", "Repair"]
+__all__ = ["Compensator", "Solution"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class _Data:
 
     def inputs(self, model: nn.Module) -> Iterator[Any]:
         """The inputs of every batch, on the model's device."""
-        reader = BatchReader(model, self.target_fn, predicted=True)
+        adapter = BatchAdapter(model, self.target_fn, predicted=True)
         for i, batch in enumerate(progress_bar(self.loader, self.loader, "second moments", shown=self.progress)):
-            yield reader.split(batch, i)[0]
+            yield adapter.split(batch, i)[0]
 
 
 class Compensator:
@@ -82,7 +82,7 @@ class Compensator:
 
     Convolutions of any kernel, stride, dilation and number of channel groups, transposed ones (without a constant), and
     linear layers are refitted. Depthwise convolutions mix no channels and stay; other readers (``MultiheadAttention``,
-    recurrent layers, your own) and attention logits are left alone, and :attr:`repairs` says so.
+    recurrent layers, your own) and attention logits are left alone, and :attr:`refits` says so.
 
     Args:
         model: The model, unpruned.
@@ -101,7 +101,7 @@ class Compensator:
         **trace_options: As for the pruner: ``unwrapped_parameters``, ``output_transform``, ``customized_pruners``.
 
     Attributes:
-        repairs: One :class:`Repair` per reader of every group so far.
+        refits: One :class:`Refit` per reader of every group so far.
         new_biases: Names of the layers that were given a bias.
 
     Raises:
@@ -119,7 +119,7 @@ class Compensator:
         >>> compensator = Compensator(model, x[:1]).fit([x])
         >>> graph = tp.DependencyGraph().build_dependency(model, x[:1])
         >>> group = graph.get_pruning_group(model[0], tp.prune_linear_out_channels, list(range(8, 16)))
-        >>> repairs = compensator(group)
+        >>> refits = compensator(group)
         >>> group.prune()
         >>> torch.allclose(model(x), before, atol=1e-5)
         True
@@ -160,9 +160,9 @@ class Compensator:
         self.seed = seed
         self.forward_fn = forward_fn
         self.trace_options = trace_options
-        self.repairs: list[Repair] = []
+        self.refits: list[Refit] = []
         self.new_biases: list[str] = []
-        self._readers: dict[nn.Module, MeasuredReader] = {}
+        self._consumers: dict[nn.Module, ConsumerState] = {}
         self._attention: set[nn.Module] = set()
         self._original: dict[nn.Module, nn.Module] = {}
         self._data: _Data | None = None
@@ -205,27 +205,27 @@ class Compensator:
                 "Compensator: mode='sequential' reads the data again for every group; pass a DataLoader or a list of "
                 f"batches, got a {type(loader).__name__} that can be read once."
             )
-        readings = find_readings(
+        all_patches = find_consumers(
             self.model,
             self.example_inputs,
             max_features=self.max_features,
             forward_fn=self.forward_fn,
             **self.trace_options,
         )
-        self._check_memory(readings)
-        readers = {r.layer: MeasuredReader.whole(name, r) for name, r in readings.items()}
+        self._check_memory(all_patches)
+        consumers = {r.layer: ConsumerState.whole(name, r) for name, r in all_patches.items()}
         data = _Data(loader, target_fn, progress)
-        n_seen = self._measure(data.inputs(self.model), readers)
-        _warn_of_few(readers.values())
-        self._readers, self._data = readers, replace(data, n_samples=n_seen)
+        n_seen = self._measure(data.inputs(self.model), consumers)
+        _warn_of_few(consumers.values())
+        self._consumers, self._data = consumers, replace(data, n_samples=n_seen)
         self._attention = set(attention_heads(self.model))
         if self.mode == "sequential":
             original = deepcopy(self.model)
             self._original = dict(zip(self.model.modules(), original.modules(), strict=True))
         return self
 
-    def _check_memory(self, readings: Mapping[str, Reading]) -> None:
-        sizes = sorted(((16 * (r.n_features + 1) ** 2, name) for name, r in readings.items()), reverse=True)
+    def _check_memory(self, all_patches: Mapping[str, Patches]) -> None:
+        sizes = sorted(((16 * (r.n_features + 1) ** 2, name) for name, r in all_patches.items()), reverse=True)
         needed = sum(size for size, _ in sizes)
         if needed > self.memory_budget:
             largest = ", ".join(f"{name!r} {size / 2**20:,.0f} MiB" for size, name in sizes[:3])
@@ -235,14 +235,14 @@ class Compensator:
                 "max_features to share coefficients between the taps of kernels."
             )
 
-    def _measure(self, batches: Iterable[Any], readers: Mapping[nn.Module, MeasuredReader]) -> int:
+    def _measure(self, batches: Iterable[Any], consumers: Mapping[nn.Module, ConsumerState]) -> int:
         """Take the moments of everything that is read; returns the number of samples."""
 
-        def take(draws: Draws, layer: nn.Module, x: Tensor) -> None:
-            reader = readers[layer]
-            with named(reader.name):
-                n = self.max_positions or affordable(reader.reading, x.shape)
-                reader.moments.update(reader.reading.sampler(x.shape, n, draws.of(reader.name))(x))
+        def take(sampler_of: PositionSampler, layer: nn.Module, x: Tensor) -> None:
+            consumer = consumers[layer]
+            with named(consumer.name):
+                n = self.max_positions or affordable(consumer.patches, x.shape)
+                consumer.moments.update(consumer.patches.sampler(x.shape, n, sampler_of.of(consumer.name))(x))
 
         def run() -> tuple[int, int]:
             n_batches, n_seen = 0, 0
@@ -250,15 +250,15 @@ class Compensator:
                 for inputs in batches:
                     n = n_samples(inputs)
                     if n != 0:
-                        with on_inputs(readers, partial(take, Draws(inputs, self.seed))):
+                        with on_inputs(consumers, partial(take, PositionSampler(inputs, self.seed))):
                             self._run(self.model, inputs)
                         n_batches += 1
                         n_seen += n or 0
             return n_batches, n_seen
 
         n_batches, n_seen = agreed(run)
-        merged_seconds([reader.moments for reader in readers.values()])
-        if not n_batches and not any(reader.moments.n_rows for reader in readers.values()):
+        merged_seconds([consumer.moments for consumer in consumers.values()])
+        if not n_batches and not any(consumer.moments.n_rows for consumer in consumers.values()):
             raise InputError("Compensator: expected at least one batch, the loader gave none.")
         return n_seen
 
@@ -266,7 +266,7 @@ class Compensator:
         (self.forward_fn or run_model)(model, inputs)
 
     @torch.no_grad()
-    def __call__(self, group: Any) -> list[Repair]:
+    def __call__(self, group: Any) -> list[Refit]:
         """Refit what reads a group; call it just before ``group.prune()``.
 
         In layers that are refitted, weights of inputs that go become zero, so the model is consistent also if the group
@@ -276,7 +276,7 @@ class Compensator:
             group: A group of a graph of this model.
 
         Returns:
-            One entry per reader; they are also added to :attr:`repairs`.
+            One entry per reader; they are also added to :attr:`refits`.
 
         Raises:
             NotFittedError: Before :meth:`fit`.
@@ -284,26 +284,26 @@ class Compensator:
         """
         if not self.is_fitted:
             raise NotFittedError("Compensator: no data seen yet; call fit(loader) first.")
-        self._readers = {layer: r.settled() for layer, r in self._readers.items()}
+        self._consumers = {layer: r.settled() for layer, r in self._consumers.items()}
         losing, left_alone = self._losing(group)
         sequential = self.mode == "sequential" and bool(losing)
         with restored_on_error(self.model) if sequential else nullcontext():
             # All are fitted before any is changed.
-            repairs = self._applied(group, [refit_without(known, self.ridge) for known in losing.values()])
-            self._readers.update(losing)
+            refits = self._applied(group, [refit_without(known, self.ridge) for known in losing.values()])
+            self._consumers.update(losing)
             if sequential:
                 with normalised_without(group):
-                    refits = self._from_pruned(losing)
-                repairs = self._applied(group, refits)
-        self.repairs += [*repairs, *left_alone]
-        return [*repairs, *left_alone]
+                    solutions = self._from_pruned(losing)
+                refits = self._applied(group, solutions)
+        self.refits += [*refits, *left_alone]
+        return [*refits, *left_alone]
 
     def saved(self) -> Callable[[], None]:
         """Remember what is known now; the function that is returned puts it back, for a model that is put back too."""
         state = {
-            "repairs": [*self.repairs],
+            "refits": [*self.refits],
             "new_biases": [*self.new_biases],
-            "_readers": dict(self._readers),
+            "_readers": dict(self._consumers),
             "_attention": self._attention,
             "_original": self._original,
             "_data": self._data,
@@ -321,11 +321,11 @@ class Compensator:
                 "model); make a compensator of the model that is pruned."
             )
         layers = {name: layer for layer, name in names.items()}
-        for layer, known in self._readers.items():
+        for layer, known in self._consumers.items():
             if layers.get(known.name) is not layer:
                 raise InputError(f"layer {known.name!r}: it is not the one that was measured; call fit() again.")
 
-    def _losing(self, group: Any) -> tuple[dict[nn.Module, MeasuredReader], list[Repair]]:
+    def _losing(self, group: Any) -> tuple[dict[nn.Module, ConsumerState], list[Refit]]:
         """The readers of a group with what they lose, and those that are left alone."""
         graph, names = graph_of(group), module_names(group)
         self._check_measured(graph, names)
@@ -337,38 +337,38 @@ class Compensator:
             if layer not in names or not idxs:
                 continue
             is_in, is_out = (f(dep.handler) for f in (graph.is_in_channel_pruning_fn, graph.is_out_channel_pruning_fn))
-            known = self._readers.get(layer)
+            known = self._consumers.get(layer)
             if is_out and known is not None:
-                self._readers[layer] = replace(known, losing_outputs=known.losing_outputs | set(idxs))
+                self._consumers[layer] = replace(known, losing_outputs=known.losing_outputs | set(idxs))
             if is_out and layer in self._attention:
                 reason = "products of queries and keys are not refitted, only what reads the values"
-                left_alone.append(Repair(names[layer], len(idxs), reason=reason))
+                left_alone.append(Refit(names[layer], len(idxs), reason=reason))
             # What is both treats every channel by itself, but for attention.
             if not is_in or (is_out and not isinstance(layer, nn.MultiheadAttention)):
                 continue
             if known is not None and known.moments.n_rows and layer not in tied:
                 inputs.setdefault(layer, set()).update(idxs)
             elif reason := _why_not(layer, is_known=known is not None, is_tied=layer in tied):
-                left_alone.append(Repair(names[layer], len(idxs), reason=reason))
-        losing = dict[nn.Module, MeasuredReader]()
+                left_alone.append(Refit(names[layer], len(idxs), reason=reason))
+        losing = dict[nn.Module, ConsumerState]()
         for layer, gone in inputs.items():
-            known = self._readers[layer]
-            if known.reading.n_channels != len(known.inputs):
+            known = self._consumers[layer]
+            if known.patches.n_channels != len(known.inputs):
                 raise InputError(
                     f"layer {known.name!r}: measured with {len(known.inputs)} input channels, it has "
-                    f"{known.reading.n_channels}; call fit() again after pruning without the compensator."
+                    f"{known.patches.n_channels}; call fit() again after pruning without the compensator."
                 )
-            channels = frozenset(i // known.reading.repeat for i in gone)
-            losing[layer] = replace(self._readers[layer], losing_inputs=channels)
+            channels = frozenset(i // known.patches.repeat for i in gone)
+            losing[layer] = replace(self._consumers[layer], losing_inputs=channels)
         return losing, left_alone
 
-    def _applied(self, group: Any, refits: Sequence[Refit]) -> list[Repair]:
-        for refit in refits:
-            if apply(refit, self.model, group._DG, self._original):
-                self.new_biases.append(refit.known.name)
-        return [refit.repair for refit in refits]
+    def _applied(self, group: Any, solutions: Sequence[Solution]) -> list[Refit]:
+        for solution in solutions:
+            if apply(solution, self.model, group._DG, self._original):
+                self.new_biases.append(solution.known.name)
+        return [solution.refit for solution in solutions]
 
-    def _from_pruned(self, losing: Mapping[nn.Module, MeasuredReader]) -> list[Refit]:
+    def _from_pruned(self, losing: Mapping[nn.Module, ConsumerState]) -> list[Solution]:
         """Fit what the readers see in the pruned model to what they computed in the original."""
         assert self._data is not None
         sums = paired_moments(
@@ -379,7 +379,7 @@ class Compensator:
             run=self._run,
             max_positions=self.max_positions,
             # Other positions for every group, so that what is fitted to one draw is tried on another.
-            seed=self.seed + 1 + len(self.repairs),
+            seed=self.seed + 1 + len(self.refits),
             n_expected=self._data.n_samples,
         )
         return [
@@ -387,9 +387,9 @@ class Compensator:
         ]
 
 
-def _warn_of_few(readers: Iterable[MeasuredReader]) -> None:
+def _warn_of_few(consumers: Iterable[ConsumerState]) -> None:
     """Say so where there is so little data that a repair may do harm."""
-    few = [(r.name, r.moments.n_rows, r.moments.n_features) for r in readers if r.moments.n_rows]
+    few = [(r.name, r.moments.n_rows, r.moments.n_features) for r in consumers if r.moments.n_rows]
     few = [(name, n, f) for name, n, f in few if n < f / 4]
     if few:
         shown = ", ".join(f"{name!r} {n} for {f}" for name, n, f in few[:3])
@@ -408,7 +408,7 @@ def _why_not(layer: nn.Module, *, is_known: bool, is_tied: bool) -> str:
         return "another layer has the same weight"
     if is_known:
         return "the calibration data never reached it"
-    if reading_of(layer) is not None:
+    if patches_of(layer) is not None:
         return "not measured: it was not part of any group when fit() was called"
     if has_computed_weight(layer):
         return "its weight is computed from other parameters"

@@ -12,10 +12,10 @@ from tp_cosep.compensation.compensator import Compensator
 from tp_cosep.errors import InputError
 from tp_cosep.utils.data import check_loader
 
-__all__ = ["Mending"]
+__all__ = ["Recovery"]
 
 
-class Mending:
+class Recovery:
     """Repair, new statistics and fine-tuning of a model that is pruned group after group.
 
     Args:
@@ -59,7 +59,7 @@ class Mending:
         self._model = model
         self._loader = loader
         self._recalibrates = recalibrate
-        self._reading = {"target_fn": fit_options.get("target_fn"), "progress": fit_options.get("progress", True)}
+        self._batch_options = {"target_fn": fit_options.get("target_fn"), "progress": fit_options.get("progress", True)}
         self._is_stale = False
 
     def measure(self) -> None:
@@ -72,7 +72,7 @@ class Mending:
             return
         if self._loader is None:
             raise InputError("CoSePPruner: compensate= has to measure the model, also after fine-tuning; pass loader=.")
-        self.compensator.fit(self._loader, **self._reading)
+        self.compensator.fit(self._loader, **self._batch_options)
         self._is_stale = False
 
     def before(self, group: Any) -> None:
@@ -97,7 +97,7 @@ class Mending:
         """What comes when everything that was due is pruned: new statistics, and fine-tuning if there is any."""
         if self._recalibrates:
             assert self._loader is not None
-            recalibrate(self._model, self._loader, **self._reading)
+            recalibrate(self._model, self._loader, **self._batch_options)
         if fine_tune is not None:
             fine_tune(self._model)
             self._is_stale = True

@@ -13,18 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tp_cosep.functional.least_squares import LinearFit, from_others, without
 from tp_cosep.functional.second_moments import SecondMoments
 from tp_cosep.graph.editing import add_biases
-from tp_cosep.graph.patches import Reading, n_outputs
+from tp_cosep.graph.patches import Patches, n_outputs
 
-__all__ = ["MeasuredReader", "Refit", "Repair", "apply", "refit_to_original", "refit_without"]
+__all__ = ["ConsumerState", "Solution", "apply", "refit_to_original", "refit_without"]
 
 
 @dataclass(frozen=True)
-class Repair:
+class Refit:
     """What became of one layer that read channels of a group.
 
     Attributes:
         name: The layer.
-        n_gone: Inputs that it lost.
+        n_removed: Inputs that it lost.
         error: The share of what these inputs contributed to its outputs that could not be made up for, in
             [0, 1], estimated on data that was not fitted to; in sequential mode the share of its outputs that is
             lost. ``None`` if it was left alone.
@@ -33,19 +33,19 @@ class Repair:
     """
 
     name: str
-    n_gone: int
+    n_removed: int
     error: float | None = None
     ridge: float | None = None
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class MeasuredReader:
+class ConsumerState:
     """A layer that reads, and what is known of it.
 
     Attributes:
         name: Its name.
-        reading: How it reads.
+        patches: How it reads.
         moments: Of the features that it has left.
         inputs: Original indices of the channels that it has left.
         outputs: Original indices of its outputs that are left.
@@ -54,7 +54,7 @@ class MeasuredReader:
     """
 
     name: str
-    reading: Reading
+    patches: Patches
     moments: SecondMoments
     inputs: Tensor
     outputs: Tensor
@@ -62,30 +62,30 @@ class MeasuredReader:
     losing_outputs: frozenset[int] = field(default_factory=frozenset)
 
     @classmethod
-    def whole(cls, name: str, reading: Reading) -> MeasuredReader:
+    def whole(cls, name: str, patches: Patches) -> ConsumerState:
         """A layer that has lost nothing, and of which nothing is known yet."""
-        device = next(reading.layer.parameters()).device
-        moments = SecondMoments(reading.n_features, device)
-        return cls(name, reading, moments, torch.arange(reading.n_channels), torch.arange(n_outputs(reading.layer)))
+        device = next(patches.layer.parameters()).device
+        moments = SecondMoments(patches.n_features, device)
+        return cls(name, patches, moments, torch.arange(patches.n_channels), torch.arange(n_outputs(patches.layer)))
 
     def staying(self) -> Tensor:
         """Positions in ``inputs`` of what stays."""
         return torch.tensor([i for i in range(len(self.inputs)) if i not in self.losing_inputs], dtype=torch.int64)
 
-    def settled(self) -> MeasuredReader:
+    def settled(self) -> ConsumerState:
         """What it is after the group was pruned, or was not: the layer itself shows it."""
         inputs, outputs, moments = self.inputs, self.outputs, self.moments
         staying = self.staying()
-        if self.losing_inputs and self.reading.n_channels == len(staying):
-            inputs, moments = inputs[staying], moments.of(self.reading.features_of(staying))
+        if self.losing_inputs and self.patches.n_channels == len(staying):
+            inputs, moments = inputs[staying], moments.of(self.patches.features_of(staying))
         left = torch.tensor([i for i in range(len(outputs)) if i not in self.losing_outputs], dtype=torch.int64)
-        if self.losing_outputs and n_outputs(self.reading.layer) == len(left):
+        if self.losing_outputs and n_outputs(self.patches.layer) == len(left):
             outputs = outputs[left]
-        return MeasuredReader(self.name, self.reading, moments, inputs, outputs)
+        return ConsumerState(self.name, self.patches, moments, inputs, outputs)
 
 
 @dataclass(frozen=True)
-class Refit:
+class Solution:
     """New weights of a layer.
 
     Attributes:
@@ -96,45 +96,45 @@ class Refit:
         original: The layer of the unpruned model that it was fitted to, if it was.
     """
 
-    known: MeasuredReader
+    known: ConsumerState
     maps: Tensor
     constant: Tensor
     fits: Sequence[LinearFit]
     original: nn.Module | None = None
 
     @property
-    def repair(self) -> Repair:
+    def refit(self) -> Refit:
         """For the record."""
         lost, energy = sum(fit.lost for fit in self.fits), sum(fit.energy for fit in self.fits)
         error = min(lost / energy, 1.0) if energy > 0 else 0.0
-        n_gone = len(self.known.losing_inputs) * self.known.reading.repeat
-        return Repair(self.known.name, n_gone, error, max(fit.ridge for fit in self.fits))
+        n_removed = len(self.known.losing_inputs) * self.known.patches.repeat
+        return Refit(self.known.name, n_removed, error, max(fit.ridge for fit in self.fits))
 
 
-def refit_without(known: MeasuredReader, ridge: float | None) -> Refit:
+def refit_without(known: ConsumerState, ridge: float | None) -> Solution:
     """Fit a layer to its own outputs, from what it keeps of its inputs.
 
     Returns:
         Weights that are zero where inputs go.
     """
-    reading = known.reading
-    maps = reading.maps(_weight(reading.layer))
+    patches = known.patches
+    maps = patches.maps(_weight(patches.layer))
     n_local = maps.shape[1]
-    gone = reading.features_of(sorted(known.losing_inputs)).to(maps.device)
+    gone = patches.features_of(sorted(known.losing_inputs)).to(maps.device)
     constants, fits = [], []
-    for i in range(reading.groups):
+    for i in range(patches.groups):
         block = torch.arange(i * n_local, (i + 1) * n_local)
         here = gone[(gone >= block[0]) & (gone <= block[-1])] - i * n_local
         folds = known.moments.of(block).folds
-        maps[i], constant, fit = without(maps[i], folds, here, constant=reading.takes_constant, ridge=ridge)
+        maps[i], constant, fit = without(maps[i], folds, here, constant=patches.takes_constant, ridge=ridge)
         constants.append(constant)
         fits.append(fit)
-    return Refit(known, maps, torch.cat(constants), fits)
+    return Solution(known, maps, torch.cat(constants), fits)
 
 
 def refit_to_original(
-    known: MeasuredReader, original: nn.Module, sums: Sequence[SecondMoments], ridge: float | None
-) -> Refit:
+    known: ConsumerState, original: nn.Module, sums: Sequence[SecondMoments], ridge: float | None
+) -> Solution:
     """Fit a layer of a pruned model to the outputs of the original one, from what it sees in the pruned model.
 
     Args:
@@ -146,27 +146,27 @@ def refit_to_original(
     Returns:
         Weights that are zero where inputs go; the constant is what is to be added to the original's.
     """
-    reading = known.reading
-    maps0, maps = reading.maps(_weight(original)), torch.zeros_like(reading.maps(_weight(reading.layer)))
-    staying = reading.features_of(known.staying()).to(maps.device).chunk(reading.groups)
-    outputs = known.outputs.to(maps.device).chunk(reading.groups)
+    patches = known.patches
+    maps0, maps = patches.maps(_weight(original)), torch.zeros_like(patches.maps(_weight(patches.layer)))
+    staying = patches.features_of(known.staying()).to(maps.device).chunk(patches.groups)
+    outputs = known.outputs.to(maps.device).chunk(patches.groups)
     n_features, n_out = maps.shape[1], maps0.shape[2]
     constants, fits = [], []
     for i, moments in enumerate(sums):
         new, constant, fit = from_others(
-            maps0[i][:, outputs[i] - i * n_out], moments.folds, constant=reading.takes_constant, ridge=ridge
+            maps0[i][:, outputs[i] - i * n_out], moments.folds, constant=patches.takes_constant, ridge=ridge
         )
         maps[i, staying[i] - i * n_features] = new
         constants.append(constant)
         fits.append(fit)
-    return Refit(known, maps, torch.cat(constants), fits, original)
+    return Solution(known, maps, torch.cat(constants), fits, original)
 
 
-def apply(refit: Refit, model: nn.Module, graph: Any, original_norm: dict[nn.Module, nn.Module]) -> bool:
+def apply(solution: Solution, model: nn.Module, graph: Any, original_norm: dict[nn.Module, nn.Module]) -> bool:
     """Write new weights into a layer, and its constant into its bias or the running mean of a BatchNorm behind it.
 
     Args:
-        refit: The weights.
+        solution: The weights.
         model: The model that the layer is part of.
         graph: A dependency graph of it.
         original_norm: Layers of the unpruned model by those of this one; looked at if the layer was fitted to it.
@@ -174,26 +174,26 @@ def apply(refit: Refit, model: nn.Module, graph: Any, original_norm: dict[nn.Mod
     Returns:
         Whether the layer had to be given a bias.
     """
-    known = refit.known
-    layer: Any = known.reading.layer
-    _weight(layer).copy_(known.reading.weight(refit.maps, _weight(layer)))
+    known = solution.known
+    layer: Any = known.patches.layer
+    _weight(layer).copy_(known.patches.weight(solution.maps, _weight(layer)))
     norm: Any = None if layer.bias is not None else _norm_behind(graph, layer)
-    if refit.original is not None:
-        outputs = known.outputs.to(refit.maps.device)
+    if solution.original is not None:
+        outputs = known.outputs.to(solution.maps.device)
         if norm is not None:
             for name in ("running_mean", "running_var"):
                 getattr(norm, name).copy_(getattr(original_norm[norm], name)[outputs])
         elif layer.bias is not None:
-            bias: Any = refit.original.bias
+            bias: Any = solution.original.bias
             layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias[outputs])
     if norm is not None:
-        norm.running_mean.sub_(refit.constant.to(norm.running_mean.dtype))
+        norm.running_mean.sub_(solution.constant.to(norm.running_mean.dtype))
         return False
     is_new = layer.bias is None
-    if is_new and not refit.constant.any():
+    if is_new and not solution.constant.any():
         return False
     add_biases(model, [known.name])
-    layer.bias.add_(refit.constant.to(layer.bias.dtype))
+    layer.bias.add_(solution.constant.to(layer.bias.dtype))
     return is_new
 
 

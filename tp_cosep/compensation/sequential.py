@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_cosep.compensation.refit import MeasuredReader
+from tp_cosep.compensation.refit import ConsumerState
 from tp_cosep.errors import InputError
 from tp_cosep.functional.second_moments import SecondMoments
 from tp_cosep.graph.consumers import affordable, named, on_inputs
-from tp_cosep.graph.patches import Reading
+from tp_cosep.graph.patches import Patches
 from tp_cosep.utils.data import evaluating, n_samples
-from tp_cosep.utils.sampling import Draws
+from tp_cosep.utils.sampling import PositionSampler
 
 __all__ = ["paired_moments"]
 
@@ -24,7 +24,7 @@ __all__ = ["paired_moments"]
 def paired_moments(
     model: nn.Module,
     originals: Mapping[nn.Module, nn.Module],
-    readers: Mapping[nn.Module, MeasuredReader],
+    consumers: Mapping[nn.Module, ConsumerState],
     batches: Iterable[Any],
     *,
     run: Callable[[nn.Module, Any], object],
@@ -39,7 +39,7 @@ def paired_moments(
     Args:
         model: The model as pruned so far.
         originals: The modules of the unpruned model by those of this one.
-        readers: The layers, and what they are about to lose.
+        consumers: The layers, and what they are about to lose.
         batches: Inputs.
         run: ``run(model, inputs)``.
         max_positions: Positions per sample, see :class:`tp_cosep.Compensator`.
@@ -53,25 +53,27 @@ def paired_moments(
         InputError: If there is less data than before, it no longer reaches a layer, the model does not run, or inputs
             are NaN or infinite.
     """
-    twins = {originals[layer]: replace(r, reading=_original(r.reading, originals)) for layer, r in readers.items()}
-    sums: dict[nn.Module, list[SecondMoments]] = {layer: [] for layer in readers}
+    of_original = {
+        originals[layer]: replace(r, patches=_original(r.patches, originals)) for layer, r in consumers.items()
+    }
+    sums: dict[nn.Module, list[SecondMoments]] = {layer: [] for layer in consumers}
     n_seen = 0
 
-    def n_positions(reading: Reading, shape: torch.Size) -> int:
+    def n_positions(patches: Patches, shape: torch.Size) -> int:
         # As many as the original can afford: what is left of a layer has to be seen where it was.
-        return max_positions or affordable(_original(reading, originals), shape)
+        return max_positions or affordable(_original(patches, originals), shape)
 
     for inputs in batches:
         n = n_samples(inputs)
         if n == 0:
             continue
         n_seen += n or 0
-        draws = Draws(inputs, seed)
-        with evaluating(originals[model]), _reading(twins, n_positions, draws) as before, _as_pruned():
+        sampler_of = PositionSampler(inputs, seed)
+        with evaluating(originals[model]), _batch_options(of_original, n_positions, sampler_of) as before, _as_pruned():
             run(originals[model], inputs)
-        with evaluating(model), _reading(readers, n_positions, draws) as now, _as_pruned():
+        with evaluating(model), _batch_options(consumers, n_positions, sampler_of) as now, _as_pruned():
             run(model, inputs)
-        for layer, known in readers.items():
+        for layer, known in consumers.items():
             if before[originals[layer]] or now[layer]:  # else this batch did not reach it
                 with named(known.name):
                     _add(sums[layer], known, before[originals[layer]], now[layer])
@@ -83,23 +85,25 @@ def paired_moments(
         )
     for layer, found in sums.items():
         if not found:
-            raise InputError(f"layer {readers[layer].name!r}: the data reached it in fit(), and does not any more.")
+            raise InputError(f"layer {consumers[layer].name!r}: the data reached it in fit(), and does not any more.")
     return sums
 
 
 @contextmanager
-def _reading(
-    readers: Mapping[nn.Module, MeasuredReader], n_positions: Callable[[Reading, torch.Size], int], draws: Draws
+def _batch_options(
+    consumers: Mapping[nn.Module, ConsumerState],
+    n_positions: Callable[[Patches, torch.Size], int],
+    sampler_of: PositionSampler,
 ) -> Iterator[dict[nn.Module, list[Tensor]]]:
     """Note what layers read, ``[rows, features]`` float64 every time that they are called."""
-    found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in readers}
+    found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in consumers}
 
     def take(layer: nn.Module, x: Tensor) -> None:
-        known = readers[layer]
-        n = n_positions(known.reading, x.shape)
-        found[layer].append(known.reading.sampler(x.shape, n, draws.of(known.name))(x))
+        known = consumers[layer]
+        n = n_positions(known.patches, x.shape)
+        found[layer].append(known.patches.sampler(x.shape, n, sampler_of.of(known.name))(x))
 
-    with on_inputs(readers, take):
+    with on_inputs(consumers, take):
         yield found
 
 
@@ -118,12 +122,12 @@ def _as_pruned() -> Iterator[None]:
         ) from error
 
 
-def _original(reading: Reading, originals: Mapping[nn.Module, nn.Module]) -> Reading:
+def _original(patches: Patches, originals: Mapping[nn.Module, nn.Module]) -> Patches:
     """How the layer of the unpruned model reads; that of one of its own layers as it is."""
-    return replace(reading, layer=originals.get(reading.layer, reading.layer))
+    return replace(patches, layer=originals.get(patches.layer, patches.layer))
 
 
-def _add(sums: list[SecondMoments], known: MeasuredReader, before: list[Tensor], now: list[Tensor]) -> None:
+def _add(sums: list[SecondMoments], known: ConsumerState, before: list[Tensor], now: list[Tensor]) -> None:
     """Add the rows of a batch, every channel group by itself."""
     n_before, n_now = (sum(map(len, parts)) for parts in (before, now))
     if n_before != n_now:
@@ -132,8 +136,8 @@ def _add(sums: list[SecondMoments], known: MeasuredReader, before: list[Tensor],
             "needs a model that sends the same samples to a layer; use mode='one-shot'."
         )
     read, left = torch.cat(before), torch.cat(now)
-    staying = left[:, known.reading.features_of(known.staying()).to(left.device)]
-    for j, pair in enumerate(zip(*(x.chunk(known.reading.groups, 1) for x in (read, staying)), strict=True)):
+    staying = left[:, known.patches.features_of(known.staying()).to(left.device)]
+    for j, pair in enumerate(zip(*(x.chunk(known.patches.groups, 1) for x in (read, staying)), strict=True)):
         x = torch.cat(pair, 1)
         if j == len(sums):
             sums.append(SecondMoments(x.shape[1], x.device))

@@ -33,7 +33,7 @@ def check_distances(distances: Tensor | np.ndarray) -> Tensor:
     with few_threads(d):
         if _is_clean(d):
             return d.clone().fill_diagonal_(0)
-        _raise_for_entries(d)
+        _raise_for_group_plans(d)
         return (d + d.T).div_(2).fill_diagonal_(0)
 
 
@@ -57,7 +57,7 @@ def _is_symmetric(d: Tensor) -> bool:
     )
 
 
-def _raise_for_entries(d: Tensor) -> None:
+def _raise_for_group_plans(d: Tensor) -> None:
     for is_bad, what in (
         (~torch.isfinite(d), "finite"),
         (d < 0, "non-negative"),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Elimination", "Reader", "backward_elimination", "precision_of"]
+__all__ = ["Consumer", "Elimination", "backward_elimination", "precision_of"]
 
 # Added to the covariance, as shares of each variance and of the mean variance: copies of a channel stay invertible.
 _RIDGE, _FLOOR = 1e-4, 1e-10
@@ -27,7 +27,7 @@ _MOST_PENDING = 64
 
 
 @dataclass(frozen=True)
-class Reader:
+class Consumer:
     """What one reader of a group sees.
 
     Attributes:
@@ -69,11 +69,13 @@ class Elimination:
     costs: Tensor
 
 
-def backward_elimination(readers: Sequence[Reader], n_components: int, clusters: Tensor | None = None) -> Elimination:
+def backward_elimination(
+    consumers: Sequence[Consumer], n_components: int, clusters: Tensor | None = None
+) -> Elimination:
     """Take away, again and again, the component that the readers can best do without once refitted.
 
     Args:
-        readers: What reads the components; costs add up.
+        consumers: What reads the components; costs add up.
         n_components: Number of components, n.
         clusters: ``[n]`` int64; the last member of a cluster goes only when every cluster has a single one left.
 
@@ -83,13 +85,13 @@ def backward_elimination(readers: Sequence[Reader], n_components: int, clusters:
     Example:
         >>> x = torch.randn(500, 3, dtype=torch.float64)
         >>> x = torch.cat([x, x[:, :1] + x[:, 1:2]], 1)  # the last one is the sum of the first two
-        >>> reader = Reader(x.T.cov(), torch.eye(4, dtype=torch.float64), torch.arange(4))
-        >>> elimination = backward_elimination([reader], 4)
+        >>> consumer = Consumer(x.T.cov(), torch.eye(4, dtype=torch.float64), torch.arange(4))
+        >>> elimination = backward_elimination([consumer], 4)
         >>> int(elimination.order[0]) in (0, 1, 3), bool(elimination.costs[0] < 0.01)
         (True, True)
     """
-    states = [_State(reader, n_components) for reader in readers]
-    device = readers[0].covariance.device
+    states = [_State(consumer, n_components) for consumer in consumers]
+    device = consumers[0].covariance.device
     alive = torch.ones(n_components, dtype=torch.bool, device=device)
     order, costs = [], []
     members = None if clusters is None else torch.bincount(clusters).tolist()
@@ -117,17 +119,17 @@ class _State:
     Where components differ in their number of inputs, inert inputs fill them up.
     """
 
-    def __init__(self, reader: Reader, n_components: int) -> None:
-        precision = precision_of(reader.covariance) if reader.precision is None else reader.precision
+    def __init__(self, consumer: Consumer, n_components: int) -> None:
+        precision = precision_of(consumer.covariance) if consumer.precision is None else consumer.precision
         # What stays has done its part in the inverse.
-        ours = (reader.components >= 0).nonzero()[:, 0]
-        components = reader.components[ours]
+        ours = (consumer.components >= 0).nonzero()[:, 0]
+        components = consumer.components[ours]
         width, f = int(torch.bincount(components, minlength=n_components).max()), len(ours)
         self._n_features = f
         p = torch.eye(f + width, dtype=precision.dtype, device=precision.device)
         p[:f, :f] = precision[ours[:, None], ours]
         k = torch.zeros_like(p)
-        k[:f, :f] = reader.costs[ours[:, None], ours]
+        k[:f, :f] = consumer.costs[ours[:, None], ours]
         self._p, self._k = _Lazy(p), _Lazy(k)
         own = [(components == i).nonzero()[:, 0] for i in range(n_components)]
         inert = torch.arange(f, f + width, device=p.device)

@@ -157,11 +157,11 @@ def k_medoids_path(
     """
     d = check_distances(distances)
     n = len(d)
-    wanted = list(ks) if ks is not None else list(range(min(2, n), n + 1))
-    for k in wanted:
+    spec = list(ks) if ks is not None else list(range(min(2, n), n + 1))
+    for k in spec:
         if not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
             raise InputError(f"k_medoids: expected an integer k in 1 … {n} (the number of points), got {k!r}.")
-    return check_backend(backend)(d, wanted)
+    return check_backend(backend)(d, spec)
 
 
 def check_backend(backend: str) -> Backend:

@@ -23,7 +23,7 @@ from tp_cosep.functional.swap_table import Assignment, Floats, Indices, few_thre
 __all__ = ["ChannelSelection", "select_by_elimination", "select_channels"]
 
 # Column subsets: the knee is taken at its word where what is kept covers this share of the readers' outputs.
-_COVERED = 0.98
+_RETAINED = 0.98
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ChannelSelection:
         knee_strength: Height of the knee over the straight line, 0 … 1; 0 if there is none.
         scores: ``[n_channels]`` float64 on the CPU, higher = keep, no two components equal. The ``k`` best
             are exactly the selection; any other number of the best is the selection nested around it.
-        criterion: What ``mss`` holds: ``"silhouette"``, the Mean Simplified Silhouette, or ``"coverage"``, the share of
+        criterion: What ``mss`` holds: ``"silhouette"``, the Mean Simplified Silhouette, or ``"retained variance"``, the share of
             what readers see that is kept (:func:`select_by_elimination`).
     """
 
@@ -208,14 +208,14 @@ def select_by_elimination(
     knee = knee or KneeMethod()
     total = float(elimination.costs.sum())
     lost = elimination.costs.cumsum(0).flip(0)  # at k = 0, 1, …, n − 1
-    coverage = [1 - float(x) / total if total > 0 else 1.0 for x in lost[1:]] + [1.0]
+    retained_variance = [1 - float(x) / total if total > 0 else 1.0 for x in lost[1:]] + [1.0]
     ks = range(1, n + 1)
-    found = find_knee(ks, coverage, knee)
+    found = find_knee(ks, retained_variance, knee)
     k = n_keep if n_keep is not None else found.k or n
     if n_keep is None and knee.rule == "guarded":
-        k = max(k, next(i for i in ks if coverage[i - 1] >= _COVERED))
+        k = max(k, next(i for i in ks if retained_variance[i - 1] >= _RETAINED))
     if round_to is not None:
-        k = _rounded(k, round_to, n, lambda i: coverage[i - 1])
+        k = _rounded(k, round_to, n, lambda i: retained_variance[i - 1])
     order = elimination.order
     keep = order[n - k :].sort().values
     # Costs only grow as less is left; where rounding or the constraint of clusters says otherwise, they are made to.
@@ -233,11 +233,11 @@ def select_by_elimination(
         labels=tuple(labels.tolist()),
         k=k,
         ks=tuple(ks),
-        mss=tuple(coverage),
+        mss=tuple(retained_variance),
         knee_k=found.k,
         knee_strength=found.strength,
         scores=scores,
-        criterion="coverage",
+        criterion="retained variance",
     )
 
 

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from tp_cosep.errors import InputError
 from tp_cosep.graph.groups import GroupView, Member, prunable_groups, read_group
-from tp_cosep.graph.patches import Reading, reading_of
+from tp_cosep.graph.patches import Patches, patches_of
 from tp_cosep.graph.tracing import ROOT_TYPES, trace
 
-__all__ = ["affordable", "find_readings", "named", "on_inputs", "readable", "readings_of"]
+__all__ = ["affordable", "find_consumers", "named", "on_inputs", "patches_of_consumers", "readable_groups"]
 
 # Positions per sample that are measured by default: a kernel's neighbours tell little that is new.
 _FEWEST_POSITIONS, _MOST_POSITIONS = 3, 12
 
 
-def find_readings(
+def find_consumers(
     model: nn.Module,
     example_inputs: Any,
     *,
     max_features: int,
     ignored: Iterable[nn.Module] = (),
     **trace_options: Any,
-) -> dict[str, Reading]:
+) -> dict[str, Patches]:
     """How every layer reads that reads channels of a group and can be refitted.
 
     Args:
@@ -41,11 +41,11 @@ def find_readings(
         Readings by layer name.
     """
     graph = trace(model, example_inputs, **trace_options)
-    views = [view for _, view in readable(prunable_groups(graph, ignored, (*ROOT_TYPES, nn.Embedding)))]
-    return readings_of(views, max_features=max_features)
+    views = [view for _, view in readable_groups(prunable_groups(graph, ignored, (*ROOT_TYPES, nn.Embedding)))]
+    return patches_of_consumers(views, max_features=max_features)
 
 
-def readable(groups: Iterable[Any]) -> Iterator[tuple[Any, GroupView]]:
+def readable_groups(groups: Iterable[Any]) -> Iterator[tuple[Any, GroupView]]:
     """Groups with what there is to know of them, without those that cannot be read.
 
     Whoever is to prune such a group is told why not.
@@ -64,20 +64,20 @@ def readable(groups: Iterable[Any]) -> Iterator[tuple[Any, GroupView]]:
         yield group, view
 
 
-def readings_of(views: Iterable[GroupView], *, max_features: int) -> dict[str, Reading]:
-    """How the readers of groups read, by layer name, as for :func:`find_readings`."""
-    found: dict[str, Reading] = {}
+def patches_of_consumers(views: Iterable[GroupView], *, max_features: int) -> dict[str, Patches]:
+    """How the readers of groups read, by layer name, as for :func:`find_consumers`."""
+    found: dict[str, Patches] = {}
     for view in views:
-        for member in view.readers:
-            reading = None if member.name in found else reading_of(member.layer)
-            if reading is None:
+        for member in view.consumers:
+            patches = None if member.name in found else patches_of(member.layer)
+            if patches is None:
                 continue
-            if reading.n_features_apart <= max_features:
-                reading = reading_of(member.layer, taps_apart=True)
+            if patches.n_features_per_position <= max_features:
+                patches = patches_of(member.layer, per_position=True)
             else:
-                reading = reading_of(member.layer, repeat=_repeat(member))
-            assert reading is not None
-            found[member.name] = reading
+                patches = patches_of(member.layer, repeat=_repeat(member))
+            assert patches is not None
+            found[member.name] = patches
     return found
 
 
@@ -91,20 +91,20 @@ def _repeat(member: Member) -> int:
     return int(counts[0]) if in_order and bool((counts == counts[0]).all()) else 1
 
 
-def affordable(reading: Reading, shape: torch.Size) -> int:
+def affordable(patches: Patches, shape: torch.Size) -> int:
     """Positions per sample whose second moments cost a third of the layer's own products, within 3 … 12.
 
     A position costs n² / 2 products in double precision, as much as n² in single. With what it takes to gather them,
-    all that is measured costs 0.1 to 0.7 forward passes (``benchmarks/repair.py``).
+    all that is measured costs 0.1 to 0.7 forward passes (``benchmarks/refit.py``).
 
     Args:
-        reading: How the layer reads.
+        patches: How the layer reads.
         shape: Of its input.
 
     Returns:
         Number of positions.
     """
-    n = reading.n_products(shape) // (3 * reading.n_features**2)
+    n = patches.n_products(shape) // (3 * patches.n_features**2)
     return min(max(n, _FEWEST_POSITIONS), _MOST_POSITIONS)
 
 

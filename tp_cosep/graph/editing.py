@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.graph.heads import head_parameters, tell_owners
-from tp_cosep.graph.patches import n_outputs, reading_of
+from tp_cosep.graph.heads import head_parameters, update_owners
+from tp_cosep.graph.patches import n_outputs, patches_of
 from tp_cosep.graph.tracing import frozen_kept
 from tp_cosep.graph.tying import kept_tied
 
@@ -55,7 +55,7 @@ def add_biases(model: nn.Module, names: Iterable[str]) -> None:
     modules = dict(model.named_modules())
     for name in names:
         layer: Any = modules.get(name)
-        if reading_of(layer) is None:
+        if patches_of(layer) is None:
             raise InputError(
                 f"layer {name!r}: the plan gives it a bias; expected a convolution or linear layer of this name, got "
                 f"{type(layer).__name__}; apply the plan to the model it was made for."
@@ -91,7 +91,7 @@ def pruned(
             _prune_head_parameters(model, heads, sorted({channel // sizes[0] for channel in kept}))
         before = {name: (n, sizes[0]) for name, (n, _) in heads.items()}
         after = {name: (n, sizes[1]) for name, (_, n) in heads.items()}
-        tell_owners(model, before, after)
+        update_owners(model, before, after)
 
 
 def _prune_head_parameters(model: nn.Module, heads: Mapping[str, tuple[int, int]], kept: list[int]) -> None:

@@ -67,9 +67,9 @@ class GroupView:
         side: ``"out"`` or ``"in"``: which channels of the root.
         component_of: ``[n_channels]`` int64, the component of every channel of the root.
         n_channel_groups: Number of channel groups; 1 if there are none.
-        members: The layers that lose output channels, in the group's order: those that create them, and
+        producers: The layers that lose output channels, in the group's order: those that create them, and
             normalisations behind.
-        readers: The layers that read the channels: those that lose input channels, and depthwise ones.
+        consumers: The layers that read the channels: those that lose input channels, and depthwise ones.
         unit: ``"channel"``, or ``"head"`` if components are whole attention heads. A component's profile joins
             those of its channels, or, for a head, is their mean.
     """
@@ -79,8 +79,8 @@ class GroupView:
     side: str
     component_of: Tensor
     n_channel_groups: int
-    members: tuple[Member, ...]
-    readers: tuple[Member, ...]
+    producers: tuple[Member, ...]
+    consumers: tuple[Member, ...]
     unit: str = "channel"
 
     @property
@@ -93,9 +93,9 @@ class GroupView:
         """Number of components to choose from."""
         return int(self.component_of.max()) + 1
 
-    def tapped(self, tap: str) -> tuple[Member, ...]:
-        """The layers whose moments describe the channels, see :data:`tp_cosep.calibration.labels.TAPS`."""
-        return self.members if tap == "producers" else self.readers
+    def observed(self, observe: str) -> tuple[Member, ...]:
+        """The layers whose moments describe the channels, see :data:`tp_cosep.calibration.labels.OBSERVED`."""
+        return self.producers if observe == "outputs" else self.consumers
 
     def channels_of(self, components: Iterable[int]) -> list[int]:
         """Root channels of some components, ascending."""
@@ -203,7 +203,7 @@ def read_group(
         n_groups = 1
         _check_divides(n_channels, n_heads, names.get(root, "?"), "heads")
         component_of = channels // (n_channels // n_heads)
-    members, readers = [], []
+    producers, consumers = [], []
     for i, (dep, idxs) in enumerate(group):
         layer = dep.target.module
         if layer not in names:
@@ -213,12 +213,12 @@ def read_group(
         )
         member = _member(group, layer, names[layer], idxs, group[i].root_idxs, component_of, is_out=is_out)
         if is_out:
-            members.append(member)
+            producers.append(member)
         if is_in and not isinstance(layer, nn.Embedding):  # what an embedding reads are numbers of words
-            readers.append(member)
+            consumers.append(member)
     unit = "channel" if n_heads is None else "head"
     name = names.get(root, "?")
-    return GroupView(name, root, side_of(group), component_of, n_groups, tuple(members), tuple(readers), unit)
+    return GroupView(name, root, side_of(group), component_of, n_groups, tuple(producers), tuple(consumers), unit)
 
 
 def _check_divides(n: int, n_parts: int, name: str, what: str) -> None:
@@ -330,7 +330,7 @@ def l1_norms(view: GroupView) -> Tensor:
         ``[components]`` float64, on the CPU.
     """
     norms = torch.zeros(view.n_components, dtype=torch.float64)
-    for member in view.members:
+    for member in view.producers:
         weight = getattr(member.layer, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() < 2:
             continue

@@ -18,7 +18,7 @@ __all__ = [
     "head_parameters",
     "heads_of",
     "rerooted",
-    "tell_owners",
+    "update_owners",
 ]
 
 # The names under which timm, Transformers and other libraries keep these numbers.
@@ -123,7 +123,9 @@ def head_parameters(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> dic
     return found
 
 
-def tell_owners(model: nn.Module, before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]) -> None:
+def update_owners(
+    model: nn.Module, before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]
+) -> None:
     """Write new numbers of heads and head sizes into the modules that own attention layers.
 
     An attribute is changed only if its name is known and its value is what it has to be for the layer before

@@ -1,6 +1,6 @@
 """What a convolution or a linear layer reads, as rows of features, and its weights in the same order.
 
-Contract: features are ``[channel, tap]`` in row-major order, over the channels of one channel group; maps
+Contract: features are ``[channel, observe]`` in row-major order, over the channels of one channel group; maps
 are ``[groups, features, outputs, positions]``. With *taps together* a feature is a channel, and the kernel's taps
 are positions at which the same features are read with other weights; with taps apart every tap of every channel
 is a feature.
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.conv import _ConvNd
 
-from tp_cosep.utils.sampling import Draw
+from tp_cosep.utils.sampling import SamplePositions
 
-__all__ = ["Reading", "has_computed_weight", "n_outputs", "reading_of"]
+__all__ = ["Patches", "has_computed_weight", "n_outputs", "patches_of"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class Patches:
     """How a layer reads its input.
 
     Attributes:
         layer: The layer.
-        taps_apart: Whether every tap of a kernel has features of its own.
+        per_position: Whether every tap of a kernel has features of its own.
         repeat: Inputs of a linear layer that belong to one channel, next to each other (a flattened map).
     """
 
     layer: nn.Module
-    taps_apart: bool = False
+    per_position: bool = False
     repeat: int = 1
 
     @property
@@ -57,7 +57,7 @@ class Reading:
     @property
     def features_per_channel(self) -> int:
         """Features of one channel."""
-        return prod(self.layer.kernel_size) if self.taps_apart else 1  # type: ignore[arg-type]
+        return prod(self.layer.kernel_size) if self.per_position else 1  # type: ignore[arg-type]
 
     @property
     def n_features(self) -> int:
@@ -65,7 +65,7 @@ class Reading:
         return self.n_channels * self.features_per_channel
 
     @property
-    def n_features_apart(self) -> int:
+    def n_features_per_position(self) -> int:
         """Features if the taps of kernels and the positions of flattened maps have their own."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
@@ -102,31 +102,31 @@ class Reading:
             self.groups, -1, *w.flatten(2).shape[1:]
         )  # [groups, outputs, channels, taps], or transposed
         w = w if self.is_transposed else w.transpose(1, 2)
-        if not self.taps_apart:
+        if not self.per_position:
             return w.clone()
         return w.transpose(2, 3).flatten(1, 2).unsqueeze(3).clone()
 
     def weight(self, maps: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`maps`, in shape and type of ``like``."""
-        if self.taps_apart:
+        if self.per_position:
             maps = _split(maps[..., 0], 1, self.features_per_channel).transpose(2, 3)
         w = maps if self.is_transposed else maps.transpose(1, 2)
         return w.flatten(0, 1).reshape(like.shape).to(like.dtype)
 
-    def sampler(self, shape: torch.Size, n: int, draw: Draw) -> _Sampler:
+    def sampler(self, shape: torch.Size, n: int, sample: SamplePositions) -> _Sampler:
         """Draw what is to be read of an input.
 
         Args:
             shape: Of the layer's input.
             n: Rows per sample, at most; all there are if these are fewer.
-            draw: Draws positions, see :class:`tp_cosep.utils.sampling.Draws`.
+            sample: Draws positions, see :class:`tp_cosep.utils.sampling.PositionSampler`.
 
         Returns:
             A function of the input that gives the rows, ``[rows, features of all channel groups]``.
         """
         if isinstance(self.layer, nn.Linear):
-            return _of_rows(shape, self.repeat, n, draw)
-        return _of_maps(self, shape, n, draw)
+            return _of_rows(shape, self.repeat, n, sample)
+        return _of_maps(self, shape, n, sample)
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class _Sampler:
     """Positions of an input that are read: ``x[sample, :, position]``, or zero.
 
     Attributes:
-        positions: ``[samples, rows per sample, taps]``.
+        positions: ``[samples, rows per sample, kernel_positions]``.
         repeat: Of a linear layer: inputs that belong to one channel; 0 for a convolution.
-        inside: ``[samples, rows per sample, taps]``, where they are within the map; ``None`` if all are.
+        inside: ``[samples, rows per sample, kernel_positions]``, where they are within the map; ``None`` if all are.
         padding: For padding with other values than zeros: the arguments of ``pad``.
     """
 
@@ -146,8 +146,8 @@ class _Sampler:
     padding: tuple[list[int], str] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rows ``[rows, channels × taps]`` float64 of an input."""
-        n_samples, n, n_taps = self.positions.shape
+        """Rows ``[rows, channels × kernel_positions]`` float64 of an input."""
+        n_samples, n, n_kernel_positions = self.positions.shape
         if self.padding is not None:
             x = pad(x, *self.padding)
         if self.repeat:
@@ -163,10 +163,10 @@ class _Sampler:
             taken = x.flatten(0, 1).index_select(0, places.flatten())
         else:
             taken = x.transpose(1, 2).gather(2, places[:, None].expand(-1, n_channels, -1)).transpose(1, 2)
-        taken = taken.reshape(n_samples, n, n_taps, n_channels)
+        taken = taken.reshape(n_samples, n, n_kernel_positions, n_channels)
         if self.inside is not None:
             taken = taken * self.inside.to(x.device)[..., None]
-        rows = torch.empty(n_samples * n, n_channels, n_taps, dtype=torch.float64, device=x.device)
+        rows = torch.empty(n_samples * n, n_channels, n_kernel_positions, dtype=torch.float64, device=x.device)
         return rows.copy_(taken.flatten(0, 1).transpose(1, 2)).flatten(1)
 
 
@@ -175,33 +175,33 @@ def _split(x: Tensor, dim: int, size: int) -> Tensor:
     return x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
 
 
-def _of_rows(shape: torch.Size, repeat: int, n: int, draw: Draw) -> _Sampler:
+def _of_rows(shape: torch.Size, repeat: int, n: int, sample: SamplePositions) -> _Sampler:
     """Of a linear layer's input ``[samples, ..., features]``."""
     n_samples = shape[0] if len(shape) > 1 else 1
     n_rows = prod(shape[:-1]) // max(n_samples, 1)
-    return _Sampler(_drawn(n_samples, n_rows * repeat, n, draw)[..., None], repeat)
+    return _Sampler(_drawn(n_samples, n_rows * repeat, n, sample)[..., None], repeat)
 
 
-def _of_maps(reading: Reading, shape: torch.Size, n: int, draw: Draw) -> _Sampler:
+def _of_maps(patches: Patches, shape: torch.Size, n: int, sample: SamplePositions) -> _Sampler:
     """Of a convolution's input ``[samples, channels, ...]``: whatever its kernel sees, padding included."""
-    conv = reading.layer
+    conv = patches.layer
     assert isinstance(conv, _ConvNd)
-    if reading.is_transposed:
-        return _Sampler(_drawn(shape[0], prod(shape[2:]), n, draw)[..., None], 0)
+    if patches.is_transposed:
+        return _Sampler(_drawn(shape[0], prod(shape[2:]), n, sample)[..., None], 0)
     sizes, before, n_out = _map_sizes(conv, shape)
     padding = None if conv.padding_mode == "zeros" else (conv._reversed_padding_repeated_twice, conv.padding_mode)
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    taps = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
-    if reading.taps_apart:
-        out_at = _drawn(shape[0], prod(n_out), n, draw)[..., None]
-        tap_at = torch.arange(len(taps))[None, None]
+    kernel_positions = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
+    if patches.per_position:
+        out_at = _drawn(shape[0], prod(n_out), n, sample)[..., None]
+        kernel_at = torch.arange(len(kernel_positions))[None, None]
     else:
-        pairs = _drawn(shape[0], prod(n_out) * len(taps), n, draw)[..., None]
-        out_at, tap_at = pairs // len(taps), pairs % len(taps)
-    position = torch.zeros_like(out_at + tap_at)
+        pairs = _drawn(shape[0], prod(n_out) * len(kernel_positions), n, sample)[..., None]
+        out_at, kernel_at = pairs // len(kernel_positions), pairs % len(kernel_positions)
+    position = torch.zeros_like(out_at + kernel_at)
     inside = torch.ones_like(position, dtype=torch.bool)
     for i, at in enumerate(torch.unravel_index(out_at, tuple(n_out))):
-        place = at * stride[i] + taps[tap_at, i] * dilation[i] - before[i]
+        place = at * stride[i] + kernel_positions[kernel_at, i] * dilation[i] - before[i]
         inside &= (place >= 0) & (place < sizes[i])
         position = position * sizes[i] + place.clamp(0, sizes[i] - 1)
     return _Sampler(position, 0, None if bool(inside.all()) else inside, padding)
@@ -231,12 +231,12 @@ def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int
     return sizes, before, n_out
 
 
-def _drawn(n_samples: int, n_of: int, n: int, draw: Draw) -> Tensor:
+def _drawn(n_samples: int, n_of: int, n: int, sample: SamplePositions) -> Tensor:
     """Places of the rows of every sample, ``[samples, n]``; all there are if these are fewer."""
-    return torch.arange(n_of).repeat(n_samples, 1) if n_of <= n else draw(n_samples, n, n_of)
+    return torch.arange(n_of).repeat(n_samples, 1) if n_of <= n else sample(n_samples, n, n_of)
 
 
-def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -> Reading | None:
+def patches_of(layer: nn.Module, *, per_position: bool = False, repeat: int = 1) -> Patches | None:
     """How a layer reads, if it is one whose weights can be refitted.
 
     Returns:
@@ -246,12 +246,12 @@ def reading_of(layer: nn.Module, *, taps_apart: bool = False, repeat: int = 1) -
     if not isinstance(layer, (nn.Linear, _ConvNd)) or has_computed_weight(layer):
         return None
     if isinstance(layer, nn.Linear):
-        return Reading(layer, repeat=repeat)
+        return Patches(layer, repeat=repeat)
     if layer.groups > 1 and layer.groups == layer.in_channels:
         return None
-    reading = Reading(layer)
-    is_apart = taps_apart and not reading.is_transposed and prod(layer.kernel_size) > 1
-    return replace(reading, taps_apart=is_apart)
+    patches = Patches(layer)
+    is_per_position = per_position and not patches.is_transposed and prod(layer.kernel_size) > 1
+    return replace(patches, per_position=is_per_position)
 
 
 def has_computed_weight(layer: nn.Module) -> bool:

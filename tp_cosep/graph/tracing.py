@@ -145,8 +145,8 @@ def cannot_follow(
         advice = "the model runs on them, so it is one that Torch-Pruning cannot trace"
     except Exception:  # which is most likely the error that is told
         advice = "expected inputs that the model takes"
-    told = f"{type(error).__name__}: {error}"
-    return f"example_inputs: Torch-Pruning cannot follow the model on them ({told}); {advice}."
+    fixed = f"{type(error).__name__}: {error}"
+    return f"example_inputs: Torch-Pruning cannot follow the model on them ({fixed}); {advice}."
 
 
 def trace_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from tp_cosep.graph.groups import GroupView
 from tp_cosep.pruning.allocation import allocate
 from tp_cosep.pruning.costs import Costs, measure_costs
 
-__all__ = ["Preview", "Room", "TradeOff", "counts_for_latency", "trade_offs"]
+__all__ = ["Budget", "Preview", "TradeOff", "counts_for_latency", "trade_offs"]
 
 # A latency that was met by less than this share is close enough, and so many pruned copies are tried at most.
 _CLOSE, _N_TRIES = 0.02, 8
 
 
 @dataclass
-class Room:
+class Budget:
     """What the groups of a model can lose.
 
     Attributes:
@@ -30,20 +30,20 @@ class Room:
             reader sees, summed over the group's readers.
         least: The number of components that every group keeps whatever the target.
         steps: The number of components that every group loses at once.
-        told: Components that groups lose whatever the target, by position; these lose no others.
+        fixed: Components that groups lose whatever the target, by position; these lose no others.
     """
 
     views: list[GroupView] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     least: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    told: dict[int, int] = field(default_factory=dict)
+    fixed: dict[int, int] = field(default_factory=dict)
 
     def costs(self, model: nn.Module, run: Callable[[], Any], unit: str) -> tuple[Costs, float]:
         """What the model costs with what is told removed, and what it costs as it is."""
         costs = measure_costs(model, run, self.views, unit)
         whole = costs.total
-        for i, n in self.told.items():
+        for i, n in self.fixed.items():
             costs.remove(i, n)
         return costs, whole
 
@@ -64,14 +64,14 @@ class TradeOff:
     Attributes:
         macs: Multiply-accumulates for one sample, see :func:`tp_cosep.pruning.costs.measure_costs`.
         params: Parameters.
-        coverage: The share of what readers see that stays: 1 for the whole model. What a fine-tuned model's accuracy
+        retained_variance: The share of what readers see that stays: 1 for the whole model. What a fine-tuned model's accuracy
             will be it does not say; it says where the next step begins to cost more.
         n_kept: Channels (or other components) that every group keeps, by its root layer.
     """
 
     macs: float
     params: float
-    coverage: float
+    retained_variance: float
     n_kept: Mapping[str, int]
 
 
@@ -90,17 +90,17 @@ class Preview:
         lines = ["     MACs    of all      params    of all  coverage"]
         lines += [
             f"{p.macs:9.4g}  {p.macs / whole.macs:8.3f}  {p.params:10,.0f}  {p.params / whole.params:8.3f}  "
-            f"{p.coverage:8.4f}"
+            f"{p.retained_variance:8.4f}"
             for p in self.points
         ]
         return "\n".join(lines)
 
 
-def trade_offs(room: Room, model: nn.Module, run: Callable[[], Any], unit: str, n_points: int) -> Preview:
+def trade_offs(budget: Budget, model: nn.Module, run: Callable[[], Any], unit: str, n_points: int) -> Preview:
     """Sizes between the whole model and the smallest that is allowed.
 
     Args:
-        room: What the groups can lose.
+        budget: What the groups can lose.
         model: The model.
         run: Runs it on example inputs.
         unit: What is saved for the loss that it takes, see :func:`tp_cosep.pruning.costs.measure_costs`.
@@ -109,37 +109,41 @@ def trade_offs(room: Room, model: nn.Module, run: Callable[[], Any], unit: str, 
     Returns:
         The sizes.
     """
-    units = {name: room.costs(model, run, name)[0] for name in dict.fromkeys(("macs", "params", unit))}
+    units = {name: budget.costs(model, run, name)[0] for name in dict.fromkeys(("macs", "params", unit))}
     fresh = units[unit]
     smallest = deepcopy(fresh)
-    for i, (x, least) in enumerate(zip(room.losses, room.least, strict=True)):
+    for i, (x, least) in enumerate(zip(budget.losses, budget.least, strict=True)):
         smallest.remove(i, len(x) - least)
     points: list[TradeOff] = []
     for i in range(n_points):
         target = fresh.total - (fresh.total - smallest.total) * i / max(n_points - 1, 1)
         try:
-            kept = room.kept(deepcopy(fresh), target)
+            kept = budget.kept(deepcopy(fresh), target)
         except InputError:  # steps of round_to do not reach the very end
             break
         left = {name: deepcopy(units[name]) for name in ("macs", "params")}
         for costs in left.values():
-            for g, (x, n) in enumerate(zip(room.losses, kept, strict=True)):
+            for g, (x, n) in enumerate(zip(budget.losses, kept, strict=True)):
                 costs.remove(g, len(x) - n)
-        n_kept = {view.name: n - room.told.get(g, 0) for g, (view, n) in enumerate(zip(room.views, kept, strict=True))}
-        point = TradeOff(left["macs"].total, left["params"].total, 1 - room.lost(kept), n_kept)
+        n_kept = {
+            view.name: n - budget.fixed.get(g, 0) for g, (view, n) in enumerate(zip(budget.views, kept, strict=True))
+        }
+        point = TradeOff(left["macs"].total, left["params"].total, 1 - budget.lost(kept), n_kept)
         if not points or points[-1].n_kept != n_kept:
             points.append(point)
     return Preview(tuple(points))
 
 
-def counts_for_latency(room: Room, costs: Costs, share_of: Callable[[list[int]], float], target: float) -> list[int]:
+def counts_for_latency(
+    budget: Budget, costs: Costs, share_of: Callable[[list[int]], float], target: float
+) -> list[int]:
     """How many components every group keeps so that the model takes a share of its time.
 
     What layers take one by one says where time is saved, but neither what hardware makes of another width nor what is
     lost between layers; so pruned copies are timed, at sizes between which the target lies.
 
     Args:
-        room: What the groups can lose.
+        budget: What the groups can lose.
         costs: Seconds of the layers.
         share_of: Prunes a copy to some counts and tells its time, as a share of the model's.
         target: The share to reach.
@@ -151,15 +155,15 @@ def counts_for_latency(room: Room, costs: Costs, share_of: Callable[[list[int]],
         InputError: If the smallest model that is allowed takes longer.
     """
     smallest = deepcopy(costs)
-    for i, (x, n) in enumerate(zip(room.losses, room.least, strict=True)):
-        smallest.remove(i, (len(x) - n) // room.steps[i] * room.steps[i])
+    for i, (x, n) in enumerate(zip(budget.losses, budget.least, strict=True)):
+        smallest.remove(i, (len(x) - n) // budget.steps[i] * budget.steps[i])
     least = smallest.total * (1 + 1e-9)
     low, high = least, costs.total
     at = max(target * costs.total, low)
     best: list[int] | None = None
     found: dict[tuple[int, ...], float] = {}
     for _ in range(_N_TRIES):
-        kept = room.kept(deepcopy(costs), at)
+        kept = budget.kept(deepcopy(costs), at)
         share = found[tuple(kept)] if tuple(kept) in found else share_of(kept)
         found[tuple(kept)] = share
         if share <= target:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tp_cosep.graph.consumers import on_inputs
 from tp_cosep.graph.groups import GroupView
-from tp_cosep.graph.patches import Reading
+from tp_cosep.graph.patches import Patches
 from tp_cosep.utils.data import device_of, evaluating
 from tp_cosep.utils.timing import layer_times
 
@@ -87,7 +87,7 @@ def measure_costs(model: nn.Module, run: Callable[[], Any], views: Sequence[Grou
     """
     shares: dict[Any, tuple[dict[int, float], dict[int, float]]] = {}
     for g, view in enumerate(views):
-        for side, members in enumerate((view.readers, view.members)):
+        for side, members in enumerate((view.consumers, view.producers)):
             for member in members:
                 by_group = shares.setdefault(member.layer, ({}, {}))[side]
                 by_group[g] = by_group.get(g, 0.0) + len(member.rows) / (member.n_channels * view.n_components)
@@ -159,7 +159,7 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bo
             n = prod(x.shape[:-1]) // max(x.shape[0 if layer.batch_first else 1], 1) if x.dim() == 3 else len(x)
         else:
             is_batch = not isinstance(layer, _ConvNd) or x.dim() == layer.weight.dim()
-            n = Reading(layer).n_products(x.shape if is_batch else torch.Size([1, *x.shape]))
+            n = Patches(layer).n_products(x.shape if is_batch else torch.Size([1, *x.shape]))
         found[layer] = found.get(layer, 0.0) + n
 
     inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}

@@ -17,24 +17,24 @@ from tp_cosep.errors import InputError
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.graph.groups import GroupView, is_output, prunable_groups, read_group, side_of
 from tp_cosep.graph.heads import attention_layers_of, heads_of, rerooted
-from tp_cosep.graph.patches import reading_of
-from tp_cosep.pruning.budget import Room, counts_for_latency
+from tp_cosep.graph.patches import patches_of
+from tp_cosep.pruning.budget import Budget, counts_for_latency
 from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.selection.cosep import CoSePSelector, ratio_for
-from tp_cosep.selection.embedding import picture_of
+from tp_cosep.selection.embedding import embed_group
 from tp_cosep.selection.heads import select_heads
 from tp_cosep.selection.result import GroupPlan
 from tp_cosep.utils.data import device_of
 from tp_cosep.utils.timing import median_times
 
-__all__ = ["NOT_MEASURED", "Choices"]
+__all__ = ["NOT_MEASURED", "Planner"]
 
 NOT_MEASURED = "none of its layers could be measured"
 _Key = tuple[nn.Module, str]
 _Choice = tuple[ChannelSelection | None, str]
 
 
-class Choices:
+class Planner:
     """Reads a pruner's options and groups, and asks its selector.
 
     Args:
@@ -46,7 +46,7 @@ class Choices:
 
     def __init__(self, pruner: Any) -> None:
         self._pruner = pruner
-        self._told = dict(pruner.pruning_ratio_dict)
+        self._fixed_ratios = dict(pruner.pruning_ratio_dict)
         self._schedules: dict[_Key, list[float]] = {}
         self._n_initial: dict[_Key, int] = {}
         # Components that groups keep for the pruner's target, once that is shared out.
@@ -62,7 +62,7 @@ class Choices:
         selector: CoSePSelector = self._pruner.importance
         return selector
 
-    def saved(self) -> Choices:
+    def saved(self) -> Planner:
         """A copy that later choices do not change."""
         saved = copy(self)
         for name in ("_schedules", "_n_initial", "_counts", "_done", "seen"):
@@ -89,15 +89,15 @@ class Choices:
     def view(self, group: Any) -> GroupView:
         """What is to know of a group, with the channel groups that the pruner was told of."""
         view = read_group(group, self._pruner.in_channel_groups, self._pruner.out_channel_groups)
-        self.seen.update(m.name for m in view.members)
+        self.seen.update(m.name for m in view.producers)
         return view
 
     def measured_layers(self) -> list[str]:
         """Names of the layers whose moments the groups need."""
-        return sorted({m.name for group in self.groups() for m in self.view(group).tapped(self._selector.tap)})
+        return sorted({m.name for group in self.groups() for m in self.view(group).observed(self._selector.observe)})
 
     @torch.no_grad()
-    def room(self, step: int) -> Room:
+    def budget(self, step: int) -> Budget:
         """What the groups can lose, as the pruner's options allow.
 
         What a component loses is its score, the share of what a group's readers see that goes with it, times the
@@ -109,11 +109,11 @@ class Choices:
         Returns:
             It.
         """
-        p, room = self._pruner, Room()
+        p, budget = self._pruner, Budget()
         for group in self.groups():
             try:
                 view = self.view(group)
-                chosen = None if self.entry(group, view).reason else self._selector.select(group, view=view)
+                chosen = None if self.group_plan(group, view).reason else self._selector.select(group, view=view)
             except InputError as error:
                 self.refused(group, error)
                 continue
@@ -122,27 +122,27 @@ class Choices:
             n = self._n_initial.setdefault((view.root, view.side), view.n_components)
             scores = torch.empty(view.n_components, dtype=torch.float64)
             scores[view.component_of] = chosen.scores
-            n_readers = sum(reading_of(m.layer) is not None for m in view.readers)
-            told = self._told_of(view)
-            ratio = p.max_pruning_ratio if told is None else told[step]
+            n_consumers = sum(patches_of(m.layer) is not None for m in view.consumers)
+            fixed = self._fixed_ratio_of(view)
+            ratio = p.max_pruning_ratio if fixed is None else fixed[step]
             least = max(1, n - int(n * ratio))
-            if told is not None:
-                room.told[len(room.views)] = view.n_components - least
-            room.views.append(view)
-            room.losses.append(scores.sort().values * max(n_readers, 1))
-            room.least.append(least if told is None else view.n_components)
-            room.steps.append(self._step(view) or 1)
-        return room
+            if fixed is not None:
+                budget.fixed[len(budget.views)] = view.n_components - least
+            budget.views.append(view)
+            budget.losses.append(scores.sort().values * max(n_consumers, 1))
+            budget.least.append(least if fixed is None else view.n_components)
+            budget.steps.append(self._step(view) or 1)
+        return budget
 
-    def share_out(self) -> None:
+    def allocate_counts(self) -> None:
         """Decide how many components every group keeps, so that the model meets the pruner's target in this step.
 
         Raises:
             InputError: If the target is out of reach.
         """
         p = self._pruner
-        room = self.room(p.current_step)
-        costs, whole = room.costs(p.model, p.run, p.target[0])
+        budget = self.budget(p.current_step)
+        costs, whole = budget.costs(p.model, p.run, p.target[0])
         if p.target[0] == "latency":
             whole = now = self._seconds({"now": p.model})["now"]
         is_first, self._whole = self._whole is None, self._whole or whole
@@ -153,24 +153,24 @@ class Choices:
                 stacklevel=6,
             )
         if p.target[0] == "latency":
-            kept = counts_for_latency(room, costs, lambda kept: self._share_of(room, kept), self._target() / now)
+            kept = counts_for_latency(budget, costs, lambda kept: self._share_of(budget, kept), self._target() / now)
         else:
-            kept = room.kept(costs, self._target())
-        self._count(room, kept)
+            kept = budget.kept(costs, self._target())
+        self._count(budget, kept)
 
-    def _count(self, room: Room, kept: Sequence[int]) -> None:
-        self._counts = {(v.root, v.side): k for v, k in zip(room.views, kept, strict=True)}
+    def _count(self, budget: Budget, kept: Sequence[int]) -> None:
+        self._counts = {(v.root, v.side): k for v, k in zip(budget.views, kept, strict=True)}
 
-    def _share_of(self, room: Room, kept: Sequence[int]) -> float:
+    def _share_of(self, budget: Budget, kept: Sequence[int]) -> float:
         """The time of a copy that keeps so many components, as a share of the model's."""
         p, trial = self._pruner, self.saved()
         trial.begin()
         trial._draws = False
-        trial._count(room, kept)
-        entries = tuple(trial.entries())
+        trial._count(budget, kept)
+        group_plans = tuple(trial.group_plans())
         # Together, since trace options may name parameters of the model.
         model, options = deepcopy((p.model, p._trace_options))
-        plan = PruningPlan(entries, ignored_params=p.plan.ignored_params)
+        plan = PruningPlan(group_plans, ignored_params=p.plan.ignored_params)
         times = self._seconds({"now": p.model, "then": plan.apply(model, p.example_inputs, adapt=p.adapt, **options)})
         return times["then"] / times["now"]
 
@@ -208,16 +208,16 @@ class Choices:
                 stacklevel=5,
             )
 
-    def _told_of(self, view: GroupView) -> list[float] | None:
+    def _fixed_ratio_of(self, view: GroupView) -> list[float] | None:
         """What ``pruning_ratio_dict`` says of a group, step by step."""
-        return next((self._told[m.layer] for m in view.members if m.layer in self._told), None)
+        return next((self._fixed_ratios[m.layer] for m in view.producers if m.layer in self._fixed_ratios), None)
 
     @torch.no_grad()
-    def entries(self, due: str | None = None) -> Iterator[GroupPlan]:
+    def group_plans(self, current: str | None = None) -> Iterator[GroupPlan]:
         """What to do with every group of the model, or with those that a layer describes.
 
         Args:
-            due: The name of that layer; a group has its turn once.
+            current: The name of that layer; a group has its turn once.
 
         Yields:
             One entry per group; for attention groups one for whole heads and one for their dimensions.
@@ -227,20 +227,20 @@ class Choices:
         for group in self.groups():
             try:
                 view = self.view(group)
-                entry = self.entry(group, view)
+                group_plan = self.group_plan(group, view)
                 key = view.root, view.side
-                if due is not None and (key in self._done or due not in self._selector.layers_of(view)):
+                if current is not None and (key in self._done or current not in self._selector.layers_of(view)):
                     continue
                 self._done.add(key)
-                if not entry.reason:
+                if not group_plan.reason:
                     rows.take(view)
-                if not entry.reason and self.num_heads_of(group):
-                    attention.append((group, view, entry))
+                if not group_plan.reason and self.num_heads_of(group):
+                    attention.append((group, view, group_plan))
                 else:
-                    yield entry if entry.reason else self._chosen(group, view, entry)
+                    yield group_plan if group_plan.reason else self._chosen(group, view, group_plan)
             except InputError as error:
                 yield self.refused(group, error)
-        yield from self._attention_entries(attention)
+        yield from self._attention_plans(attention)
 
     def refused(self, group: Any, error: InputError) -> GroupPlan:
         """The entry of a group that cannot be read or selected, if such groups are to be skipped.
@@ -258,28 +258,28 @@ class Choices:
         self.seen.add(name)
         return GroupPlan(name, side, (name,), None, str(error))
 
-    def _chosen(self, group: Any, view: GroupView, entry: GroupPlan) -> GroupPlan:
+    def _chosen(self, group: Any, view: GroupView, group_plan: GroupPlan) -> GroupPlan:
         selection, reason = self._choose(group, view)
-        return self.pictured(group, view, replace(entry, selection=selection, reason=reason))
+        return self.with_embedding(group, view, replace(group_plan, selection=selection, reason=reason))
 
-    def pictured(self, group: Any, view: GroupView, entry: GroupPlan) -> GroupPlan:
+    def with_embedding(self, group: Any, view: GroupView, group_plan: GroupPlan) -> GroupPlan:
         """The entry with a picture of its group, if there is a choice to draw; before anything is pruned."""
-        if entry.selection is None or not (self._draws and self._pruner.pictures):
-            return entry
-        return replace(entry, picture=picture_of(self._selector, group, view, entry.selection))
+        if group_plan.selection is None or not (self._draws and self._pruner.pictures):
+            return group_plan
+        return replace(group_plan, embedding=embed_group(self._selector, group, view, group_plan.selection))
 
-    def entry(self, group: Any, view: GroupView) -> GroupPlan:
+    def group_plan(self, group: Any, view: GroupView) -> GroupPlan:
         """The entry of a group before anything is chosen; with a reason if nothing is to be."""
         reason = ""
         if is_output(group):
             reason = "its channels are the model's output"
-        elif any(isinstance(m.layer, nn.RNNBase) for m in view.members):
+        elif any(isinstance(m.layer, nn.RNNBase) for m in view.producers):
             reason = "Torch-Pruning cannot prune the outputs of a recurrent layer"
         elif not self._pruner._check_pruning_ratio(group):
             reason = "it has a single channel, or as few as max_pruning_ratio leaves"
         heads = {name: (n, n) for name, n in self.num_heads_of(group).items()}
-        makers = [m.name for m in view.members if channel_dim_of(m.layer, self._selector.channel_dims) is not None]
-        layers = tuple(makers or (m.name for m in view.members))
+        producers = [m.name for m in view.producers if channel_dim_of(m.layer, self._selector.channel_dims) is not None]
+        layers = tuple(producers or (m.name for m in view.producers))
         return GroupPlan(view.name, view.side, layers, None, reason, heads=heads)
 
     def num_heads_of(self, group: Any) -> dict[str, int]:
@@ -291,10 +291,10 @@ class Choices:
         """Selection of a group with the count that this step is to keep, and how that count came about."""
         p, key = self._pruner, (view.root, view.side)
         n = self._n_initial.setdefault(key, view.n_components)
-        told = self._told_of(view)
+        fixed = self._fixed_ratio_of(view)
         step = self._step(view)
-        schedule: list[float] | None = told
-        if told is not None:
+        schedule: list[float] | None = fixed
+        if fixed is not None:
             reason = "pruning_ratio_dict"
         elif self._counts is not None:
             if key not in self._counts:
@@ -328,27 +328,27 @@ class Choices:
             return step
         return step // gcd(step, view.n_channel_groups)
 
-    def _attention_entries(self, attention: Sequence[tuple[Any, GroupView, GroupPlan]]) -> Iterator[GroupPlan]:
+    def _attention_plans(self, attention: Sequence[tuple[Any, GroupView, GroupPlan]]) -> Iterator[GroupPlan]:
         """Whole heads first, then dimensions of those that are left."""
         p = self._pruner
         nothing: list[_Choice] = [(None, "prune_num_heads and prune_head_dims are off")] * len(attention)
         chosen = self._choose_heads([group for group, _, _ in attention]) if p.prune_num_heads else nothing
-        for (group, view, entry), (heads, reason) in zip(attention, chosen, strict=True):
-            before = {name: n for name, (n, _) in entry.heads.items()}
+        for (group, view, group_plan), (heads, reason) in zip(attention, chosen, strict=True):
+            before = {name: n for name, (n, _) in group_plan.heads.items()}
             n_heads = max(before.values())
             n_left = n_heads if heads is None else n_heads * len(heads.keep_idxs) // view.n_channels
             # Keys and values that several query heads share stay.
             after = {name: n_left if n == n_heads else n for name, n in before.items()}
             if heads is not None or not p.prune_head_dims:
                 changed = {name: (n, after[name]) for name, n in before.items()}
-                whole = replace(entry, selection=heads, reason=reason, unit="head", heads=changed)
-                yield self.pictured(group, read_group(group, n_heads=n_heads), whole)
+                whole = replace(group_plan, selection=heads, reason=reason, unit="head", heads=changed)
+                yield self.with_embedding(group, read_group(group, n_heads=n_heads), whole)
             if p.prune_head_dims:
                 dims, reason = self._choose(group, view)
                 if dims is not None:
                     dims = dims.first_channels(view.n_channels // n_heads * n_left)
                 left = {name: (n, n) for name, n in after.items()}
-                yield self.pictured(group, view, replace(entry, selection=dims, reason=reason, heads=left))
+                yield self.with_embedding(group, view, replace(group_plan, selection=dims, reason=reason, heads=left))
 
     def _choose_heads(self, groups: list[Any]) -> list[_Choice]:
         """Selections of whole heads with the counts that this step is to keep, and how these came about."""
@@ -382,8 +382,8 @@ class Choices:
     def _head_ratio(self, group: Any) -> float | None:
         """The share of heads to remove that was asked for by this step, if any was."""
         p = self._pruner
-        told = (p.head_pruning_ratio_dict.get(layer) for layer in attention_layers_of(group, p.num_heads))
-        schedule = next((s for s in told if s is not None), None)
+        fixed = (p.head_pruning_ratio_dict.get(layer) for layer in attention_layers_of(group, p.num_heads))
+        schedule = next((s for s in fixed if s is not None), None)
         if schedule is None:
             schedule = p.per_step_head_pruning_ratio if p.head_pruning_ratio > 0 else None
         return None if schedule is None else min(schedule[p.current_step], 1.0)
@@ -396,7 +396,7 @@ class _Rows:
         self._group_of: dict[tuple[str, int], str] = {}
 
     def take(self, view: GroupView) -> None:
-        for member in view.members:
+        for member in view.producers:
             for row in member.rows.tolist():
                 other = self._group_of.setdefault((member.name, row), view.name)
                 if other != view.name:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tp_cosep.calibration.class_observer import measured_layers
 from tp_cosep.compensation.compensator import Compensator
-from tp_cosep.compensation.recovery import Mending
+from tp_cosep.compensation.recovery import Recovery
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.graph.editing import group_of, pruned
 from tp_cosep.graph.groups import side_of
@@ -36,7 +36,7 @@ from tp_cosep.graph.verification import OutputCheck
 from tp_cosep.pruning.budget import Preview, trade_offs
 from tp_cosep.pruning.costs import UNITS, costs_beside, layer_costs
 from tp_cosep.pruning.plan import PruningPlan
-from tp_cosep.pruning.planner import NOT_MEASURED, Choices
+from tp_cosep.pruning.planner import NOT_MEASURED, Planner
 from tp_cosep.pruning.settings import check_fit_keywords, check_heads, check_pruner, check_target
 from tp_cosep.selection.cosep import CoSePSelector
 from tp_cosep.selection.heads import with_head_scores
@@ -107,7 +107,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     Attributes:
         plan: What was kept in each group and why; grows with every step.
-        compensator: The compensator, with its ``repairs``; ``None`` without one.
+        compensator: The compensator, with its ``refits``; ``None`` without one.
 
     Raises:
         InputError: If the options contradict each other.
@@ -167,7 +167,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise InputError("CoSePPruner: layerwise=True measures anew before every group; pass loader=.")
         self._trace_options = {k: v for k, v in options.items() if k in TRACE_OPTIONS}
         self.fit_options = check_fit_keywords(fit_options, importance.fit)
-        self._mending = Mending(
+        self._recovery = Recovery(
             model,
             example_inputs,
             loader,
@@ -221,7 +221,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             inputs=describe_inputs(example_inputs),
             versions=versions(),
         )
-        self.choices = Choices(self)
+        self.planner = Planner(self)
         self._check = OutputCheck(model, self.run)
         self._names: list[str] | None = None
         # Entries of groups that are due, and of groups that nothing is done to.
@@ -231,7 +231,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     @property
     def compensator(self) -> Compensator | None:
         """The compensator; ``None`` without one."""
-        return self._mending.compensator
+        return self._recovery.compensator
 
     def run(self, model: nn.Module | None = None) -> Any:
         """Run the model, or a copy of it, on the example inputs."""
@@ -285,7 +285,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self.loader is not None and not self.importance.is_fitted:
             self._fit()
         step = min(self.current_step + 1, self.iterative_steps)
-        return trade_offs(self.choices.saved().room(step), self.model, self.run, unit, n_points)
+        return trade_offs(self.planner.saved().budget(step), self.model, self.run, unit, n_points)
 
     def _run(self, *, prune: bool) -> Iterator[Any]:
         """Yield groups; check, record and call back after each; undo everything if anything fails."""
@@ -300,20 +300,20 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 costs = layer_costs(self.model, self.run)
                 if self.loader is not None and (self.current_step > 1 or not self.importance.is_fitted):
                     self._fit()
-                self._mending.measure()
+                self._recovery.measure()
                 for group in self._prune():
                     yield from self._visit(group, prune=prune)
                     if self.layerwise:
-                        self._mending.finish(self.fine_tune)
-                for entry in (*self._pending.values(), *self._left):
-                    self._record(entry.without(()))
+                        self._recovery.finish(self.fine_tune)
+                for group_plan in (*self._pending.values(), *self._left):
+                    self._record(group_plan.without(()))
                 self._pending.clear()
                 self._record_unvisited()
                 if not self.layerwise:
-                    self._mending.finish(self.fine_tune)
+                    self._recovery.finish(self.fine_tune)
                 after = layer_costs(self.model, self.run)
                 if self.target is not None:
-                    self.choices.check_target(after)
+                    self.planner.check_target(after)
                 if self.compensator is not None:
                     self.plan = replace(self.plan, new_biases=tuple(self.compensator.new_biases))
                 self.plan = replace(self.plan, costs=costs_beside(self.plan.costs, costs, after))
@@ -325,12 +325,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _visit(self, group: Any, *, prune: bool) -> Iterator[Any]:
         """Prune a group, or let the caller; with ``on_failure="skip"`` take a failure back and go on."""
-        entry = self._with_heads_left(self._pending.pop(self._key(group)))
+        group_plan = self._with_heads_left(self._pending.pop(self._key(group)))
         plan, num_heads, channel_groups = self.plan, dict(self.num_heads), dict(self.out_channel_groups)
-        put_back = self._mending.saved()
+        put_back = self._recovery.saved()
         try:
             with restored_on_error(self.model) if self.on_failure == "skip" else nullcontext():
-                yield from self._attempt(group, entry, prune=prune)
+                yield from self._attempt(group, group_plan, prune=prune)
         except PruningError as error:
             if self.on_failure != "skip":
                 raise
@@ -340,49 +340,51 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 now.clear()
                 now.update(before)
             self.DG = self._trace()
-            self._left.append(replace(entry, selection=None, reason=f"cannot be pruned: {error.__cause__ or error}"))
+            self._left.append(
+                replace(group_plan, selection=None, reason=f"cannot be pruned: {error.__cause__ or error}")
+            )
 
-    def _attempt(self, group: Any, entry: GroupPlan, *, prune: bool) -> Iterator[Any]:
-        left = replace(entry, selection=None, reason="the caller did not prune it")
-        native, is_due = group.prune, True
+    def _attempt(self, group: Any, group_plan: GroupPlan, *, prune: bool) -> Iterator[Any]:
+        left = replace(group_plan, selection=None, reason="the caller did not prune it")
+        native, is_current = group.prune, True
 
         def prune_and_record(idxs: list[int] | None = None, record_history: bool = True) -> None:
-            if entry.heads and not is_due:
+            if group_plan.heads and not is_current:
                 raise PruningError(
-                    f"layer {entry.name!r}: its group was to be pruned before the next one was asked for: whole heads "
+                    f"layer {group_plan.name!r}: its group was to be pruned before the next one was asked for: whole heads "
                     "and their dimensions are groups of their own, one after the other."
                 )
-            n_now, n_then = self._n_channels(group), entry.selection.n_channels if entry.selection else 0
+            n_now, n_then = self._n_channels(group), group_plan.selection.n_channels if group_plan.selection else 0
             if n_now != n_then:
                 raise PruningError(
-                    f"layer {entry.name!r}: the choice was made among {n_then} channels, the layer has {n_now} now; "
+                    f"layer {group_plan.name!r}: the choice was made among {n_then} channels, the layer has {n_now} now; "
                     "prune the groups of one step in the order in which they come."
                 )
             gone = list(group[0].idxs if idxs is None else idxs)
             going = group
             if idxs is not None:
-                going = group_of(self.DG, group[0].dep.target.module, entry.side, gone, entry.heads)
-            self._mending.before(going)
-            if self.verify and not entry.heads:
+                going = group_of(self.DG, group[0].dep.target.module, group_plan.side, gone, group_plan.heads)
+            self._recovery.before(going)
+            if self.verify and not group_plan.heads:
                 self._check.expect_without(going)
-            pruned(self.model, lambda: native(idxs, record_history), n_now, gone, entry.heads)
-            self._follow_heads(entry)
+            pruned(self.model, lambda: native(idxs, record_history), n_now, gone, group_plan.heads)
+            self._follow_heads(group_plan)
             # A caller who collects the groups first prunes those that are recorded as left out already.
             self.plan = replace(self.plan, groups=tuple(g for g in self.plan if g is not left))
-            self._record(entry.without(gone))
+            self._record(group_plan.without(gone))
 
         group.prune = prune_and_record
-        n_entries = len(self.plan)
+        n_plans = len(self.plan)
         if prune:
-            _prune_now(group, entry.name)
+            _prune_now(group, group_plan.name)
         yield group
-        is_due = False
-        if len(self.plan) == n_entries:
+        is_current = False
+        if len(self.plan) == n_plans:
             self._record(left)
             return
         if self.adapt is not None:
             self.adapt(self.model)
-        self._check(entry.name)
+        self._check(group_plan.name)
 
     def _prune(self) -> Iterator[Any]:
         if self._is_ranked and not self.layerwise:
@@ -396,34 +398,34 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return
         if not self.layerwise:
             if self.target is not None:
-                self.choices.share_out()
+                self.planner.allocate_counts()
             yield from self._prune_chosen(None)
             return
-        self.choices.begin()
+        self.planner.begin()
         self._fit()
         if self.target is not None:
-            self.choices.share_out()
+            self.planner.allocate_counts()
         # Moments come in the order in which the layers ran.
         for i, name in enumerate(self.importance.measured):
-            if i and self.choices.has_begun:
+            if i and self.planner.has_begun:
                 self._fit()
-                self._mending.measure()
+                self._recovery.measure()
             yield from self._prune_chosen(name)
 
-    def _prune_chosen(self, due: str | None) -> Iterator[Any]:
+    def _prune_chosen(self, current: str | None) -> Iterator[Any]:
         # Moments belong to the unpruned layers, so every choice is made before the first group is pruned.
-        for entry in list(self.choices.entries(due)):
-            if entry.selection is None or not entry.selection.prune_idxs:
-                self._left.append(entry)
+        for group_plan in list(self.planner.group_plans(current)):
+            if group_plan.selection is None or not group_plan.selection.prune_idxs:
+                self._left.append(group_plan)
                 continue
-            layer = self.model.get_submodule(entry.name)
-            group = group_of(self.DG, layer, entry.side, entry.selection.prune_idxs, entry.heads)
+            layer = self.model.get_submodule(group_plan.name)
+            group = group_of(self.DG, layer, group_plan.side, group_plan.selection.prune_idxs, group_plan.heads)
             if self.DG.check_pruning_group(group):
-                self._pending[self._key(group)] = entry
+                self._pending[self._key(group)] = group_plan
                 yield group
             else:
                 reason = "Torch-Pruning refuses: a layer of it would lose all its channels"
-                self._left.append(replace(entry, selection=None, reason=reason))
+                self._left.append(replace(group_plan, selection=None, reason=reason))
 
     @torch.no_grad()
     def estimate_importance(self, group: Any) -> Tensor | None:
@@ -435,17 +437,19 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         selector: CoSePSelector = self.importance
         scores: Tensor | None = None
         try:
-            view = self.choices.view(group)
-            entry = self.choices.entry(group, view)
-            if not entry.reason:
+            view = self.planner.view(group)
+            group_plan = self.planner.group_plan(group, view)
+            if not group_plan.reason:
                 selection = selector.select(group, view=view)
                 scores = None if selection is None else selection.scores
                 scores = with_head_scores(selector, group, scores, self.num_heads)
                 reason = "ranked against other layers" if scores is not None else NOT_MEASURED
-                entry = self.choices.pictured(group, view, replace(entry, selection=selection, reason=reason))
+                group_plan = self.planner.with_embedding(
+                    group, view, replace(group_plan, selection=selection, reason=reason)
+                )
         except InputError as error:
-            scores, entry = None, self.choices.refused(group, error)
-        self._pending[self._key(group)] = entry
+            scores, group_plan = None, self.planner.refused(group, error)
+        self._pending[self._key(group)] = group_plan
         return scores
 
     @property
@@ -457,19 +461,19 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         selector: CoSePSelector = self.importance
         assert self.loader is not None
         if self._names is None:
-            self._names = self.choices.measured_layers()
+            self._names = self.planner.measured_layers()
         options = {"layers": self._names, "num_heads": self.num_heads, **self.fit_options}
         selector.fit(self.model, self.loader, **options)
 
-    def _with_heads_left(self, entry: GroupPlan) -> GroupPlan:
+    def _with_heads_left(self, group_plan: GroupPlan) -> GroupPlan:
         """The entry with the numbers of heads that the stock pruner decided on, where it ranked them."""
-        if not (self._is_ranked and entry.heads):
-            return entry
-        left = {name: self.num_heads[self.model.get_submodule(name)] for name in entry.heads}
-        return replace(entry, heads={name: (before, left[name]) for name, (before, _) in entry.heads.items()})
+        if not (self._is_ranked and group_plan.heads):
+            return group_plan
+        left = {name: self.num_heads[self.model.get_submodule(name)] for name in group_plan.heads}
+        return replace(group_plan, heads={name: (before, left[name]) for name, (before, _) in group_plan.heads.items()})
 
-    def _follow_heads(self, entry: GroupPlan) -> None:
-        for name, (_, after) in entry.heads.items():
+    def _follow_heads(self, group_plan: GroupPlan) -> None:
+        for name, (_, after) in group_plan.heads.items():
             layer = self.model.get_submodule(name)
             self.num_heads[layer] = self.out_channel_groups[layer] = after
 
@@ -481,12 +485,12 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         n: int = self.DG.get_out_channels(root) if side == "out" else self.DG.get_in_channels(root)
         return n
 
-    def _record(self, entry: GroupPlan) -> None:
-        self.plan = replace(self.plan, groups=(*self.plan.groups, entry))
+    def _record(self, group_plan: GroupPlan) -> None:
+        self.plan = replace(self.plan, groups=(*self.plan.groups, group_plan))
 
     def _record_unvisited(self) -> None:
         """List the layers that no group showed to this pruner, so that the plan hides nothing."""
-        planned = self.choices.seen | {name for entry in self.plan for name in entry.layers}
+        planned = self.planner.seen | {name for group_plan in self.plan for name in group_plan.layers}
         for name, layer in measured_layers(self.model, self.importance.channel_dims).items():
             if name in planned:
                 continue
@@ -502,8 +506,8 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Remember the pruner's own state; the function puts it back and traces the restored model anew."""
         names = ("current_step", "plan", *_STATE_DICTS)
         state = {n: copy(getattr(self, n)) for n in names}
-        state["choices"] = self.choices.saved()
-        put_back = self._mending.saved()
+        state["planner"] = self.planner.saved()
+        put_back = self._recovery.saved()
 
         def undo() -> None:
             self.__dict__.update(state)

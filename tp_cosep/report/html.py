@@ -16,7 +16,7 @@ from tp_cosep.report.benchmark import ModelStats
 from tp_cosep.report.html_layers import Row, breakable, details, json_data, rows_of
 from tp_cosep.report.markup import Child, element, html
 from tp_cosep.report.tables import group_label, model_rows, quantity
-from tp_cosep.selection.embedding import GroupPicture
+from tp_cosep.selection.embedding import GroupEmbedding
 from tp_cosep.utils.files import replacing
 
 __all__ = ["write_page"]
@@ -100,7 +100,7 @@ def _page(plan: PruningPlan, stats: Mapping[str, ModelStats], names: Mapping[int
         _left_alone(plan, [row for row in rows if not row.chosen]),
         details([row for row in rows if row.chosen]),
     )
-    used = {label for row in rows for v, _ in row.chosen if v.picture for label in _labels_of(v.picture)}
+    used = {label for row in rows for v, _ in row.chosen if v.embedding for label in _labels_of(v.embedding)}
     body = element(
         "body",
         element("header", element("h1", title), element("p", _lead(plan, rows), class_="lead")),
@@ -113,8 +113,8 @@ def _page(plan: PruningPlan, stats: Mapping[str, ModelStats], names: Mapping[int
     return "<!DOCTYPE html>\n" + html(element("html", head, body, lang="en")) + "\n"
 
 
-def _labels_of(picture: GroupPicture) -> Iterator[int]:
-    for of_cluster in picture.pairs:
+def _labels_of(embedding: GroupEmbedding) -> Iterator[int]:
+    for of_cluster in embedding.pairs:
         for pair in of_cluster:
             yield from (pair.first, pair.second)
 
@@ -141,11 +141,11 @@ def _lead(plan: PruningPlan, rows: Sequence[Row]) -> str:
     kept, total = _channels(plan)
     if kept == total:
         return "Nothing was pruned."
-    told = f"{kept:,} of {total:,} channels stay"
+    fixed = f"{kept:,} of {total:,} channels stay"
     macs = _totals(plan, "macs")
     if macs and macs[0]:
-        told += f", and {macs[1] / macs[0]:.1%} of the multiply-accumulates"
-    return told + "."
+        fixed += f", and {macs[1] / macs[0]:.1%} of the multiply-accumulates"
+    return fixed + "."
 
 
 def _summary(plan: PruningPlan, rows: Sequence[Row], stats: Mapping[str, ModelStats]) -> Element:
@@ -195,8 +195,8 @@ def _tile(what: str, value: str, more: str) -> Element:
 def _models(stats: Mapping[str, ModelStats]) -> Element:
     heading = element("h2", "Before and after", id="models")
     if not stats:
-        told = "Accuracy and latency were not measured; report(…, stats=measure_models(…)) shows them here."
-        return element("section", heading, element("p", told, class_="note"), aria_labelledby="models")
+        fixed = "Accuracy and latency were not measured; report(…, stats=measure_models(…)) shows them here."
+        return element("section", heading, element("p", fixed, class_="note"), aria_labelledby="models")
     body = []
     for i, row in enumerate(model_rows(stats)):
         s, change = row.stats, row.accuracy_change

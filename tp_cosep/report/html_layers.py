@@ -14,12 +14,12 @@ from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.report.markup import Child, element
 from tp_cosep.report.svg import CRITERIA, curve, placed, space
 from tp_cosep.report.tables import group_label
-from tp_cosep.selection.embedding import GroupPicture, cluster_colours, kept_components
+from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components
 from tp_cosep.selection.result import GroupPlan
 
 __all__ = ["Row", "breakable", "details", "json_data", "rows_of"]
 
-_NO_PICTURE = "The plan holds no picture of this group: it was made with pictures=False, or by an earlier release."
+_NO_EMBEDDING = "The plan holds no picture of this group: it was made with pictures=False, or by an earlier release."
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Row:
         """Channels, or heads, kept after the last visit, and those there were before the first."""
         (last, chosen), (_, first) = self.chosen[-1], self.chosen[0]
         if self.unit == "head":
-            return len(kept_components(chosen, last.picture)), len(first.labels)
+            return len(kept_components(chosen, last.embedding)), len(first.labels)
         return len(chosen.keep_idxs), first.n_channels
 
 
@@ -108,26 +108,26 @@ def _detail(row: Row) -> Element:
 
 
 def _visit(row: Row, visit: GroupPlan) -> list[Child]:
-    selection, picture = visit.selection, visit.picture
+    selection, embedding = visit.selection, visit.embedding
     if selection is None:
         return [element("p", f"Left alone: {visit.reason}.")]
     heads = ", ".join(f"{name} {before} → {after}" for name, (before, after) in visit.heads.items() if before != after)
-    n_gone, n, what = len(selection.prune_idxs), len(selection.labels), _component(row, selection)
+    n_removed, n, what = len(selection.prune_idxs), len(selection.labels), _component(row, selection)
     facts = [
         ("count by", visit.reason),
         ("chosen among", f"{_counted(n, what)}, channels that only go together" if what == "slot" else ""),
         ("made by", ", ".join(visit.layers)),
         ("heads", heads),
         ("kept channels", _ranges(selection.keep_idxs)),
-        (f"{_counted(n_gone, 'pruned channel')}", _ranges(selection.prune_idxs) or "none"),
+        (f"{_counted(n_removed, 'pruned channel')}", _ranges(selection.prune_idxs) or "none"),
     ]
     listed = [element("div", element("dt", name), element("dd", value)) for name, value in facts if value]
     figures = [_curve_figure(selection, row.label)]
     clusters = None
-    if picture is not None:
-        figures.append(_space_figure(selection, picture, row.label, what))
-        clusters = _clusters(selection, picture)
-    note = _NO_PICTURE if picture is None else _pairs_note(picture)
+    if embedding is not None:
+        figures.append(_space_figure(selection, embedding, row.label, what))
+        clusters = _clusters(selection, embedding)
+    note = _NO_EMBEDDING if embedding is None else _pairs_note(embedding)
     return [
         element("div", *figures, class_="figures"),
         element("p", note, class_="note"),
@@ -141,10 +141,10 @@ def _component(row: Row, selection: ChannelSelection) -> str:
     return "slot" if row.unit == "channel" and len(selection.labels) != selection.n_channels else row.unit
 
 
-def _pairs_note(picture: GroupPicture) -> str:
-    if picture.note:
-        return f"Which classes the clusters tell apart is not known: {picture.note}."
-    compared, there = picture.n_classes
+def _pairs_note(embedding: GroupEmbedding) -> str:
+    if embedding.note:
+        return f"Which classes the clusters tell apart is not known: {embedding.note}."
+    compared, there = embedding.n_classes
     among = "" if compared == there else f", among {compared} of the {there:,} classes"
     return (
         f"What each cluster tells apart best{among}. Numbers are Jeffries–Matusita distances, from 0 (alike) to 2 "
@@ -167,33 +167,33 @@ def _curve_figure(selection: ChannelSelection, name: str) -> Element:
     return element("figure", curve(selection, name), caption)
 
 
-def _space_figure(selection: ChannelSelection, picture: GroupPicture, name: str, unit: str) -> Element:
+def _space_figure(selection: ChannelSelection, embedding: GroupEmbedding, name: str, unit: str) -> Element:
     what = "Separability space" if selection.criterion == "silhouette" else "Channels by 1 − |correlation|"
-    one_kept = "the one kept" if selection.criterion == "coverage" else "the medoid"
+    one_kept = "the one kept" if selection.criterion == "retained variance" else "the medoid"
     keys = [
         _key("ring", "kept"),
         _key("dot", "pruned, a line to " + one_kept),
         _key("alone", "alone in its cluster"),
-        element("li", f"axes show {picture.shares[0]:.1%} and {picture.shares[1]:.1%} of the squared distances"),
+        element("li", f"axes show {embedding.shares[0]:.1%} and {embedding.shares[1]:.1%} of the squared distances"),
     ]
     caption = element("figcaption", element("b", what), element("ul", *keys))
-    return element("figure", space(selection, picture, name, unit), caption)
+    return element("figure", space(selection, embedding, name, unit), caption)
 
 
 def _key(kind: str, text: str) -> Element:
     return element("li", element("i", class_=f"key {kind}"), text)
 
 
-def _clusters(selection: ChannelSelection, picture: GroupPicture) -> Element:
+def _clusters(selection: ChannelSelection, embedding: GroupEmbedding) -> Element:
     """What the script makes the table of clusters from, and the tips over the plane."""
     return json_data(
         {
             "labels": selection.labels,
             "medoids": selection.medoids,
-            "kept": kept_components(selection, picture),
-            "colours": cluster_colours(picture.points, selection),
-            "xy": [x for position in placed(picture) for x in position],
-            "pairs": [[x for pair in pairs for x in (*pair[:2], round(pair[2], 2))] for pairs in picture.pairs],
+            "kept": kept_components(selection, embedding),
+            "colours": cluster_colours(embedding.points, selection),
+            "xy": [x for position in placed(embedding) for x in position],
+            "pairs": [[x for pair in pairs for x in (*pair[:2], round(pair[2], 2))] for pairs in embedding.pairs],
         }
     )
 

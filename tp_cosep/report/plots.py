@@ -15,7 +15,7 @@ from tp_cosep.errors import InputError, MissingDependencyError
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.report.tables import group_label
-from tp_cosep.selection.embedding import GroupPicture, cluster_colours, kept_components, plane
+from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components, plane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ _INK, _GREY, _PALE = "#222222", "#777777", "#D9D9D9"
 
 _CRITERIA = {
     "silhouette": ("MSS", "number of clusters k", "Mean Simplified Silhouette (MSS)", "silhouette of"),
-    "coverage": ("coverage", "number of channels kept k", "share of what readers see", "coverage by"),
+    "retained variance": ("coverage", "number of channels kept k", "share of what readers see", "coverage by"),
 }
 
 
@@ -103,7 +103,7 @@ def _draw_count(selection: ChannelSelection, ax: Axes) -> None:
 
 
 def plot_separability_space(
-    distances: Tensor | GroupPicture, selection: ChannelSelection, ax: Axes | None = None
+    distances: Tensor | GroupEmbedding, selection: ChannelSelection, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
     """Draw the channels of a group in the space that compares them, as far as two dimensions can show it.
 
@@ -112,7 +112,7 @@ def plot_separability_space(
     line joins each channel to its medoid. Channels alone in their cluster are grey, and kept ones have a ring.
 
     Args:
-        distances: ``[components, components]``, see :meth:`tp_cosep.CoSePSelector.distances`; or the ``picture`` of
+        distances: ``[components, components]``, see :meth:`tp_cosep.CoSePSelector.distances`; or the ``embedding`` of
             a :class:`tp_cosep.GroupPlan`, which is at hand when the plan was loaded from a file.
         selection: What was selected of the same group.
         ax: Where to draw; a new figure by default.
@@ -125,19 +125,19 @@ def plot_separability_space(
         MissingDependencyError: If matplotlib is not installed.
     """
     n = len(selection.labels)
-    picture = distances if isinstance(distances, GroupPicture) else None
-    shape = (n, n) if picture is None else (n, 2)
+    embedding = distances if isinstance(distances, GroupEmbedding) else None
+    shape = (n, n) if embedding is None else (n, 2)
     found = distances if isinstance(distances, Tensor) else distances.points
     if found.shape != shape:
         raise InputError(
-            f"plot: expected {'distances' if picture is None else 'positions'} of shape {shape}, one row per component "
+            f"plot: expected {'distances' if embedding is None else 'positions'} of shape {shape}, one row per component "
             f"of the selection, got {tuple(found.shape)}; take them from the selector before pruning."
         )
     fig, ax = _figure_and_axes(ax, (7.0, 6.2))
-    points, shares = plane(found) if picture is None else (found, picture.shares)
+    points, shares = plane(found) if embedding is None else (found, embedding.shares)
     size = min(max(2600 / n, 14), 90)
     _draw_clusters(points, selection, size, ax)
-    kept = kept_components(selection, picture)
+    kept = kept_components(selection, embedding)
     x, y = points[kept].T.tolist()
     ax.scatter(x, y, s=1.9 * size, facecolors="none", edgecolors=_INK, linewidths=1.1, zorder=4)
     ax.set_xlabel(f"dimension 1: {shares[0]:.0%} of the squared distances")
@@ -154,7 +154,7 @@ def plot_separability_space(
 def _explain_space(selection: ChannelSelection, n_kept: int, ax: Axes) -> None:
     from matplotlib.lines import Line2D
 
-    n, is_subset = len(selection.labels), selection.criterion == "coverage"
+    n, is_subset = len(selection.labels), selection.criterion == "retained variance"
     sizes = Counter(selection.labels).values()
     handles = [Line2D([], [], ls="", marker="o", ms=10, mfc="none", mec=_INK, mew=1.1, label=f"kept: {n_kept} of {n}")]
     if 1 in sizes:

@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element
 
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.report.markup import element
-from tp_cosep.selection.embedding import GroupPicture, cluster_colours, kept_components
+from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components
 
 __all__ = ["CRITERIA", "curve", "placed", "space"]
 
@@ -25,7 +25,7 @@ _MOST_POINTS = 160
 #: By criterion: name, unit of k, label of the y axis.
 CRITERIA = {
     "silhouette": ("Mean Simplified Silhouette (MSS)", "number of clusters k", "MSS"),
-    "coverage": ("Share of what the readers see", "number of channels kept k", "coverage"),
+    "retained variance": ("Share of what the readers see", "number of channels kept k", "coverage"),
 }
 
 
@@ -61,29 +61,29 @@ def curve(selection: ChannelSelection, name: str) -> Element:
         marks.append(element("circle", class_="count", cx=x(n_kept), cy=y(mss[ks.index(n_kept)]), r=16))
     else:
         marks.append(element("path", class_="count dotted", d=f"M{x(n_kept)} {_TOP}V{_HEIGHT - _BOTTOM}"))
-    told = f"{name}, {y_label} over k. {what} is {mss[0]:.3f} at k = {ks[0]} and {mss[-1]:.3f} at k = {ks[-1]}. "
-    told += (
+    fixed = f"{name}, {y_label} over k. {what} is {mss[0]:.3f} at k = {ks[0]} and {mss[-1]:.3f} at k = {ks[-1]}. "
+    fixed += (
         "It has no knee. " if knee is None else f"Its knee is at k = {knee}, strength {selection.knee_strength:.2f}. "
     )
-    told += f"{n_kept} of {len(selection.labels)} are kept."
-    return _svg(_HEIGHT, told, marks)
+    fixed += f"{n_kept} of {len(selection.labels)} are kept."
+    return _svg(_HEIGHT, fixed, marks)
 
 
-def space(selection: ChannelSelection, picture: GroupPicture, name: str, unit: str = "channel") -> Element:
+def space(selection: ChannelSelection, embedding: GroupEmbedding, name: str, unit: str = "channel") -> Element:
     """A group's components in the plane: clusters by colour and by lines to their medoids, kept ones with a ring.
 
     Args:
         selection: The selection.
-        picture: Of the same group.
+        embedding: Of the same group.
         name: Of the group.
         unit: What was chosen among.
 
     Returns:
         An ``svg`` element with a text alternative.
     """
-    at = placed(picture)
-    colours = cluster_colours(picture.points, selection)
-    kept = kept_components(selection, picture)
+    at = placed(embedding)
+    colours = cluster_colours(embedding.points, selection)
+    kept = kept_components(selection, embedding)
     n, n_clusters = len(at), len(selection.medoids)
     size = 2 * round(min(11, max(4, 90 / math.sqrt(n))))
     of_colour: dict[int, list[int]] = {}
@@ -106,36 +106,38 @@ def space(selection: ChannelSelection, picture: GroupPicture, name: str, unit: s
         if stay:
             marks.append(element("path", class_="dot gap", d=_dots(stay), stroke_width=size + 5))
             marks.append(element("path", class_=f"dot {_class(colour)}", d=_dots(stay), stroke_width=size))
-    told = f"{name}, {unit}s in the plane. {_told(selection, picture, len(kept), n_clusters, unit)}"
-    return _svg(_WIDTH, told, marks, class_="plane")
+    fixed = f"{name}, {unit}s in the plane. {_fixed_ratios(selection, embedding, len(kept), n_clusters, unit)}"
+    return _svg(_WIDTH, fixed, marks, class_="plane")
 
 
-def placed(picture: GroupPicture) -> list[tuple[int, int]]:
+def placed(embedding: GroupEmbedding) -> list[tuple[int, int]]:
     """Where the components are drawn, both axes on the same scale."""
-    xs, ys = zip(*picture.positions, strict=True)
+    xs, ys = zip(*embedding.positions, strict=True)
     factor = (_WIDTH - 2 * _MARGIN) / (max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0)
     x_middle, y_middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
     half = _WIDTH / 2
     return [
-        (round(half + (x - x_middle) * factor), round(half - (y - y_middle) * factor)) for x, y in picture.positions
+        (round(half + (x - x_middle) * factor), round(half - (y - y_middle) * factor)) for x, y in embedding.positions
     ]
 
 
-def _told(selection: ChannelSelection, picture: GroupPicture, n_kept: int, n_clusters: int, unit: str) -> str:
+def _fixed_ratios(
+    selection: ChannelSelection, embedding: GroupEmbedding, n_kept: int, n_clusters: int, unit: str
+) -> str:
     sizes = Counter(selection.labels)
     ((largest, most),) = sizes.most_common(1)
     n_joint = sum(size > 1 for size in sizes.values())
-    told = (
+    fixed = (
         f"{n_kept} of {len(selection.labels)} {unit}s kept, in {n_clusters} clusters, {n_joint} of them with more than "
-        f"one {unit}. The axes show {picture.shares[0]:.1%} and {picture.shares[1]:.1%} of the squared distances."
+        f"one {unit}. The axes show {embedding.shares[0]:.1%} and {embedding.shares[1]:.1%} of the squared distances."
     )
     if most > 1:
-        told += f" The largest cluster, of {most}, is that of {unit} {selection.medoids[largest]}."
-    return told
+        fixed += f" The largest cluster, of {most}, is that of {unit} {selection.medoids[largest]}."
+    return fixed
 
 
-def _svg(height: int, told: str, marks: Iterable[Element], **attributes: str) -> Element:
-    return element("svg", *marks, viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=told, **attributes)
+def _svg(height: int, fixed: str, marks: Iterable[Element], **attributes: str) -> Element:
+    return element("svg", *marks, viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=fixed, **attributes)
 
 
 def _class(colour: int) -> str:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from tp_cosep.calibration.statistics import Measured
 from tp_cosep.errors import InputError
 from tp_cosep.functional.attention_distances import ATTENTION_JS
-from tp_cosep.functional.elimination import Elimination, Reader, backward_elimination
+from tp_cosep.functional.elimination import Consumer, Elimination, backward_elimination
 from tp_cosep.functional.knee import KneeMethod
 from tp_cosep.functional.selection import ChannelSelection, select_by_elimination, select_channels
 from tp_cosep.functional.separability import PairMetric
 from tp_cosep.graph.groups import GroupView, full_group, prunable_groups, read_group
 from tp_cosep.graph.heads import rerooted
-from tp_cosep.graph.patches import reading_of
+from tp_cosep.graph.patches import patches_of
 from tp_cosep.graph.tracing import ROOT_TYPES, resolve_layers, trace
 from tp_cosep.selection.heads import with_head_scores
-from tp_cosep.selection.input_space import READER_SPACES, correlation_distances, layers_read, readers_of
+from tp_cosep.selection.input_space import INPUT_SPACES, consumers_of, correlation_distances, measured_consumers
 from tp_cosep.selection.options import DEFAULT_METHODS, check_selector, default_space
 from tp_cosep.selection.representatives import Preference, preference_of
 from tp_cosep.selection.separability_space import Space
@@ -55,7 +55,7 @@ class CoSePSelector(Measured):
             channels can reproduce), ``"class-means"`` (the same for class means alone; joint is both) and
             ``"correlation"`` (1 − |ρ| of activations) look at what the layers that read a channel see, see
             :mod:`tp_cosep.selection.input_space`; ``"separability"``: JM distances between classes, the papers' own. By
-            default joint, or separability if ``metric``, ``tap``, ``representative`` or ``method="k-medoids"`` are
+            default joint, or separability if ``metric``, ``observe``, ``representative`` or ``method="k-medoids"`` are
             given, which are about clusters in it.
         method: ``"k-medoids"``, or ``"column-subset"``: take away, again and again, the channel that its readers can
             best do without once refitted (:mod:`tp_cosep.functional.elimination`). By default the first for separability and
@@ -71,7 +71,7 @@ class CoSePSelector(Measured):
         max_class_pairs: Where there are more class pairs, separability looks at a sample of about so many, in which
             every class is as often as any other; ``sampling_errors`` says how much that is worth.
         seed: Of that sample.
-        tap: Whose view of a channel counts: ``"producers"``, the layers that create it, or ``"consumers"``, the
+        observe: Whose view of a channel counts: ``"outputs"`` of the layers that create it, or ``"inputs"`` of the
             layers that read it, behind additions, normalisation and activations.
         num_heads: Number of heads by attention layer, as for the pruner. Give a stock pruner the same dictionary. By
             default :func:`tp_cosep.attention_heads` finds them when :meth:`fit` is called.
@@ -83,7 +83,7 @@ class CoSePSelector(Measured):
     Attributes:
         moments: Class moments by layer name, of layers that are compared by separability; empty before :meth:`fit`.
         attention: Attention maps by layer name, with ``metric="attention-js"``.
-        readers: What layers read, by name, with a ``space`` or ``representative`` that needs it.
+        consumers: What layers read, by name, with a ``space`` or ``representative`` that needs it.
         sampling_errors: By layer, with ``max_class_pairs``, once a group of it was selected in: the relative standard
             error of its squared distances, see :func:`tp_cosep.functional.separability.pooled_gram`.
 
@@ -119,15 +119,15 @@ class CoSePSelector(Measured):
         memory_budget: int = 2**32,
         max_class_pairs: int | None = None,
         seed: int = 0,
-        tap: str = "producers",
+        observe: str = "outputs",
         num_heads: dict[nn.Module, int] | None = None,
         scope: str = "layer",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
     ) -> None:
-        space = space or default_space(metric=metric, tap=tap, representative=representative, method=method)
+        space = space or default_space(metric=metric, observe=observe, representative=representative, method=method)
         check_selector(
             metric=metric,
-            tap=tap,
+            observe=observe,
             scope=scope,
             mss_form=mss_form,
             backend=backend,
@@ -152,7 +152,7 @@ class CoSePSelector(Measured):
         self.seed = seed
         self.space_name = space
         self.method = method or DEFAULT_METHODS[space]
-        self.tap = tap
+        self.observe = observe
         self.scope = scope
         self.channel_dims = dict(channel_dims or {})
 
@@ -197,7 +197,7 @@ class CoSePSelector(Measured):
         group = full_group(group)
         view = view or read_group(group, None, self.num_heads)
         n_keep = n_keep if n_keep is not None else self._fixed_count(view.n_components)
-        if self.method == "column-subset" and self.compares_readers(view):
+        if self.method == "column-subset" and self.compares_inputs(view):
             elimination, distances = self._eliminated(view)
             by_order = select_by_elimination(elimination, distances, n_keep=n_keep, knee=self.knee, round_to=round_to)
             return by_order.expanded(view.component_of)
@@ -217,10 +217,10 @@ class CoSePSelector(Measured):
         """The order in which a group's components go, and their distances; found once, whatever count is asked for."""
         known = self._known(view)
         if known is None:
-            readers = readers_of(view, self.readers, self.space_name)
-            distances = correlation_distances(view, self.readers, self.space_name)
+            consumers = consumers_of(view, self.consumers, self.space_name)
+            distances = correlation_distances(view, self.consumers, self.space_name)
             assert distances is not None
-            known = backward_elimination(readers, view.n_components), distances
+            known = backward_elimination(consumers, view.n_components), distances
             self._eliminations[view.name, view.side] = self._state_of(view), *known
         return known
 
@@ -231,7 +231,7 @@ class CoSePSelector(Measured):
 
     def _state_of(self, view: GroupView) -> Any:
         """What the choice in a group depends on; the weights by what they are: those of a copy are as good."""
-        read = layers_read(view, self.readers, self.space_name)
+        read = measured_consumers(view, self.consumers, self.space_name)
         weights = [m.layer.get_parameter("weight").detach() for m in read]
         return view.component_of.numpy().tobytes(), [(w.shape, float(w.double().square().sum())) for w in weights]
 
@@ -249,13 +249,13 @@ class CoSePSelector(Measured):
         view = view or read_group(group, None, self.num_heads)
         if self.metric == ATTENTION_JS:
             return None
-        if self.compares_readers(view):
+        if self.compares_inputs(view):
             known = self._known(view)
-            return correlation_distances(view, self.readers, self.space_name) if known is None else known[1].clone()
-        is_left = self.space_name in READER_SPACES and not any(m.name in self.moments for m in view.members)
+            return correlation_distances(view, self.consumers, self.space_name) if known is None else known[1].clone()
+        is_left = self.space_name in INPUT_SPACES and not any(m.name in self.moments for m in view.producers)
         if not is_left:
             return self.space.distances(view)
-        missing = next((m.name for m in view.readers if reading_of(m.layer)), None)
+        missing = next((m.name for m in view.consumers if patches_of(m.layer)), None)
         if missing is not None:
             raise InputError(
                 f"layer {missing!r}: what it reads was not measured: the calibration data never reached this layer, or "
@@ -265,7 +265,7 @@ class CoSePSelector(Measured):
             )
         return None
 
-    def compares_readers(self, view: GroupView) -> bool:
+    def compares_inputs(self, view: GroupView) -> bool:
         """Whether channels of a group are compared by what their readers see, or else by separability.
 
         Args:
@@ -276,21 +276,21 @@ class CoSePSelector(Measured):
             by weights.
         """
         return (
-            self.space_name in READER_SPACES
+            self.space_name in INPUT_SPACES
             and view.unit == "channel"
-            and not any(m.layer in self.num_heads for m in view.members)
-            and bool(layers_read(view, self.readers, self.space_name))
+            and not any(m.layer in self.num_heads for m in view.producers)
+            and bool(measured_consumers(view, self.consumers, self.space_name))
         )
 
     def layers_of(self, view: GroupView) -> tuple[str, ...]:
         """Names of the layers whose measurements describe a group; of all that create it if none is measured."""
         if self.metric == ATTENTION_JS:
-            measured = [m.name for m in view.members if m.name in self.attention]
-        elif self.compares_readers(view):
-            measured = [m.name for m in layers_read(view, self.readers, self.space_name)]
+            measured = [m.name for m in view.producers if m.name in self.attention]
+        elif self.compares_inputs(view):
+            measured = [m.name for m in measured_consumers(view, self.consumers, self.space_name)]
         else:
             measured = [m.name for m in self.space.layers_of(view)]
-        return tuple(measured or (m.name for m in view.members))
+        return tuple(measured or (m.name for m in view.producers))
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
@@ -371,7 +371,7 @@ class CoSePSelector(Measured):
             self.moments,
             self._shapes,
             metric=self.metric,
-            tap=self.tap,
+            observe=self.observe,
             channel_dims=self.channel_dims,
             max_pairs=self.max_class_pairs,
             seed=self.seed,
@@ -385,11 +385,11 @@ class CoSePSelector(Measured):
 
     def preference(self, group: Any, view: GroupView) -> Preference:
         """What decides which member of a cluster is kept, see :func:`tp_cosep.selection.representatives.preference_of`."""
-        readers: list[Reader] = []
+        consumers: list[Consumer] = []
         if self.representative == "reconstruction" and view.unit == "channel":
             space = "reconstruction" if self.space_name == "separability" else self.space_name
-            readers = readers_of(view, self.readers, space)
-        return preference_of(self.representative, group, view, readers)
+            consumers = consumers_of(view, self.consumers, space)
+        return preference_of(self.representative, group, view, consumers)
 
 
 def ratio_for(k: int, n: int) -> float:

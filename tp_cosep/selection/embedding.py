@@ -19,12 +19,12 @@ from tp_cosep.functional.separability import profiles
 from tp_cosep.functional.swap_table import few_threads
 from tp_cosep.graph.groups import GroupView
 from tp_cosep.selection.heads import head_distances
-from tp_cosep.selection.input_space import layers_read
+from tp_cosep.selection.input_space import measured_consumers
 
 if TYPE_CHECKING:
     from tp_cosep.selection.cosep import CoSePSelector
 
-__all__ = ["N_COLOURS", "ClassPair", "GroupPicture", "cluster_colours", "kept_components", "picture_of", "plane"]
+__all__ = ["N_COLOURS", "ClassPair", "GroupEmbedding", "cluster_colours", "embed_group", "kept_components", "plane"]
 
 #: Colours that clusters are told apart by.
 N_COLOURS = 6
@@ -43,7 +43,7 @@ class ClassPair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GroupPicture:
+class GroupEmbedding:
     """A group's components in the plane, and what their clusters tell apart.
 
     Attributes:
@@ -83,7 +83,7 @@ class GroupPicture:
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any], selection: ChannelSelection) -> GroupPicture:
+    def from_json(cls, document: Mapping[str, Any], selection: ChannelSelection) -> GroupEmbedding:
         """The inverse of :meth:`to_json`, for the selection of the same group.
 
         Returns:
@@ -118,19 +118,19 @@ def _pairs_of(numbers: Sequence[float]) -> Iterator[ClassPair]:
         yield ClassPair(int(a), int(b), float(distance))
 
 
-def kept_components(selection: ChannelSelection, picture: GroupPicture | None = None) -> list[int]:
+def kept_components(selection: ChannelSelection, embedding: GroupEmbedding | None = None) -> list[int]:
     """The components that a selection keeps.
 
     Args:
         selection: The selection among channels.
-        picture: Of the same group, which knows the component of every channel; else they are taken to be slots of
+        embedding: Of the same group, which knows the component of every channel; else they are taken to be slots of
             channel groups, or blocks of consecutive channels (heads) if the kept ones cannot be slots.
 
     Returns:
         Components, ascending.
     """
-    if picture is not None and picture.component_of:
-        return sorted({picture.component_of[c] for c in selection.keep_idxs})
+    if embedding is not None and embedding.component_of:
+        return sorted({embedding.component_of[c] for c in selection.keep_idxs})
     n = len(selection.labels)
     size = max(1, selection.n_channels // n)
     slots = {c % n for c in selection.keep_idxs}
@@ -139,9 +139,9 @@ def kept_components(selection: ChannelSelection, picture: GroupPicture | None = 
 
 
 @torch.no_grad()
-def picture_of(
+def embed_group(
     selector: CoSePSelector, group: Any, view: GroupView, selection: ChannelSelection
-) -> GroupPicture | None:
+) -> GroupEmbedding | None:
     """What is worth remembering of a group while its moments are at hand.
 
     With many classes, those of which as many pairs can be computed in a moment are taken, evenly spaced among all
@@ -170,7 +170,7 @@ def picture_of(
     # Adding 0 makes 0 of −0.
     rounded = (points / (scale or 1.0)).mul(1000).round().div(1000).add(0.0).tolist()
     component_of = view.component_of[: selection.n_channels].tolist()
-    return GroupPicture(
+    return GroupEmbedding(
         positions=tuple((x, y) for x, y in rounded),
         scale=scale,
         shares=(round(shares[0], 4), round(shares[1], 4)),
@@ -276,11 +276,11 @@ def _described(selector: CoSePSelector, view: GroupView) -> list[_Described]:
         One entry per layer; those that saw other classes than the first are left out.
     """
     found: list[_Described] = []
-    if selector.compares_readers(view):
-        for member in layers_read(view, selector.readers, selector.space_name):
-            measured = selector.readers[member.name]
+    if selector.compares_inputs(view):
+        for member in measured_consumers(view, selector.consumers, selector.space_name):
+            measured = selector.consumers[member.name]
             # The inputs of a linear layer that belong to one channel are its cells.
-            repeat = measured.reading.repeat
+            repeat = measured.patches.repeat
             is_first = member.rows % repeat == 0
             rows, components = member.rows[is_first] // repeat, member.components[is_first]
             if not measured.classes.is_empty:

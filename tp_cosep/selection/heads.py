@@ -124,7 +124,7 @@ def head_distances(selector: CoSePSelector, views: Sequence[GroupView]) -> Tenso
         return selector.space.head_distances(views)
     maps = []
     for view in views:
-        of_layer = next((selector.attention[m.name] for m in view.members if m.name in selector.attention), None)
+        of_layer = next((selector.attention[m.name] for m in view.producers if m.name in selector.attention), None)
         if of_layer is None:
             return None
         if len(of_layer) != view.n_components:

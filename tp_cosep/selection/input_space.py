@@ -12,30 +12,30 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from tp_cosep.calibration.input_observer import ReaderMoments
+from tp_cosep.calibration.input_observer import InputStatistics
 from tp_cosep.errors import InputError
-from tp_cosep.functional.elimination import Reader, precision_of
+from tp_cosep.functional.elimination import Consumer, precision_of
 from tp_cosep.graph.groups import GroupView, Member
 
-__all__ = ["CLASS_WEIGHT", "READER_SPACES", "correlation_distances", "layers_read", "readers_of"]
+__all__ = ["CLASS_WEIGHT", "INPUT_SPACES", "consumers_of", "correlation_distances", "measured_consumers"]
 
 #: The spaces that are made of what readers see.
-READER_SPACES = ("correlation", "class-means", "reconstruction", "joint")
+INPUT_SPACES = ("correlation", "class-means", "reconstruction", "joint")
 #: α, by how much the covariance of class means counts on top in the joint space.
 CLASS_WEIGHT = 3.0
 
 
-def layers_read(view: GroupView, moments: Mapping[str, ReaderMoments], space: str) -> list[Member]:
+def measured_consumers(view: GroupView, moments: Mapping[str, InputStatistics], space: str) -> list[Member]:
     """The readers of a group that were measured for a space and whose channels are the group's."""
     needs_classes = space == "class-means"
     return [
         m
-        for m in view.readers
+        for m in view.consumers
         if m.name in moments and len(m.rows) and not (needs_classes and moments[m.name].classes.is_empty)
     ]
 
 
-def readers_of(view: GroupView, moments: Mapping[str, ReaderMoments], space: str) -> list[Reader]:
+def consumers_of(view: GroupView, moments: Mapping[str, InputStatistics], space: str) -> list[Consumer]:
     """What the readers of a group see in a space.
 
     An error of an output costs by the variance of that output, ``w_o / sqrt(w_oᵀ C w_o)``, so that layers and channels
@@ -44,7 +44,7 @@ def readers_of(view: GroupView, moments: Mapping[str, ReaderMoments], space: str
     Args:
         view: The group.
         moments: By layer name.
-        space: One of :data:`READER_SPACES`.
+        space: One of :data:`INPUT_SPACES`.
 
     Returns:
         One entry per reader and channel group; none if no reader was measured.
@@ -54,7 +54,7 @@ def readers_of(view: GroupView, moments: Mapping[str, ReaderMoments], space: str
     """
     found = []
     for member, covariance, measured, components in _parts(view, moments, space):
-        maps = measured.reading.maps(member.layer.weight)  # type: ignore[arg-type]
+        maps = measured.patches.maps(member.layer.weight)  # type: ignore[arg-type]
         n = maps.shape[1]
         precisions = _precisions(measured, covariance, space, n)
         for i, w in enumerate(maps):
@@ -63,11 +63,11 @@ def readers_of(view: GroupView, moments: Mapping[str, ReaderMoments], space: str
             variance = torch.einsum("fop,fg,gop->o", w, total, w)
             # An output that never moves has nothing to lose.
             w = (w * torch.where(variance > 0, variance.rsqrt(), 0)[:, None]).flatten(1)
-            found.append(Reader(covariance[block, block], w @ w.T, components[block], precisions[i]))
+            found.append(Consumer(covariance[block, block], w @ w.T, components[block], precisions[i]))
     return found
 
 
-def _precisions(measured: ReaderMoments, covariance: Tensor, space: str, n: int) -> list[Tensor]:
+def _precisions(measured: InputStatistics, covariance: Tensor, space: str, n: int) -> list[Tensor]:
     """Of every channel group of a reader; inverted once, however many groups of channels it reads."""
     found = measured.precisions.get(space)
     if found is None or found[0] != measured.second.n_rows:
@@ -76,7 +76,7 @@ def _precisions(measured: ReaderMoments, covariance: Tensor, space: str, n: int)
     return found[1]
 
 
-def correlation_distances(view: GroupView, moments: Mapping[str, ReaderMoments], space: str) -> Tensor | None:
+def correlation_distances(view: GroupView, moments: Mapping[str, InputStatistics], space: str) -> Tensor | None:
     """``1 − |ρ|`` between components, ρ the correlation in a space, averaged over readers.
 
     Where a component has several inputs of a reader, |ρ| is the mean over pairs in turn.
@@ -103,10 +103,10 @@ def correlation_distances(view: GroupView, moments: Mapping[str, ReaderMoments],
 
 
 def _parts(
-    view: GroupView, moments: Mapping[str, ReaderMoments], space: str
-) -> Iterator[tuple[Member, Tensor, ReaderMoments, Tensor]]:
+    view: GroupView, moments: Mapping[str, InputStatistics], space: str
+) -> Iterator[tuple[Member, Tensor, InputStatistics, Tensor]]:
     """Readers, their covariance, moments, and the component of every feature (−1 where it is not of the group)."""
-    for member in layers_read(view, moments, space):
+    for member in measured_consumers(view, moments, space):
         measured = moments[member.name]
         weight = member.layer.weight
         if weight.shape != measured.shape:
@@ -120,7 +120,7 @@ def _parts(
             "joint": lambda m=measured: m.covariance + CLASS_WEIGHT * m.between_classes,
         }.get(space, lambda m=measured: m.covariance)()
         components = torch.full((len(covariance),), -1, dtype=torch.int64)
-        components[member.rows // measured.reading.repeat] = member.components
+        components[member.rows // measured.patches.repeat] = member.components
         yield member, covariance, measured, components.to(covariance.device)
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tp_cosep.calibration.labels import TAPS
+from tp_cosep.calibration.labels import OBSERVED
 from tp_cosep.errors import InputError
 from tp_cosep.functional.attention_distances import ATTENTION_JS
 from tp_cosep.functional.kmedoids import BACKENDS
 from tp_cosep.functional.separability import PairMetric, resolve_metric
 from tp_cosep.functional.silhouette import MSS_FORMS
-from tp_cosep.selection.input_space import READER_SPACES
+from tp_cosep.selection.input_space import INPUT_SPACES
 from tp_cosep.utils.checks import is_count, is_number
 
 __all__ = ["DEFAULT_METHODS", "check_selector", "default_space"]
@@ -32,7 +32,7 @@ DEFAULT_METHODS = {
 def check_selector(
     *,
     metric: str | PairMetric,
-    tap: str,
+    observe: str,
     scope: str,
     mss_form: str,
     backend: str,
@@ -51,10 +51,10 @@ def check_selector(
     if metric != ATTENTION_JS:
         resolve_metric(metric)
     for name, value, known in (
-        ("tap", tap, list(TAPS)),
+        ("observe", observe, list(OBSERVED)),
         ("mss_form", mss_form, sorted(MSS_FORMS)),
         ("backend", backend, sorted(BACKENDS)),
-        ("space", space, ["separability", *READER_SPACES]),
+        ("space", space, ["separability", *INPUT_SPACES]),
     ):
         if value not in known:
             raise InputError(f"CoSePSelector: expected {name} of {known}, got {value!r}.")
@@ -65,7 +65,7 @@ def check_selector(
             f"CoSePSelector: expected representative of {list(_REPRESENTATIVES)} or an importance, got "
             f"{representative!r}."
         )
-    _check_space(space, method, metric, tap, representative)
+    _check_space(space, method, metric, observe, representative)
     _check_count(n_keep, keep_ratio)
     if max_class_pairs is not None and not is_count(max_class_pairs):
         raise InputError(
@@ -82,18 +82,18 @@ def _check_count(n_keep: int | None, keep_ratio: float | None) -> None:
         raise InputError(f"CoSePSelector: expected keep_ratio in (0, 1] or None, got {keep_ratio!r}.")
 
 
-def default_space(*, metric: str | PairMetric, tap: str, representative: object | None, method: str | None) -> str:
+def default_space(*, metric: str | PairMetric, observe: str, representative: object | None, method: str | None) -> str:
     """The space if none is named: joint, unless an option is about clusters in separability space.
 
     Returns:
         Its name.
     """
-    is_about_clusters = metric != "jm" or tap != "producers" or representative is not None or method == "k-medoids"
+    is_about_clusters = metric != "jm" or observe != "outputs" or representative is not None or method == "k-medoids"
     return "separability" if is_about_clusters else "joint"
 
 
 def _check_space(
-    space: str, method: str | None, metric: str | PairMetric, tap: str, representative: object | None
+    space: str, method: str | None, metric: str | PairMetric, observe: str, representative: object | None
 ) -> None:
     if method is not None and method not in _METHODS:
         raise InputError(f"CoSePSelector: expected method of {list(_METHODS)} or None, got {method!r}.")
@@ -101,10 +101,10 @@ def _check_space(
         if method == "column-subset":
             raise InputError(
                 "CoSePSelector: method='column-subset' asks what readers can do without, which separability profiles "
-                f"do not tell; use it with a space of {list(READER_SPACES)}."
+                f"do not tell; use it with a space of {list(INPUT_SPACES)}."
             )
         return
-    for name, value, default in (("metric", metric, "jm"), ("tap", tap, "producers")):
+    for name, value, default in (("metric", metric, "jm"), ("observe", observe, "outputs")):
         if value != default:
             raise InputError(f"CoSePSelector: {name}={value!r} belongs to space='separability', got space={space!r}.")
     if representative is not None and (method or DEFAULT_METHODS[space]) != "k-medoids":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tp_cosep.errors import CoSePError, InputError
-from tp_cosep.functional.elimination import Reader, backward_elimination
+from tp_cosep.functional.elimination import Consumer, backward_elimination
 from tp_cosep.graph.groups import GroupView, l1_norms
 from tp_cosep.utils.data import described
 
@@ -21,7 +21,7 @@ Preference: TypeAlias = Tensor | Callable[[Tensor], Tensor] | None
 
 
 def preference_of(
-    representative: str | Callable[[Any], Tensor | None], group: Any, view: GroupView, readers: Sequence[Reader]
+    representative: str | Callable[[Any], Tensor | None], group: Any, view: GroupView, consumers: Sequence[Consumer]
 ) -> Preference:
     """What decides which member of a cluster is kept.
 
@@ -30,7 +30,7 @@ def preference_of(
             :class:`tp_cosep.CoSePSelector`.
         group: The group, for an importance.
         view: What there is to know of it.
-        readers: What its readers see, for ``"reconstruction"``; without any the medoid is kept.
+        consumers: What its readers see, for ``"reconstruction"``; without any the medoid is kept.
 
     Returns:
         The preference.
@@ -44,7 +44,7 @@ def preference_of(
     if representative == "max_norm":
         return l1_norms(view)
     if representative == "reconstruction":
-        return _last_to_go(readers, view.n_components) if readers else None
+        return _last_to_go(consumers, view.n_components) if consumers else None
     assert callable(representative)
     try:
         scores = representative(group)
@@ -69,11 +69,11 @@ def preference_of(
     return sums / torch.bincount(view.component_of)
 
 
-def _last_to_go(readers: Sequence[Reader], n: int) -> Callable[[Tensor], Tensor]:
+def _last_to_go(consumers: Sequence[Consumer], n: int) -> Callable[[Tensor], Tensor]:
     """Prefer what the readers can do without last, while every cluster keeps one."""
 
     def preference(labels: Tensor) -> Tensor:
-        order = backward_elimination(readers, n, labels.to(readers[0].covariance.device)).order
+        order = backward_elimination(consumers, n, labels.to(consumers[0].covariance.device)).order
         return torch.empty(n, dtype=torch.float64).scatter_(0, order, torch.arange(n).double())
 
     return preference

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tp_cosep.functional.selection import ChannelSelection
-from tp_cosep.selection.embedding import GroupPicture
+from tp_cosep.selection.embedding import GroupEmbedding
 
 if TYPE_CHECKING:
     pass
 
 __all__ = ["GroupPlan", "group_from_json", "group_to_json"]
-_CRITERIA = ("silhouette", "coverage")
+_CRITERIA = ("silhouette", "retained variance")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GroupPlan:
         reason: Why it was left alone, or how the count came about.
         unit: What was chosen among: ``"channel"``, or ``"head"`` for whole attention heads.
         heads: For attention layers their numbers of heads before and after, by name.
-        picture: The group in the plane and what its clusters tell apart, where that was recorded.
+        embedding: The group in the plane and what its clusters tell apart, where that was recorded.
     """
 
     name: str
@@ -41,7 +41,7 @@ class GroupPlan:
     reason: str
     unit: str = "channel"
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    picture: GroupPicture | None = None
+    embedding: GroupEmbedding | None = None
 
     def without(self, idxs: Iterable[int]) -> GroupPlan:
         """The entry with the channels that really went: ranking across layers decides them late."""
@@ -65,7 +65,7 @@ def group_to_json(group: GroupPlan) -> dict[str, Any]:
         "unit": group.unit,
         "heads": {name: list(numbers) for name, numbers in group.heads.items()},
         "selection": selection,
-        "picture": None if group.picture is None else group.picture.to_json(),
+        "embedding": None if group.embedding is None else group.embedding.to_json(),
     }
 
 
@@ -97,9 +97,9 @@ def group_from_json(document: dict[str, Any]) -> GroupPlan:
         selection = ChannelSelection(**values)
         _check_selection(document["name"], selection)
     heads = {name: (int(before), int(after)) for name, (before, after) in document.get("heads", {}).items()}
-    picture = None
-    if selection is not None and document.get("picture") is not None:
-        picture = GroupPicture.from_json(document["picture"], selection)
+    embedding = None
+    if selection is not None and document.get("embedding") is not None:
+        embedding = GroupEmbedding.from_json(document["embedding"], selection)
     return GroupPlan(
         document["name"],
         document["side"],
@@ -108,5 +108,5 @@ def group_from_json(document: dict[str, Any]) -> GroupPlan:
         document["reason"],
         document.get("unit", "channel"),
         heads,
-        picture,
+        embedding,
     )

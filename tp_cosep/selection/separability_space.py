@@ -24,7 +24,7 @@ class Space:
         moments: By layer name.
         shapes: Weight shapes of the layers when they were measured.
         metric: How classes are told apart.
-        tap: Which layers describe a group, see :data:`tp_cosep.calibration.labels.TAPS`.
+        observe: Which layers describe a group, see :data:`tp_cosep.calibration.labels.OBSERVED`.
         channel_dims: Further types of layers that are measured.
         max_pairs: As for :func:`tp_cosep.functional.separability.profile_gram`.
         seed: As there.
@@ -37,7 +37,7 @@ class Space:
         shapes: Mapping[str, torch.Size],
         *,
         metric: str | PairMetric = "jm",
-        tap: str = "producers",
+        observe: str = "outputs",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
         max_pairs: int | None = None,
         seed: int = 0,
@@ -46,7 +46,7 @@ class Space:
         self.moments = moments
         self._shapes = shapes
         self._metric = metric
-        self._tap = tap
+        self._observe = observe
         self._channel_dims = channel_dims
         self._sampling: dict[str, Any] = {"max_pairs": max_pairs, "seed": seed}
         self._errors = {} if errors is None else errors
@@ -55,7 +55,7 @@ class Space:
         """The layers that describe a group, if they can be measured: their moments are expected."""
         return [
             m
-            for m in view.tapped(self._tap)
+            for m in view.observed(self._observe)
             if channel_dim_of(m.layer, self._channel_dims) is not None
             and not (m.name in self.moments and self.moments[m.name].is_empty)
         ]

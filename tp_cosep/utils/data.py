@@ -17,7 +17,7 @@ from tp_cosep.errors import InputError
 
 __all__ = [
     "EMPTY",
-    "BatchReader",
+    "BatchAdapter",
     "check_loader",
     "described",
     "device_of",
@@ -145,7 +145,7 @@ def progress_bar(batches: Iterable[Any], loader: Iterable[Any], what: str, *, sh
     return bar
 
 
-class BatchReader:
+class BatchAdapter:
     """Turns whatever the loader yields into model inputs and checked labels."""
 
     def __init__(self, model: nn.Module, target_fn: Callable[[Any], tuple[Any, Any]] | None, *, predicted: bool):

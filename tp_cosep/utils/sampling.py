@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tp_cosep.utils.data import tensors_in
 
-__all__ = ["Draw", "Draws"]
+__all__ = ["PositionSampler", "SamplePositions"]
 
 #: ``draw(samples, n, n_of)``: n places out of 0 … n_of − 1 for every sample, ``[samples, n]`` int64 on the CPU.
-Draw = Callable[[int, int, int], Tensor]
+SamplePositions = Callable[[int, int, int], Tensor]
 
 _GAMMA, _MIX_1, _MIX_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,7 +28,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_VALUES = 4096
 
 
-class Draws:
+class PositionSampler:
     """Draws for the samples of a batch.
 
     A sample's key is Σ_j h(γ j) b_j over the bits b_j of its values, which are those of the first tensor of the
@@ -44,12 +44,12 @@ class Draws:
         self._keys = torch.zeros(1, dtype=torch.int64) if first is None else _keys(first)
         self._seed = seed
 
-    def of(self, name: str) -> Draw:
+    def of(self, name: str) -> SamplePositions:
         """The draw for a layer, by its name."""
         digest = hashlib.blake2b(f"{self._seed} {name}".encode(), digest_size=6).digest()
         salt = int.from_bytes(digest, "little")
 
-        def draw(n_samples: int, n: int, n_of: int) -> Tensor:
+        def sample(n_samples: int, n: int, n_of: int) -> Tensor:
             # A layer that sees parts of samples sees as many of each, next to each other, with draws of their own.
             n_parts = -(-n_samples // len(self._keys))
             keys = self._keys.repeat_interleave(n_parts)[:n_samples]
@@ -58,7 +58,7 @@ class Draws:
             places: Tensor = (_mixed(keys[:, None] + counter * _GAMMA) & (2**63 - 1)) % n_of
             return places
 
-        return draw
+        return sample
 
 
 def _keys(x: Tensor) -> Tensor:
