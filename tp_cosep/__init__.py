@@ -47,7 +47,6 @@ __all__ = [
     "PruningError",
     "PruningPlan",
     "Refit",
-    "Refit",
     "TradeOff",
     "attention_heads",
     "load",

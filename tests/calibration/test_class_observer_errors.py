@@ -221,5 +221,5 @@ def test_a_layer_whose_outputs_cannot_be_told_apart_by_sample():
 def test_labels_can_be_predicted_only_from_logits(output):
     model, x, _ = build("mlp", 10)
     wrapped = nn.Sequential(model, Lambda(output))
-    message = r"batch 0: labels='predicted' needs a model output of shape \[samples, classes\], got"
+    message = r"batch 0: labels='predicted': model: expected scores of shape \[samples, classes\], got"
     assert_refused(message, wrapped, [x], labels="predicted")

@@ -274,7 +274,7 @@ def fashion():
 class TestFashionMnist:
     def test_from_debian(self, fashion, tmp_path, monkeypatch):
         for name, values in fashion.items():
-            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx(values)))
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx(values), mtime=0))
         monkeypatch.setattr(_demo_data, "DEBIAN_FOLDER", tmp_path)
         images = load_fashion_mnist(0, Path())
         self.check(images, fashion)
@@ -314,11 +314,11 @@ class TestFashionMnist:
         "content",
         [
             b"not gzipped",
-            gzip.compress(idx(torch.arange(6)))[:-9],
-            gzip.compress(b""),
-            gzip.compress(idx(torch.arange(6))[:-1]),
-            gzip.compress(idx(torch.arange(6)) + b"more"),
-            gzip.compress(b"\x00\x00\x09\x01" + idx(torch.arange(6))[4:]),
+            gzip.compress(idx(torch.arange(6)), mtime=0)[:-9],
+            gzip.compress(b"", mtime=0),
+            gzip.compress(idx(torch.arange(6))[:-1], mtime=0),
+            gzip.compress(idx(torch.arange(6)) + b"more", mtime=0),
+            gzip.compress(b"\x00\x00\x09\x01" + idx(torch.arange(6))[4:], mtime=0),
         ],
     )
     def test_damaged_file(self, tmp_path, content):

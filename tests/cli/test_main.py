@@ -6,7 +6,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 import tp_cosep
-from tp_cosep.cli import demo_command as demo
+from tp_cosep.cli import demo
 from tp_cosep.cli import main as cli
 from tp_cosep.errors import InputError
 

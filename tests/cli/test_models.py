@@ -16,7 +16,8 @@ from torch import nn
 
 from tp_cosep import InputError, MissingDependencyError
 from tp_cosep.cli import main as cli
-from tp_cosep.cli.models import logits_of, make_model, pictures_of, read_weights
+from tp_cosep.cli.models import make_model, pictures_of, read_weights
+from tp_cosep.utils.data import logits_of
 
 
 def options(model, **changed):

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=_Help,
             allow_abbrev=False,
         )
-        command.set_defaults(run=f"tp_cosep.command.{name}")
+        command.set_defaults(run=f"tp_cosep.cli.{name}")
         add(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +31,24 @@ from tp_cosep.report.tables import layer_table, model_table
 from tp_cosep.selection.cosep import CoSePSelector
 from tp_cosep.utils.data import evaluating
 
-__all__ = ["DATA", "DemoNet", "DemoResult", "accuracy", "load_digits", "run_demo", "train", "train_net"]
+__all__ = ["DATA", "DemoNet", "DemoResult", "accuracy", "load_digits", "run", "run_demo", "train", "train_net"]
 
 #: The names of the data sets.
 DATA = tuple(LOADERS)
 
 _TIMED_BATCH = 64
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run ``tp-cosep demo``."""
+    run_demo(
+        options.data,
+        options.output,
+        seed=options.seed,
+        epochs=options.epochs,
+        fine_tune_epochs=options.fine_tune_epochs,
+        threads=options.threads,
+    )
 
 
 class DemoNet(nn.Sequential):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tp_cosep.cli.lines import say
-from tp_cosep.cli.models import logits_of, make_model, module_of
+from tp_cosep.cli.models import make_model, module_of
 from tp_cosep.errors import InputError
 from tp_cosep.graph.structure import zeros_for
 from tp_cosep.pruning import saving
 from tp_cosep.pruning.plan import PruningPlan
-from tp_cosep.utils.data import run_model
+from tp_cosep.utils.data import logits_of, run_model
 from tp_cosep.utils.files import replacing
 
 __all__ = ["run"]

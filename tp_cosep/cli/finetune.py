@@ -15,11 +15,10 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from tp_cosep.cli.data import Data
-from tp_cosep.cli.models import logits_of
 from tp_cosep.cli.processes import Processes
 from tp_cosep.errors import InputError
 from tp_cosep.pruning.saving import read_tensors
-from tp_cosep.utils.data import BatchAdapter, evaluating, run_model
+from tp_cosep.utils.data import BatchAdapter, evaluating, logits_of, run_model
 from tp_cosep.utils.distributed import agreed
 from tp_cosep.utils.files import replacing, write_safetensors
 

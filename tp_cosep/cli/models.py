@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tp_cosep.cli.torchvision_shim import import_torchvision
 from tp_cosep.errors import InputError, MissingDependencyError
 
-__all__ = ["Pictures", "function_of", "logits_of", "make_model", "module_of", "pictures_of", "read_weights"]
+__all__ = ["Pictures", "function_of", "make_model", "module_of", "pictures_of", "read_weights"]
 
 _NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -203,23 +203,6 @@ def pictures_of(options: argparse.Namespace, model: nn.Module) -> Pictures:
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     n_channels = next((m.in_channels for m in convolutions), 3)
     return Pictures(size, tuple(mean) if mean else None, tuple(std) if std else None, n_channels)
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """The class scores ``[samples, classes]`` among a model's outputs.
-
-    Returns:
-        The scores.
-
-    Raises:
-        InputError: If there are none.
-    """
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
-    found = found[0] if isinstance(found, (tuple, list)) and found else found
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        came = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise InputError(f"model: expected scores of shape [samples, classes], got {came}.")
-    return found
 
 
 def _called(name: str, make: Callable[[], Any]) -> Any:

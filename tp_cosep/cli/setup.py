@@ -12,12 +12,12 @@ from torch import nn
 
 from tp_cosep.cli.arguments import DATA_KINDS
 from tp_cosep.cli.data import Data, load_data
-from tp_cosep.cli.models import logits_of, make_model, pictures_of
+from tp_cosep.cli.models import make_model, pictures_of
 from tp_cosep.cli.processes import Processes
 from tp_cosep.errors import InputError
 from tp_cosep.graph.tracing import resolve_layers
 from tp_cosep.selection.cosep import CoSePSelector
-from tp_cosep.utils.data import BatchAdapter, evaluating, n_samples, run_model, take_samples
+from tp_cosep.utils.data import BatchAdapter, evaluating, logits_of, n_samples, run_model, take_samples
 from tp_cosep.utils.distributed import agreed
 
 __all__ = ["Subject", "fit_options", "fitted", "prepare", "pruner_options", "selector_of"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -18,10 +19,12 @@ from tp_cosep.errors import InputError
 __all__ = [
     "EMPTY",
     "BatchAdapter",
+    "CalibrationData",
     "check_loader",
     "described",
     "device_of",
     "evaluating",
+    "logits_of",
     "n_samples",
     "peek",
     "progress_bar",
@@ -171,7 +174,10 @@ class BatchAdapter:
     def labels(self, outputs: Any, given: Any, i: int) -> Tensor:
         """Labels ``[samples]`` on the model's device: those given, or the model's own predictions."""
         if self.predicted:
-            return _logits(outputs, i).argmax(1)
+            try:
+                return logits_of(outputs).argmax(1)
+            except InputError as error:
+                raise InputError(f"batch {i}: labels='predicted': {error}") from error
         try:
             labels = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -224,6 +230,60 @@ def check_loader(loader: object, where: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class CalibrationData:
+    """A loader of calibration batches, and how its batches are read.
+
+    Args:
+        loader: Batches, each a pair ``(inputs, labels)`` or, where no labels are needed, inputs alone.
+        target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
+        labels: ``"given"``, or ``"predicted"`` for the model's own predictions in place of those of the loader.
+        progress: Show a progress bar on a terminal.
+    """
+
+    loader: Iterable[Any]
+    target_fn: Callable[[Any], tuple[Any, Any]] | None = None
+    labels: str = "given"
+    progress: bool = True
+
+    def adapter(self, model: nn.Module, *, with_labels: bool = False) -> BatchAdapter:
+        """What turns batches into a model's inputs.
+
+        Args:
+            model: The model.
+            with_labels: Whether labels are required, unless they are predicted.
+
+        Returns:
+            The adapter.
+        """
+        return BatchAdapter(model, self.target_fn, predicted=self.labels == "predicted" or not with_labels)
+
+    def batches(
+        self, adapter: BatchAdapter, description: str, batches: Iterable[Any] | None = None, *, skip: int = 0
+    ) -> Iterator[tuple[int, Any, Any]]:
+        """All batches that have samples, on the model's device; the one loop over a loader.
+
+        Args:
+            adapter: Of the model that they are for.
+            description: What is collected, for the progress bar.
+            batches: The batches, if the loader was looked into already (:func:`peek`).
+            skip: Number of batches at the beginning that are passed over unread.
+
+        Yields:
+            Position in the loader, inputs, and labels as they came (``None`` without any).
+
+        Raises:
+            InputError: If a batch is not of the kind that the adapter reads.
+        """
+        source = self.loader if batches is None else batches
+        for i, batch in enumerate(progress_bar(source, self.loader, description, shown=self.progress)):
+            if i < skip:
+                continue
+            inputs, labels = adapter.split(batch, i)
+            if n_samples(inputs) != 0:
+                yield i, inputs, labels
+
+
 def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Iterator[Any]]:
     """Look at the first batch of a loader.
 
@@ -243,14 +303,18 @@ def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Ite
     return first, itertools.chain([first], batches)
 
 
-def _logits(outputs: Any, i: int) -> Tensor:
-    if isinstance(outputs, Mapping):
-        outputs = outputs.get("logits")
-    elif hasattr(outputs, "logits"):
-        outputs = outputs.logits
-    if isinstance(outputs, (tuple, list)):
-        outputs = outputs[0]
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        came = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise InputError(f"batch {i}: labels='predicted' needs a model output of shape [samples, classes], got {came}.")
-    return outputs
+def logits_of(outputs: Any) -> Tensor:
+    """The class scores among a model's outputs: a tensor, the first of a tuple, or what is called ``logits``.
+
+    Returns:
+        The scores, ``[samples, classes]``.
+
+    Raises:
+        InputError: If there are none.
+    """
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    found = found[0] if isinstance(found, (tuple, list)) and found else found
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        came = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise InputError(f"model: expected scores of shape [samples, classes], got {came}.")
+    return found
