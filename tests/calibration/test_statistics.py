@@ -101,7 +101,7 @@ def test_a_header_is_all_that_is_trusted(tmp_path):
     model, x, y = build("vgg", 10)
     path = tmp_path / "moments"
     fitted(model, x, y).save_moments(path)
-    document = {"format": "tp_cosep.functional.class_moments", "version": 99}
+    document = {"format": "tp_cosep.statistics", "version": 99}
     write_safetensors(path, {"x": torch.zeros(1)}, document)
     with pytest.raises(InputError, match="expected version 1, got 99"):
         CoSePSelector().load_moments(path, model)

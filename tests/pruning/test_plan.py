@@ -318,7 +318,7 @@ def test_a_file_that_breaks_off(plan_file, share):
         PruningPlan.load(plan_file)
 
 
-@pytest.mark.parametrize("content", [b"\x80\x02}q\x00.", b"\xff\xfe", b"null", b"[]", b"3", b'"tp_cosep.pruning.plan"'])
+@pytest.mark.parametrize("content", [b"\x80\x02}q\x00.", b"\xff\xfe", b"null", b"[]", b"3", b'"tp_cosep.plan"'])
 def test_a_file_of_another_kind(plan_file, content):
     plan_file.write_bytes(content)
     with pytest.raises(InputError, match=r"plan '.*plan\.json': expected (JSON|a file written by PruningPlan)"):

@@ -244,7 +244,7 @@ def test_a_mix_of_two_saves(name, tmp_path):
     [
         ("[" * 100_000, "expected JSON"),
         ("null", "expected a file written by tp_cosep.save"),
-        ('{"format": "tp_cosep.pruning.plan"}', "expected a file written by tp_cosep.save"),
+        ('{"format": "tp_cosep.plan"}', "expected a file written by tp_cosep.save"),
         ('{"format": "tp_cosep.model", "version": 2}', "expected version 1, got 2; update tp_cosep"),
         ('{"format": "tp_cosep.model", "version": 1}', "damaged, expected entries"),
         ('{"format": "tp_cosep.model", "version": 1, "files": {"../plan.json": {}}}', "damaged, expected entries"),

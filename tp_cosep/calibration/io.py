@@ -23,7 +23,7 @@ from tp_cosep.utils.files import digest, read_safetensors, replacing, write_safe
 
 __all__ = ["Checkpoint", "Part", "fingerprint", "moments_of", "read", "tensors_of", "write"]
 
-_FORMAT, _VERSION = "tp_cosep.functional.class_moments", 1
+_FORMAT, _VERSION = "tp_cosep.statistics", 1
 # A pass of few, slow batches is kept too.
 _SECONDS = 30
 _FIELDS = ("classes", "count", "mean", "m2")

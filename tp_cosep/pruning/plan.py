@@ -26,7 +26,7 @@ from tp_cosep.selection.result import GroupPlan, group_from_json, group_to_json
 
 __all__ = ["PruningPlan"]
 
-_FORMAT, _VERSION = "tp_cosep.pruning.plan", 1
+_FORMAT, _VERSION = "tp_cosep.plan", 1
 
 
 @dataclass(frozen=True)
