@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tp_cosep.errors import InputError
-from tp_cosep.utils.data import BatchAdapter, evaluating, progress_bar, run_model
+from tp_cosep.utils.data import CalibrationData, evaluating, run_model
 
 __all__ = ["collect_attention"]
 
@@ -20,12 +20,10 @@ _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 def collect_attention(
     model: nn.Module,
-    loader: Iterable[Any],
+    data: CalibrationData,
     num_heads: Mapping[nn.Module, int],
     *,
     size: int = 8,
-    target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
-    progress: bool = True,
 ) -> dict[str, Tensor]:
     """Average the attention maps of every head over data.
 
@@ -34,11 +32,9 @@ def collect_attention(
 
     Args:
         model: Any module; runs in eval mode on its own device.
-        loader: Batches of inputs, or of ``(inputs, anything)``.
+        data: Batches of inputs, with or without labels.
         num_heads: Number of heads by attention layer.
         size: Maps are average-pooled to ``size`` × ``size``.
-        target_fn: Reads other batches: ``target_fn(batch) -> (inputs, anything)``.
-        progress: Show a progress bar on a terminal.
 
     Returns:
         Maps ``[heads, size, size]`` in float64, by layer name, their rows summing to one.
@@ -47,7 +43,7 @@ def collect_attention(
         InputError: If there are no batches, or no attention map was seen after an attention layer.
     """
     names = {m: name for name, m in model.named_modules()}
-    adapter = BatchAdapter(model, target_fn, predicted=True)
+    adapter = data.adapter(model)
     mode = _Watching(size)
 
     def hook(layer: nn.Module, _args: Any, _output: Any) -> None:
@@ -56,8 +52,7 @@ def collect_attention(
     handles = [layer.register_forward_hook(hook) for layer in num_heads]
     try:
         with evaluating(model):
-            for i, batch in enumerate(progress_bar(loader, loader, "attention maps", shown=progress)):
-                inputs, _ = adapter.split(batch, i)
+            for _, inputs, _ in data.batches(adapter, "attention maps"):
                 with mode:
                     run_model(model, inputs)
     finally:

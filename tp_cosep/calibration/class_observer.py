@@ -1,4 +1,4 @@
-"""From a model and a loader to class-conditional moments of its layers.
+"""Class-conditional moments of a model's layers, collected while it runs.
 
 Whatever happens on the way, the model comes back as it was: hooks removed, every submodule in its own mode,
 no gradient and no buffer touched.
@@ -7,8 +7,10 @@ no gradient and no buffer touched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +18,20 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tp_cosep.calibration.batch_dim import Layout, find_layout, to_samples
-from tp_cosep.calibration.data_pass import run_pass
 from tp_cosep.calibration.io import moments_of, tensors_of
-from tp_cosep.calibration.labels import check_fit_options, finished, guessed_classes
 from tp_cosep.calibration.memory import class_bytes
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments, to_cells
-from tp_cosep.utils.data import BatchAdapter, evaluating, n_samples, peek, run_model, take_samples
+from tp_cosep.utils.data import n_samples, run_model, take_samples
 
 __all__ = [
     "CHANNEL_DIMS",
     "ClassObserver",
+    "DryRun",
     "channel_dim_of",
-    "collect_moments",
+    "dry_run",
     "measured_layers",
+    "most_cells",
 ]
 
 #: Layers that are measured, and the dimension of their tensors that holds the channels. They are those that
@@ -43,6 +45,7 @@ CHANNEL_DIMS: dict[type[nn.Module], int] = {
 }
 
 _Record = Callable[[str, Tensor], None]
+_Tensors = dict[str, list[Tensor]]
 
 
 def channel_dim_of(layer: nn.Module, channel_dims: Mapping[type[nn.Module], int] | None = None) -> int | None:
@@ -62,71 +65,6 @@ def measured_layers(
     }
 
 
-def collect_moments(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    spatial: int | str | None = 4,
-    observe: str = "outputs",
-    layers: Iterable[str] | Callable[[Any], Iterable[str]] | None = None,
-    channel_dims: Mapping[type[nn.Module], int] | None = None,
-    target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
-    labels: str = "given",
-    rare_classes: str = "error",
-    n_classes: int | None = None,
-    memory_budget: int = 2**30,
-    progress: bool = True,
-) -> dict[str, ClassMoments]:
-    """Measure the convolutional, linear, embedding and attention layers of a model, class by class, in one pass.
-
-    Args:
-        model: Any module; runs in eval mode on its own device. Inputs are moved there, and floating
-            inputs are cast to the model's floating type if it has just one.
-        loader: Batches ``(inputs, labels)``; inputs a tensor, a tuple of arguments or a dict of keyword
-            arguments; labels integers ≥ 0, one per sample.
-        spatial: Maps are average-pooled to ``spatial`` cells along each dimension; ``None`` keeps every
-            pixel (the papers' form); ``"auto"`` takes the largest value whose moments fit
-            ``memory_budget``.
-        observe: ``"outputs"`` measures what layers make, ``"inputs"`` what they read.
-        layers: Names of the layers to measure, or a function of the first batch's inputs that returns them; all of
-            the known types if not given.
-        channel_dims: Further types of layers, and the dimension of their tensors that holds the channels.
-        target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
-        labels: ``"given"``, or ``"predicted"`` for the arg max of the model's own output; a batch may then
-            be the inputs alone.
-        rare_classes: What to do about a class with fewer than two samples: ``"error"``, or ``"drop"`` to
-            leave it out with a warning.
-        n_classes: Number of classes, for ``spatial="auto"`` only; by default the width of the model's
-            output or the largest label of the first batch, whichever is larger.
-        memory_budget: Bytes that ``spatial="auto"`` may plan for; classes × components × cells × 16 bytes
-            over all layers.
-        progress: Show a progress bar on a terminal.
-
-    Returns:
-        Moments by layer name, in the order in which the layers first ran. A layer that never ran is
-        not in it; one whose tensors cannot be told apart by sample has empty ones.
-
-    Raises:
-        InputError: If the loader is empty, a batch or a label is not as described, an activation is NaN
-            or infinite, there are fewer than two classes, or a class has too few samples.
-    """
-    check_fit_options(spatial, labels, rare_classes, observe)
-    known = measured_layers(model, channel_dims)
-    if not known:
-        raise InputError("fit: expected a model with convolutional or linear layers, found none.")
-    adapter = BatchAdapter(model, target_fn, predicted=labels == "predicted")
-    first, batches = peek(loader)
-    if callable(layers):
-        layers = layers(adapter.split(first, 0)[0])
-    chosen = known if layers is None else {name: known[name] for name in layers if name in known}
-    if not chosen:
-        raise InputError("fit: expected layers to measure, found none that belong to a group that can be pruned.")
-    observer = ClassObserver(chosen, observe=observe, channel_dims=channel_dims)
-    observer.choose_cells(model, adapter, first, spatial, n_classes=n_classes, memory_budget=memory_budget)
-    samples = run_pass(model, adapter, batches, [observer], loader=loader, what="class moments", progress=progress)
-    return finished(observer.moments, observer.unclear, samples, observe=observe, rare_classes=rare_classes)
-
-
 class ClassObserver:
     """Gathers class moments of some layers while a model runs, see :func:`tp_cosep.calibration.data_pass.run_pass`.
 
@@ -141,7 +79,8 @@ class ClassObserver:
     Attributes:
         moments: By layer name, in the order in which the layers first ran.
         unclear: Layers whose tensors cannot be told apart by sample; their moments stay empty.
-        n_cells: As given, or as :meth:`choose_cells` found.
+        n_cells: As given; may be set before the first batch.
+        has_layouts: Whether layouts were looked for.
     """
 
     def __init__(
@@ -159,24 +98,8 @@ class ClassObserver:
         self.n_cells = n_cells
         self._dims = {name: channel_dim_of(m, channel_dims) for name, m in layers.items()}
         self._layouts: dict[str, Layout] = {}
-        self._has_looked = False
+        self.has_layouts = False
         self._records: dict[str, list[Tensor]] = {}
-
-    def choose_cells(
-        self,
-        model: nn.Module,
-        adapter: BatchAdapter,
-        first: Any,
-        spatial: int | str | None,
-        *,
-        n_classes: int | None,
-        memory_budget: int,
-    ) -> None:
-        """Set the number of cells; the arguments are those of :func:`collect_moments`."""
-        self.n_cells = None if isinstance(spatial, str) else spatial
-        if spatial == "auto":
-            with evaluating(model):
-                self.n_cells = _fit_spatial(model, self, adapter, first, n_classes, memory_budget)
 
     @contextmanager
     def on_tensor(self, record: _Record) -> Iterator[None]:
@@ -206,35 +129,36 @@ class ClassObserver:
         )
 
     def prepare(self, model: nn.Module, inputs: Any) -> None:
-        """Find the layers' layouts, from two short runs on a few of the samples of the first batch that has some."""
-        n_more = min(n_samples(inputs) or 1, 3)
-        if n_more < 2 or self._has_looked:
-            return
-        self._has_looked = True
-        try:
-            more, fewer = self._raw(model, inputs, n_more), self._raw(model, inputs, n_more - 1)
-        except Exception as error:
-            warnings.warn(
-                f"fit: the model does not run on a part of a batch ({type(error).__name__}: {error}); the first "
-                "dimension of every layer's output is taken to be the sample.",
-                stacklevel=4,
-            )
-            return
+        """Find the layers' layouts with the first batch of several samples, unless a dry run has done so."""
+        if not self.has_layouts and (n_samples(inputs) or 1) > 1:
+            dry_run(model, [self], inputs)
+
+    def find_layouts(self, more: _Tensors, fewer: _Tensors, n_more: int, n_fewer: int) -> None:
+        """Find where the layers' tensors hold the samples, from their values for n samples and for the first of these.
+
+        Args:
+            more: By layer, one tensor per call, for ``n_more`` samples.
+            fewer: By layer, one tensor per call, for ``n_fewer`` of them.
+            n_more: Number of samples.
+            n_fewer: Number of samples.
+        """
         for name in more:
-            found = {
-                find_layout(a, b, n_more, n_more - 1) for a, b in zip(more[name], fewer.get(name, []), strict=False)
-            }
+            found = {find_layout(a, b, n_more, n_fewer) for a, b in zip(more[name], fewer.get(name, []), strict=False)}
             layout = found.pop() if len(found) == 1 else None
             if layout is None or len(more[name]) != len(fewer.get(name, [])):
                 self.unclear.add(name)
             else:
                 self._layouts[name] = layout
 
-    def _raw(self, model: nn.Module, inputs: Any, n: int) -> dict[str, list[Tensor]]:
-        tensors: dict[str, list[Tensor]] = {}
-        with self.on_tensor(lambda name, x: tensors.setdefault(name, []).append(x.clone())):
-            run_model(model, take_samples(inputs, n, n_samples(inputs) or 1))
-        return tensors
+    def shapes_of(self, tensors: _Tensors, n: int) -> dict[str, tuple[int, ...]]:
+        """Components and positions of the layers' tensors for n samples, of those that can be told apart by sample."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, of_layer in tensors.items():
+            for x in of_layer:
+                samples = None if name in self.unclear else to_samples(x, self._layouts.get(name, Layout()), n)
+                if samples is not None:
+                    shapes[name] = tuple(samples.shape[1:])
+        return shapes
 
     @contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
@@ -276,7 +200,7 @@ class ClassObserver:
             "names": [*self.moments],
             "unclear": sorted(self.unclear),
             "layouts": {name: [layout.dim, layout.is_minor] for name, layout in self._layouts.items()},
-            "has_looked": self._has_looked,
+            "has_looked": self.has_layouts,
         }
 
     def restore(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
@@ -284,22 +208,66 @@ class ClassObserver:
         self.moments = moments_of(tensors, part, facts["names"], device)
         self.unclear = set(facts["unclear"])
         self._layouts = {name: Layout(*layout) for name, layout in facts["layouts"].items()}
-        self._has_looked = facts["has_looked"]
+        self.has_layouts = facts["has_looked"]
 
-    def shapes(self, model: nn.Module, inputs: Any) -> tuple[dict[str, tuple[int, ...]], Any]:
-        """Components and positions of every layer's tensors, and the model's output."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        n = n_samples(inputs) or 1
 
-        def record(name: str, x: Tensor) -> None:
-            samples = None if name in self.unclear else to_samples(x, self._layouts.get(name, Layout()), n)
-            if samples is not None:
-                shapes[name] = tuple(samples.shape[1:])
+@dataclass(frozen=True)
+class DryRun:
+    """What a run on a few samples shows.
 
-        self.prepare(model, inputs)
-        with self.on_tensor(record):
-            outputs = run_model(model, inputs)
-        return shapes, outputs
+    Attributes:
+        shapes: Components and positions of each observer's tensors, by layer.
+        outputs: The model's output.
+    """
+
+    shapes: list[dict[str, tuple[int, ...]]]
+    outputs: Any
+
+
+def dry_run(model: nn.Module, observers: Sequence[ClassObserver], inputs: Any) -> DryRun:
+    """Run a model on three and on two of a batch's samples, for layouts and shapes together; on one if it has no more.
+
+    Args:
+        model: The model, in eval mode.
+        observers: Their layouts are found, unless the batch has a single sample.
+        inputs: Of a batch.
+
+    Returns:
+        What was seen. A model that does not run on a part of a batch is run on all of it, with a warning; the first
+        dimension of every tensor is then taken to be the sample.
+    """
+    n = n_samples(inputs) or 1
+    n_more = min(n, 3)
+
+    def run(n_few: int) -> tuple[list[_Tensors], Any]:
+        tensors: list[_Tensors] = [{} for _ in observers]
+        with ExitStack() as stack:
+            for observer, found in zip(observers, tensors, strict=True):
+                stack.enter_context(observer.on_tensor(partial(_keep, found)))
+            return tensors, run_model(model, inputs if n_few == n else take_samples(inputs, n_few, n))
+
+    if n_more > 1:
+        for observer in observers:
+            observer.has_layouts = True
+        try:
+            (more, outputs), (fewer, _) = run(n_more), run(n_more - 1)
+        except Exception as error:
+            warnings.warn(
+                f"fit: the model does not run on a part of a batch ({type(error).__name__}: {error}); the first "
+                "dimension of every layer's output is taken to be the sample.",
+                stacklevel=4,
+            )
+            (more, outputs), n_more = run(n), n
+        else:
+            for observer, a, b in zip(observers, more, fewer, strict=True):
+                observer.find_layouts(a, b, n_more, n_more - 1)
+    else:
+        more, outputs = run(1)
+    return DryRun([o.shapes_of(found, n_more) for o, found in zip(observers, more, strict=True)], outputs)
+
+
+def _keep(tensors: _Tensors, name: str, x: Tensor) -> None:
+    tensors.setdefault(name, []).append(x.clone())
 
 
 def _check_rows(x: Tensor, labels: Tensor, i: int) -> None:
@@ -323,27 +291,26 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
         raise InputError(f"layer {name!r}: {error}") from error
 
 
-def _fit_spatial(
-    model: nn.Module,
-    observer: ClassObserver,
-    adapter: BatchAdapter,
-    first: Any,
-    n_classes: int | None,
-    memory_budget: int,
-) -> int:
-    """The largest number of cells per dimension whose moments fit."""
-    inputs, given = adapter.split(first, 0)
-    shapes, outputs = observer.shapes(model, inputs)
-    n_classes = guessed_classes(adapter, outputs, given, n_classes)
+def most_cells(shapes: Iterable[tuple[int, ...]], n_classes: int, memory_budget: int) -> int:
+    """The largest number of cells per dimension whose class moments fit, for ``spatial="auto"``.
 
-    def n_bytes(s: int) -> int:
-        return class_bytes(shapes.values(), n_classes, s)
+    Args:
+        shapes: Components and positions of every layer's tensors.
+        n_classes: Number of classes.
+        memory_budget: Bytes.
 
-    largest = max((max(shape[1:], default=1) for shape in shapes.values()), default=1)
-    fitting = [s for s in range(1, largest + 1) if n_bytes(s) <= memory_budget]
+    Returns:
+        The number.
+
+    Raises:
+        InputError: If even one cell takes more.
+    """
+    shapes = list(shapes)
+    largest = max((max(shape[1:], default=1) for shape in shapes), default=1)
+    fitting = [s for s in range(1, largest + 1) if class_bytes(shapes, n_classes, s) <= memory_budget]
     if not fitting:
         raise InputError(
-            f"fit: the moments of {n_classes} classes need {n_bytes(1):,} bytes even with spatial=1, the "
-            f"memory_budget is {memory_budget:,}; raise memory_budget."
+            f"fit: the moments of {n_classes} classes need {class_bytes(shapes, n_classes, 1):,} bytes even with "
+            f"spatial=1, the memory_budget is {memory_budget:,}; raise memory_budget."
         )
     return fitting[-1]

@@ -1,6 +1,6 @@
-"""Moments in a file: to be kept, and to go on from after an interruption.
+"""Statistics in a file: to be kept, and to go on from after an interruption.
 
-A file is one of safetensors, so nothing in it is ever executed. Its header says what was measured, of which model and
+A file is one of safetensors, so nothing in it is ever executed. Its header says what was collected, of which model and
 how; a file that does not fit is refused. A file is replaced in one step, so that an interruption leaves the old one.
 """
 
@@ -17,11 +17,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tp_cosep.calibration.input_observer import InputStatistics
+from tp_cosep.calibration.statistics import Statistics
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments
+from tp_cosep.functional.second_moments import SecondMoments
+from tp_cosep.graph.patches import Patches
+from tp_cosep.utils.data import device_of
 from tp_cosep.utils.files import digest, read_safetensors, replacing, write_safetensors
 
-__all__ = ["Checkpoint", "Part", "fingerprint", "moments_of", "read", "tensors_of", "write"]
+__all__ = [
+    "Checkpoint",
+    "Part",
+    "fingerprint",
+    "load_statistics",
+    "moments_of",
+    "read",
+    "save_statistics",
+    "tensors_of",
+    "write",
+]
 
 _FORMAT, _VERSION = "tp_cosep.statistics", 1
 # A pass of few, slow batches is kept too.
@@ -57,7 +72,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     Raises:
         InputError: If the folder does not exist.
     """
-    with replacing(path, "moments") as temporary:
+    with replacing(path, "statistics") as temporary:
         write_safetensors(temporary, tensors, {"format": _FORMAT, "version": _VERSION, **header})
 
 
@@ -77,17 +92,19 @@ def read(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> tuple[dic
     try:
         tensors, document = read_safetensors(path)
     except ValueError as error:
-        raise InputError(f"moments {str(path)!r}: damaged, or no file of moments ({error}); delete it.") from error
+        raise InputError(
+            f"statistics {str(path)!r}: damaged, or no file of statistics ({error}); delete it."
+        ) from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise InputError(f"moments {str(path)!r}: expected a file of moments, got another one.")
+        raise InputError(f"statistics {str(path)!r}: expected a file of statistics, got another one.")
     if document.get("version") != _VERSION:
         raise InputError(
-            f"moments {str(path)!r}: expected version {_VERSION}, got {document.get('version')!r}; update tp_cosep."
+            f"statistics {str(path)!r}: expected version {_VERSION}, got {document.get('version')!r}; update tp_cosep."
         )
     for key, value in expected.items():
         if document.get(key) != value:
             what = "the model has other weights" if key == "model" else f"{key} was {document.get(key)!r}, is {value!r}"
-            raise InputError(f"moments {str(path)!r}: taken for something else: {what}; delete it to measure anew.")
+            raise InputError(f"statistics {str(path)!r}: taken for something else: {what}; delete it to collect again.")
     return tensors, document
 
 
@@ -139,7 +156,7 @@ class Checkpoint:
             return int(document["n_batches"]), Counter({int(k): int(n) for k, n in document["samples"].items()})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(
-                f"moments {str(self.path)!r}: damaged, {type(error).__name__}: {error}; delete it to measure anew."
+                f"statistics {str(self.path)!r}: damaged, {type(error).__name__}: {error}; delete it to collect again."
             ) from error
 
     def after(self, n_batches: int, samples: Counter[int], *, is_last: bool = False) -> None:
@@ -158,3 +175,81 @@ class Checkpoint:
             },
         )
         self.written = time.monotonic()
+
+
+def save_statistics(path: str | os.PathLike[str], header: Mapping[str, Any], statistics: Statistics) -> None:
+    """Write statistics.
+
+    Args:
+        path: Of the file.
+        header: Which options they were collected with.
+        statistics: The statistics.
+    """
+    with_classes = {name: m.classes for name, m in statistics.inputs.items() if not m.classes.is_empty}
+    tensors = {
+        **tensors_of(statistics.moments, "moments"),
+        **tensors_of(with_classes, "inputs"),
+        **{f"second/{name}": m.second.folds for name, m in statistics.inputs.items()},
+        **{f"attention/{name}": x for name, x in statistics.attention.items()},
+    }
+    n_classes = [m.n_classes for m in (*statistics.moments.values(), *with_classes.values())]
+    facts = {
+        "moments": [*statistics.moments],
+        "consumers": {name: m.patches.repeat for name, m in statistics.inputs.items()},
+        "inputs": [*with_classes],
+        "attention": [*statistics.attention],
+        "n_classes": max(n_classes, default=0),
+    }
+    write(path, tensors, {"model": statistics.fingerprint, **header, "finished": facts})
+
+
+def load_statistics(
+    path: str | os.PathLike[str], header: Mapping[str, Any], model: nn.Module, n_classes: int | None
+) -> Statistics:
+    """The inverse of :func:`save_statistics`.
+
+    Args:
+        path: Of the file.
+        header: Which options the statistics must have been collected with.
+        model: The model that they must be of; tensors are put on its device.
+        n_classes: Number of classes that must have been seen, if given.
+
+    Returns:
+        The statistics, without shapes of weights.
+
+    Raises:
+        InputError: If the file does not exist, is damaged or of something else.
+    """
+    name_of_file = os.fspath(path)
+    if not os.path.isfile(path):
+        raise InputError(f"statistics {name_of_file!r}: expected a file that save_statistics wrote, found none.")
+    name_of_model = fingerprint(model)
+    tensors, document = read(path, {"model": name_of_model, **header})
+    device = device_of(model)
+    try:
+        facts = document["finished"]
+        if n_classes is not None and facts["n_classes"] != n_classes:
+            raise InputError(
+                f"statistics {name_of_file!r}: expected {n_classes} classes, got {facts['n_classes']}; fit again."
+            )
+        of_inputs = moments_of(tensors, "inputs", facts["inputs"], device)
+        inputs = {}
+        for name, repeat in facts["consumers"].items():
+            layer = model.get_submodule(name)
+            inputs[name] = InputStatistics(
+                Patches(layer, repeat=repeat),
+                layer.get_parameter("weight").shape,
+                SecondMoments.from_sums(tensors[f"second/{name}"].to(device)),
+                of_inputs.get(name, ClassMoments()),
+            )
+        return Statistics(
+            moments=moments_of(tensors, "moments", facts["moments"], device),
+            inputs=inputs,
+            attention={name: tensors[f"attention/{name}"].to(device) for name in facts["attention"]},
+            fingerprint=name_of_model,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"statistics {name_of_file!r}: not what save_statistics writes ({type(error).__name__}: {error}); if it is "
+            "a checkpoint, pass it to fit(checkpoint=…)."
+        ) from error

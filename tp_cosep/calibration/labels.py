@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,31 +12,29 @@ from torch import Tensor
 
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments
-from tp_cosep.utils.data import BatchAdapter
+from tp_cosep.utils.data import BatchAdapter, CalibrationData
 
-__all__ = ["OBSERVED", "check_fit_options", "finished", "guessed_classes"]
-
-#: What is measured of a layer: what it makes, or what it reads.
-OBSERVED = ("outputs", "inputs")
-_WHERE = {"outputs": "outputs", "inputs": "inputs"}
+__all__ = ["check_data", "check_one_of", "finished", "guessed_classes"]
 
 
-def check_fit_options(spatial: int | str | None, labels: str, rare_classes: str, observe: str) -> None:
-    """Check options of :func:`tp_cosep.calibration.class_observer.collect_moments`.
+def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse an option of ``fit`` that is unknown.
 
     Raises:
-        InputError: If one is unknown.
+        InputError: If the value is none of those known.
     """
-    is_count = isinstance(spatial, int) and not isinstance(spatial, bool) and spatial >= 1
-    if not (is_count or spatial is None or spatial == "auto"):
-        raise InputError(f"fit: expected spatial to be an integer ≥ 1, None or 'auto', got {spatial!r}.")
-    for name, value, known in (
-        ("labels", labels, ("given", "predicted")),
-        ("rare_classes", rare_classes, ("error", "drop")),
-        ("observe", observe, OBSERVED),
-    ):
-        if value not in known:
-            raise InputError(f"fit: expected {name}={known[0]!r} or {known[1]!r}, got {value!r}.")
+    if value not in known:
+        raise InputError(f"fit: expected {name}={known[0]!r} or {known[1]!r}, got {value!r}.")
+
+
+def check_data(data: CalibrationData) -> None:
+    """Refuse unknown ways to treat labels and classes.
+
+    Raises:
+        InputError: If ``labels`` or ``rare_classes`` is unknown.
+    """
+    check_one_of("labels", data.labels, ("given", "predicted"))
+    check_one_of("rare_classes", data.rare_classes, ("error", "drop"))
 
 
 def guessed_classes(adapter: BatchAdapter, outputs: Any, given: Any, n_classes: int | None) -> int:
@@ -85,7 +84,7 @@ def finished(
     named = sorted(unclear & set(moments))
     if named and samples:
         warnings.warn(
-            f"fit: cannot measure {', '.join(named)}: what in the {_WHERE[observe]} of these layers belongs to which "
+            f"fit: cannot measure {', '.join(named)}: what in the {observe} of these layers belongs to which "
             f"sample cannot be told; {consequence}.",
             stacklevel=4,
         )

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tp_cosep.utils.sampling import SamplePositions
 
-__all__ = ["Patches", "has_computed_weight", "n_outputs", "patches_of"]
+__all__ = ["Patches", "has_computed_weight", "n_outputs", "patches_of", "weight_shape"]
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,12 @@ def patches_of(layer: nn.Module, *, per_position: bool = False, repeat: int = 1)
 def has_computed_weight(layer: nn.Module) -> bool:
     """Whether a convolution's or a linear layer's weight is no parameter, but made of others."""
     return isinstance(layer, (nn.Linear, _ConvNd)) and layer._parameters.get("weight") is None
+
+
+def weight_shape(layer: nn.Module) -> torch.Size | None:
+    """Shape of a layer's weights, to see whether it is the one that was measured."""
+    weight = getattr(layer, "weight", None)
+    return weight.shape if isinstance(weight, Tensor) else None
 
 
 def n_outputs(layer: nn.Module) -> int:

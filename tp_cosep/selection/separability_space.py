@@ -167,12 +167,6 @@ class Space:
         return moments
 
 
-def weight_shape(layer: nn.Module) -> torch.Size | None:
-    """Shape of a layer's weights, to see whether it is the one that was measured."""
-    weight = getattr(layer, "weight", None)
-    return weight.shape if isinstance(weight, Tensor) else None
-
-
 def _is_counting(x: Tensor) -> bool:
     return bool((x == torch.arange(len(x), device=x.device)).all())
 

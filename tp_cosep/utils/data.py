@@ -238,12 +238,18 @@ class CalibrationData:
         loader: Batches, each a pair ``(inputs, labels)`` or, where no labels are needed, inputs alone.
         target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
         labels: ``"given"``, or ``"predicted"`` for the model's own predictions in place of those of the loader.
+        rare_classes: What to do about a class with fewer than two samples: ``"error"``, or ``"drop"`` to leave it out
+            with a warning.
+        n_classes: Number of classes, to plan memory with; by default the width of the model's output or the largest
+            label of the first batch, whichever is larger.
         progress: Show a progress bar on a terminal.
     """
 
     loader: Iterable[Any]
     target_fn: Callable[[Any], tuple[Any, Any]] | None = None
     labels: str = "given"
+    rare_classes: str = "error"
+    n_classes: int | None = None
     progress: bool = True
 
     def adapter(self, model: nn.Module, *, with_labels: bool = False) -> BatchAdapter:
