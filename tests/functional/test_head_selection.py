@@ -15,7 +15,6 @@ from torch import nn
 from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError
 from tp_cosep.functional.class_moments import ClassMoments
 from tp_cosep.functional.head_selection import heads_of_layer, heads_of_model
-from tp_cosep.functional.knee import KneeMethod
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.functional.separability import pooled_gram, profile_gram, profiles
 from tp_cosep.graph.heads import attention_groups, attention_heads
@@ -77,7 +76,7 @@ def test_the_knee_of_a_layer_is_shared_out():
     # Four blocks of three heads each, of which one differs: eight clusters in the layer, two of every block.
     x = torch.tensor([[10.0 * b, 3.0 * (i == 2) + 1e-3 * i] for b in range(4) for i in range(3)], dtype=torch.float64)
     distances = (x[:, None] - x).square().sum(-1).sqrt()
-    selection = heads_of_layer(distances, n_sharing=3, knee=KneeMethod.named("strongest"))
+    selection = heads_of_layer(distances, n_sharing=3, knee="strongest")
     each = max(1, selection.knee_k // 4)
     assert selection.k == 4 * each
     assert [sum(h // 3 == b for h in selection.keep_idxs) for b in range(4)] == [each] * 4
@@ -138,7 +137,7 @@ def test_a_layer_like_another_keeps_its_best_head_only():
 
 def test_the_knee_of_all_layers_together():
     x = torch.tensor([[10.0 * (h % 3), 1e-3 * h] for h in range(12)], dtype=torch.float64)
-    parts = heads_of_model((x[:, None] - x).square().sum(-1).sqrt(), [6, 6], knee=KneeMethod.named("strongest"))
+    parts = heads_of_model((x[:, None] - x).square().sum(-1).sqrt(), [6, 6], knee="strongest")
     assert sum(part.k for part in parts) == parts[0].knee_k == 3
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tp_cosep.errors import InputError, MissingDependencyError
-from tp_cosep.functional.kmedoids import KMedoids, check_distances, few_threads, k_medoids, k_medoids_path
+from tp_cosep.functional.distances import check_distances
+from tp_cosep.functional.kmedoids import KMedoids, k_medoids, k_medoids_path
+from tp_cosep.functional.swap_table import few_threads
 
 
 def euclidean(x):

@@ -70,9 +70,9 @@ class ClassMoments:
 
         mean = mean_a + δ n_b / n,        M2 = M2_a + M2_b + δ² n_a n_b / n,
 
-    where M2 is the sum of squared deviations. Sums are float64 and each batch is centred before it is squared, so a large
-    common offset costs no accuracy, and neither the order nor the split of the batches matters beyond rounding (about
-    1e-15 relative).
+    where M2 is the sum of squared deviations. Sums are float64 and each batch is centred before it is squared, so a
+    large common offset costs no accuracy, and neither the order nor the split of the batches matters beyond rounding
+    (about 1e-15 relative).
 
     A class exists once one of its samples has been seen: labels need not be contiguous, and a label that never occurs
     costs nothing. Without arguments the moments are empty.
@@ -196,6 +196,9 @@ class ClassMoments:
             shape: Components and cells.
             part: Means and sums of squared deviations ``[classes, columns]`` for a slice of the flattened components
                 and cells; ``None`` for sums that are all 0.
+
+        Raises:
+            InputError: If components or cells differ from those of earlier batches.
         """
         if self.n_classes == 0:
             self._classes, self._count = classes[:0], count[:0]

@@ -61,5 +61,5 @@ def mirror(out: Tensor) -> None:
 
 
 def _is_whole(out: Tensor) -> bool:
-    """Whether a matrix is not halved: if it is small, or on another device, where the calls cost more than they save."""
+    """Whether a matrix is not halved: if it is small, or not on a CPU, where calls cost more than they save."""
     return len(out) <= _BLOCK or out.device.type != "cpu"

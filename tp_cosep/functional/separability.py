@@ -4,8 +4,7 @@ Layout: statistics enter as :class:`tp_cosep.functional.class_moments.ClassMomen
 Class pairs are in the order of ``torch.triu_indices(C, C, 1)``, that is (0, 1), (0, 2), …, (C−2, C−1). Profiles are
 ``[components, pairs × cells]``.
 
-Letters: μ, σ² are the mean and variance of a component's activation in a class; subscripts a, b are the two classes of a
-pair.
+Letters: μ, σ² are the mean and variance of a component's activation in a class; a and b are the two classes of a pair.
 """
 
 from __future__ import annotations

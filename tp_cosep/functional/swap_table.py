@@ -1,8 +1,8 @@
 """Points and their nearest medoids, updated while medoids are added and swapped.
 
-The searches in :mod:`tp_cosep.functional.kmedoids` and :mod:`tp_cosep.functional.selection` change one medoid at a time,
-which moves few points when there are many medoids. Updating those points alone makes a path over all k of n points cost
-about n² log n instead of n³ operations, apart from one scan of a ``[k, n]`` table per swap.
+The searches in :mod:`tp_cosep.functional.kmedoids` and :mod:`tp_cosep.functional.selection` change one medoid at a
+time, which moves few points when there are many medoids. Updating those points alone makes a path over all k of n
+points cost about n² log n instead of n³ operations, apart from one scan of a ``[k, n]`` table per swap.
 
 All values are float64 on the CPU. Steps on vectors of n use numpy, whose calls are several times cheaper than torch's;
 steps on ``[points, n]`` use torch, which broadcasts faster, on the same memory.
