@@ -14,7 +14,7 @@ from tp_cosep.functional.kmedoids import BACKENDS
 from tp_cosep.functional.knee import KNEE_RULES
 from tp_cosep.functional.separability import PairMetric, check_metric
 from tp_cosep.selection.input_space import INPUT_SPACES
-from tp_cosep.utils.checks import is_count, is_number
+from tp_cosep.utils.checks import check_one_of, is_count, is_number
 
 __all__ = ["DEFAULT_METHODS", "check_selector", "default_space"]
 _REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
@@ -56,8 +56,7 @@ def check_selector(
         ("backend", backend, sorted(BACKENDS)),
         ("space", space, ["separability", *INPUT_SPACES]),
     ):
-        if value not in known:
-            raise InputError(f"CoSePSelector: expected {name} of {known}, got {value!r}.")
+        check_one_of(name, value, known, "CoSePSelector")
     if scope not in ("layer", "model"):
         raise InputError(f"CoSePSelector: expected scope 'layer' or 'model', got {scope!r}.")
     if representative is not None and not callable(representative) and representative not in _REPRESENTATIVES:
