@@ -34,6 +34,9 @@ def check_one_of(name: str, value: object, allowed: Collection[str], where: str)
 def is_count(value: object) -> bool:
     """Whether a value is an integer ≥ 1, of Python or NumPy; booleans are not.
 
+    Returns:
+        Whether it is.
+
     Example:
         >>> is_count(3), is_count(0), is_count(3.0), is_count(True)
         (True, False, False, False)
@@ -43,6 +46,9 @@ def is_count(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is a real number, of Python or NumPy, NaN and infinity included; booleans are not.
+
+    Returns:
+        Whether it is.
 
     Example:
         >>> is_number(0.5), is_number(2), is_number("2"), is_number(True)

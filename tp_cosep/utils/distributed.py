@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,11 +64,15 @@ def agreed(run: Callable[[], T]) -> T:
     return result
 
 
-def _lost(error: Exception) -> DistributedError:
-    return DistributedError(
-        f"a process is gone, or did not answer within the group's timeout ({type(error).__name__}: {error}); what this "
-        "one measured is not used."
-    )
+@contextmanager
+def _reporting_lost_processes() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise DistributedError(
+            f"a process is gone, or did not answer within the group's timeout ({type(error).__name__}: {error}); what "
+            "this one measured is not used."
+        ) from error
 
 
 def gathered(value: Any) -> list[Any]:
@@ -83,10 +88,8 @@ def gathered(value: Any) -> list[Any]:
         DistributedError: If a process is gone or does not answer in time.
     """
     values: list[Any] = [None] * distributed.get_world_size()
-    try:
+    with _reporting_lost_processes():
         distributed.all_gather_object(values, value)
-    except Exception as error:
-        raise _lost(error) from error
     return values
 
 
@@ -102,10 +105,8 @@ def summed(x: Tensor) -> Tensor:
     Raises:
         DistributedError: If a process is gone or does not answer in time.
     """
-    try:
+    with _reporting_lost_processes():
         distributed.all_reduce(x)
-    except Exception as error:
-        raise _lost(error) from error
     return x
 
 
