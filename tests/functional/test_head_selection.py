@@ -281,15 +281,15 @@ def test_the_stock_pruner_ranks_heads_over_all_layers(scope, ratio):
 def test_global_pruning_with_heads_is_that_of_the_stock_pruner(scope, with_dims):
     model, x, selector, _ = measured(scope, n_layers=3)
     options = {"pruning_ratio": 0.2, "head_pruning_ratio": 0.25, "prune_head_dims": with_dims, "global_pruning": True}
-    twin, again = copy.deepcopy(model), copy.deepcopy(model)
+    copied, again = copy.deepcopy(model), copy.deepcopy(model)
     ignored = {"ignored_layers": [model.head, model.embed], "prune_num_heads": True}
     pruner = CoSePPruner(model, x[:1], selector, **ignored, **options)
     pruner.step()
-    twins_heads = attention_heads(twin)
-    of_original = CoSePSelector(spatial=2, num_heads=twins_heads, scope=scope)
-    of_original.fit(twin, [vectors(shape=(5, 20))], progress=False)
-    stock(twin, x, of_original, twins_heads, **options).step()
-    assert_same_state(model.state_dict(), twin.state_dict())
+    copied_heads = attention_heads(copied)
+    of_original = CoSePSelector(spatial=2, num_heads=copied_heads, scope=scope)
+    of_original.fit(copied, [vectors(shape=(5, 20))], progress=False)
+    stock(copied, x, of_original, copied_heads, **options).step()
+    assert_same_state(model.state_dict(), copied.state_dict())
     for layer in model.layers:
         assert layer.num_heads * layer.head_dim == layer.proj.in_features
         assert layer.num_heads == pruner.num_heads[layer.qkv]

@@ -83,7 +83,7 @@ def test_scores_are_distinct_where_all_components_are_alike(n):
 
 
 def test_the_shares_say_what_the_loss_of_a_component_costs():
-    # Two points far apart with a twin each, and one in the middle that nothing stands in for.
+    # Two points far apart with a copy each, and one in the middle that no other represents.
     d = distances(torch.tensor([[0.0], [0.0], [4.0], [9.0], [9.0]], dtype=torch.float64))
     # The best single one is the middle one: 4 + 4 + 5 + 5 = 18.
     scores = nested_scores(d, torch.tensor([0, 2, 3]))

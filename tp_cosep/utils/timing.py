@@ -12,12 +12,12 @@ from torch import nn
 
 from tp_cosep.utils.data import evaluating
 
-__all__ = ["layer_times", "median_times", "stopwatch"]
+__all__ = ["layer_times", "median_times"]
 
 _N_WARMUP, _N_RUNS = 3, 15
 
 
-def stopwatch(device: torch.device) -> Callable[[], float]:
+def _stopwatch(device: torch.device) -> Callable[[], float]:
     """Start a clock that waits for an accelerator, whose calls return before they are finished.
 
     Args:
@@ -63,7 +63,7 @@ def median_times(
     for _ in range(n_warmup + n_runs):
         for name, model in models.items():
             with evaluating(model):
-                elapsed = stopwatch(device)
+                elapsed = _stopwatch(device)
                 run(model)
                 times[name].append(elapsed())
     return {name: statistics.median(found[n_warmup:]) for name, found in times.items()}
@@ -86,7 +86,7 @@ def layer_times(model: nn.Module, run: Callable[[], object], device: torch.devic
     times: dict[nn.Module, list[float]] = {}
     now: dict[nn.Module, float] = {}
     handles = []
-    elapsed = stopwatch(device)
+    elapsed = _stopwatch(device)
 
     def begin(layer: nn.Module, _args: Any) -> None:
         now[layer] = now.get(layer, 0.0) - elapsed()
