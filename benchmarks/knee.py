@@ -19,23 +19,16 @@ from torch import Tensor
 
 from tp_cosep import CoSePSelector
 from tp_cosep.cli.demo import train_net
-from tp_cosep.functional.knee import KneeMethod
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.functional.separability import distances_from_gram, profile_gram
 
-METHODS = {
-    "guarded (default)": KneeMethod("guarded"),
-    "strongest": KneeMethod("strongest"),
-    "first (paper)": KneeMethod("first"),
-    "first, polynomial 2": KneeMethod("first", "polynomial", 2),
-    "first, polynomial 6": KneeMethod("first", "polynomial", 6),
-}
+RULES = {"guarded (default)": "guarded", "strongest": "strongest", "first (paper)": "first"}
 N_SEEDS = 3
 
 
 def counts(distances: Tensor) -> dict[str, int]:
-    """Number kept by every method."""
-    return {name: select_channels(distances, knee=method).k for name, method in METHODS.items()}
+    """Number kept by every rule."""
+    return {name: select_channels(distances, knee=rule).k for name, rule in RULES.items()}
 
 
 def print_table(header: list[str], rows: Iterator[list[object]]) -> None:
@@ -71,10 +64,10 @@ def planted() -> None:
                     copies += 2 * noise * torch.randn(64, n_dims, generator=generator, dtype=torch.float64)
                     for name, k in counts(euclidean(copies)).items():
                         found[name].append(k)
-            spans = [f"{min(found[m])}–{max(found[m])}" for m in METHODS]
+            spans = [f"{min(found[rule])}–{max(found[rule])}" for rule in RULES]
             yield [r, f"{noise:.0%}", *spans]
 
-    print_table(["r planted", "noise", *METHODS], rows())
+    print_table(["r planted", "noise", *RULES], rows())
 
 
 def independent() -> None:
@@ -87,9 +80,9 @@ def independent() -> None:
                 for seed in range(N_SEEDS):
                     for name, k in counts(euclidean(random_profiles(n, n_dims, seed))).items():
                         shares[name].append(k / n)
-                yield [n, n_dims, *(f"{min(shares[m]):.0%}–{max(shares[m]):.0%}" for m in METHODS)]
+                yield [n, n_dims, *(f"{min(shares[rule]):.0%}–{max(shares[rule]):.0%}" for rule in RULES)]
 
-    print_table(["channels", "dimensions", *METHODS], rows())
+    print_table(["channels", "dimensions", *RULES], rows())
 
 
 def stability(data: str) -> None:
@@ -109,20 +102,20 @@ def stability(data: str) -> None:
                 for layer in list(halves[0])[:-1]:
                     one, two = (counts(distances_from_gram(profile_gram(half[layer]))) for half in halves)
                     width = halves[0][layer].n_components
-                    for method in METHODS:
-                        gaps[method].append(abs(one[method] - two[method]) / width)
+                    for rule in RULES:
+                        gaps[rule].append(abs(one[rule] - two[rule]) / width)
                     if seed == 0:
-                        yield [f"2 × {n // 2}", f"{layer} ({width})", *(f"{one[m]}, {two[m]}" for m in METHODS)]
+                        yield [f"2 × {n // 2}", f"{layer} ({width})", *(f"{one[rule]}, {two[rule]}" for rule in RULES)]
 
-    print_table(["images", "layer", *METHODS], rows())
+    print_table(["images", "layer", *RULES], rows())
     print()
     print_table(
-        ["difference between halves, share of the layer", *METHODS],
+        ["difference between halves, share of the layer", *RULES],
         iter(
             [
-                ["mean", *(f"{sum(gaps[m]) / len(gaps[m]):.1%}" for m in METHODS)],
-                ["largest", *(f"{max(gaps[m]):.1%}" for m in METHODS)],
-                ["over 10 %", *(f"{sum(g > 0.1 for g in gaps[m])} of {len(gaps[m])}" for m in METHODS)],
+                ["mean", *(f"{sum(gaps[rule]) / len(gaps[rule]):.1%}" for rule in RULES)],
+                ["largest", *(f"{max(gaps[rule]):.1%}" for rule in RULES)],
+                ["over 10 %", *(f"{sum(g > 0.1 for g in gaps[rule])} of {len(gaps[rule])}" for rule in RULES)],
             ]
         ),
     )

@@ -19,11 +19,12 @@ import kmedoids
 import torch
 from torch import Tensor
 
-from tp_cosep.functional.kmedoids import GrowingPath, few_threads
+from tp_cosep.functional.kmedoids import GrowingPath
 from tp_cosep.functional.knee import Knee, find_knee
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.functional.separability import distances_from_gram
 from tp_cosep.functional.silhouette import mss_curve
+from tp_cosep.functional.swap_table import few_threads
 
 T = TypeVar("T")
 

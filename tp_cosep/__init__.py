@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         PruningError,
     )
     from tp_cosep.functional.class_moments import ClassMoments
-    from tp_cosep.functional.knee import KneeMethod
     from tp_cosep.functional.selection import ChannelSelection
     from tp_cosep.graph.heads import attention_heads
     from tp_cosep.pruning.budget import Preview, TradeOff
@@ -39,7 +38,6 @@ __all__ = [
     "DistributedError",
     "GroupPlan",
     "InputError",
-    "KneeMethod",
     "MemoryEstimate",
     "MissingDependencyError",
     "NotFittedError",
@@ -65,7 +63,6 @@ _MODULE_OF = {
     "DistributedError": "errors",
     "GroupPlan": "selection.result",
     "InputError": "errors",
-    "KneeMethod": "functional.knee",
     "MemoryEstimate": "calibration.memory",
     "MissingDependencyError": "errors",
     "NotFittedError": "errors",

@@ -1,4 +1,4 @@
-"""Exceptions of tp_cosep: one base class, one subclass per thing a caller may want to handle."""
+"""Exceptions of tp_cosep: one base class, and a subclass for each condition that a caller may handle."""
 
 __all__ = ["CoSePError", "DistributedError", "InputError", "MissingDependencyError", "NotFittedError", "PruningError"]
 
@@ -8,11 +8,11 @@ class CoSePError(Exception):
 
 
 class InputError(CoSePError, ValueError):
-    """An argument, a batch or an option is not what it has to be."""
+    """An argument, a batch or an option is not valid."""
 
 
 class NotFittedError(CoSePError, RuntimeError):
-    """A selector was asked for a selection before it saw any data."""
+    """A selection was requested before ``fit``."""
 
 
 class PruningError(CoSePError, RuntimeError):
@@ -24,4 +24,4 @@ class DistributedError(CoSePError, RuntimeError):
 
 
 class MissingDependencyError(CoSePError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra to install."""

@@ -124,7 +124,6 @@ VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "cosep, 8 × 8 cells": _selector(space="separability", spatial=8),
     "cosep, strongest knee": _selector(space="separability", knee="strongest"),
     "cosep, first knee": _selector(space="separability", knee="first"),
-    "cosep, GB-AFS silhouette": _selector(space="separability", mss_form="gb-afs"),
     "joint, 2 × 2 cells": _selector(spatial=2),
     "joint, 8 × 8 cells": _selector(spatial=8),
     "joint, strongest knee": _selector(knee="strongest"),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tp_cosep import CoSePPruner, CoSePSelector, InputError
 from tp_cosep.calibration.attention_maps import collect_attention
-from tp_cosep.functional.attention_distances import ATTENTION_JS, attention_distances
+from tp_cosep.functional.attention_distances import ATTENTION_JS, jensen_shannon_distances
 from tp_cosep.graph.heads import attention_heads
 
 LENGTH = 6
@@ -111,7 +111,7 @@ def random_maps(n, size, seed=0):
 @pytest.mark.parametrize(("n", "size"), [(1, 3), (5, 1), (7, 4), (12, 8)])
 def test_distances_are_those_of_scipy(n, size):
     maps = random_maps(n, size)
-    distances = attention_distances(maps)
+    distances = jensen_shannon_distances(maps)
     expected = np.zeros((n, n))
     for i in range(n):
         for j in range(n):
@@ -127,20 +127,20 @@ def test_distances_are_those_of_scipy(n, size):
 
 def test_distances_of_opposite_maps_are_one_and_of_equal_ones_zero():
     one, other = torch.eye(4), torch.eye(4).flip(0)
-    assert attention_distances(torch.stack([one, other, one])).tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+    assert jensen_shannon_distances(torch.stack([one, other, one])).tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
 
 
 def test_rows_are_scaled_and_a_row_of_zeros_is_uniform():
     maps = random_maps(3, 4)
-    assert attention_distances(maps * 7).numpy() == pytest.approx(attention_distances(maps).numpy(), abs=1e-7)
+    assert jensen_shannon_distances(maps * 7).numpy() == pytest.approx(jensen_shannon_distances(maps).numpy(), abs=1e-7)
     zeros = torch.stack([torch.zeros(4, 4), torch.ones(4, 4), torch.eye(4)])
-    distances = attention_distances(zeros)
+    distances = jensen_shannon_distances(zeros)
     assert distances[0, 1] == 0
     assert distances[0, 2] == distances[1, 2] > 0
 
 
 def test_distances_obey_the_triangle_inequality():
-    d = attention_distances(random_maps(15, 5))
+    d = jensen_shannon_distances(random_maps(15, 5))
     assert (d[:, :, None] <= d[:, None, :] + d.T[None, :, :] + 1e-12).all()
 
 

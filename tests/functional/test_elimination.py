@@ -2,14 +2,14 @@ import pytest
 import torch
 from models import seeded
 
-from tp_cosep.functional import elimination as subset
+from tp_cosep.functional import elimination as module
 from tp_cosep.functional.elimination import Consumer, backward_elimination
 
 N = 7
 
 
 def consumer(sizes, n_more, n_outputs, seed=0):
-    """Random inputs: of each component as many as ``sizes`` says, and some of none; W beside it."""
+    """A consumer with ``sizes`` features of each component and ``n_more`` of none, and its weights W."""
     generator = seeded(seed)
     components = [i for i, size in enumerate(sizes) for _ in range(size)] + [-1] * n_more
     f = len(components)
@@ -21,29 +21,31 @@ def consumer(sizes, n_more, n_outputs, seed=0):
 
 
 def lost(consumer, w, kept):
-    """Σ_o (w − ŵ)ᵀ C (w − ŵ) with ŵ refitted to the inputs of some components, by solving anew."""
+    """Σ_o (w − ŵ)ᵀ C (w − ŵ) with ŵ refitted to the inputs of some components, by solving the normal equations."""
     c = consumer.covariance + torch.diag(
         1e-4 * consumer.covariance.diagonal() + 1e-10 * consumer.covariance.diagonal().mean()
     )
-    stays = [i for i, component in enumerate(consumer.components.tolist()) if component == -1 or component in kept]
+    kept_features = [
+        i for i, component in enumerate(consumer.components.tolist()) if component == -1 or component in kept
+    ]
     refitted = torch.zeros_like(w)
-    refitted[stays] = torch.linalg.solve(c[stays][:, stays], c[stays] @ w)
+    refitted[kept_features] = torch.linalg.solve(c[kept_features][:, kept_features], c[kept_features] @ w)
     return float(((w - refitted) * (c @ (w - refitted))).sum())
 
 
 @pytest.mark.parametrize("n_pending", [1, 5, 64])
 @pytest.mark.parametrize("sizes", [[1] * N, [3] * N, [1, 2, 3, 1, 1, 4, 2]])
-def test_every_step_takes_what_costs_least(sizes, n_pending, monkeypatch):
-    monkeypatch.setattr(subset, "_MOST_PENDING", n_pending)
+def test_every_step_prunes_the_cheapest(sizes, n_pending, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_PENDING", n_pending)
     parts = [consumer(sizes, 2, 5), consumer(sizes[::-1], 0, 3, seed=1)]
-    elimination = backward_elimination([r for r, _ in parts], N)
-    left, before = set(range(N)), 0.0
-    for goes, cost in zip(elimination.order.tolist(), elimination.costs.tolist(), strict=True):
-        after = {i: sum(lost(r, w, left - {i}) for r, w in parts) for i in left}
-        assert min(after, key=after.get) == goes
-        assert cost == pytest.approx(after[goes] - before, rel=1e-6)
-        before = after[goes]
-        left.remove(goes)
+    elimination = backward_elimination([c for c, _ in parts], N)
+    kept, before = set(range(N)), 0.0
+    for pruned, cost in zip(elimination.order.tolist(), elimination.costs.tolist(), strict=True):
+        after = {i: sum(lost(c, w, kept - {i}) for c, w in parts) for i in kept}
+        assert min(after, key=after.get) == pruned
+        assert cost == pytest.approx(after[pruned] - before, rel=1e-6)
+        before = after[pruned]
+        kept.remove(pruned)
 
 
 def test_a_cluster_loses_its_last_member_only_when_all_are_down_to_one():
@@ -52,15 +54,15 @@ def test_a_cluster_loses_its_last_member_only_when_all_are_down_to_one():
     order = backward_elimination([part], N, clusters).order
     assert sorted(clusters[order[-3:]].tolist()) == [0, 1, 2]
     free = backward_elimination([part], N).order
-    assert sorted(clusters[free[-3:]].tolist()) != [0, 1, 2]  # or the constraint was not tried
+    assert sorted(clusters[free[-3:]].tolist()) != [0, 1, 2]  # or the constraint was not active
 
 
-def test_of_equal_ones_the_lowest_index_stays():
+def test_of_equally_cheap_ones_the_lowest_index_is_kept():
     part = Consumer(torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64), torch.arange(4))
     assert backward_elimination([part], 4).order.tolist() == [3, 2, 1, 0]
 
 
-def test_channels_that_never_move_go_first():
+def test_constant_channels_are_pruned_first():
     part, _ = consumer([1] * 5, 0, 3)
     covariance = part.covariance.clone()
     covariance[2] = covariance[:, 2] = 0

@@ -15,7 +15,6 @@ from torch import nn
 from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError
 from tp_cosep.functional.class_moments import ClassMoments
 from tp_cosep.functional.head_selection import heads_of_layer, heads_of_model
-from tp_cosep.functional.knee import KneeMethod
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.functional.separability import pooled_gram, profile_gram, profiles
 from tp_cosep.graph.heads import attention_groups, attention_heads
@@ -77,7 +76,7 @@ def test_the_knee_of_a_layer_is_shared_out():
     # Four blocks of three heads each, of which one differs: eight clusters in the layer, two of every block.
     x = torch.tensor([[10.0 * b, 3.0 * (i == 2) + 1e-3 * i] for b in range(4) for i in range(3)], dtype=torch.float64)
     distances = (x[:, None] - x).square().sum(-1).sqrt()
-    selection = heads_of_layer(distances, n_sharing=3, knee=KneeMethod.named("strongest"))
+    selection = heads_of_layer(distances, n_sharing=3, knee="strongest")
     each = max(1, selection.knee_k // 4)
     assert selection.k == 4 * each
     assert [sum(h // 3 == b for h in selection.keep_idxs) for b in range(4)] == [each] * 4
@@ -138,7 +137,7 @@ def test_a_layer_like_another_keeps_its_best_head_only():
 
 def test_the_knee_of_all_layers_together():
     x = torch.tensor([[10.0 * (h % 3), 1e-3 * h] for h in range(12)], dtype=torch.float64)
-    parts = heads_of_model((x[:, None] - x).square().sum(-1).sqrt(), [6, 6], knee=KneeMethod.named("strongest"))
+    parts = heads_of_model((x[:, None] - x).square().sum(-1).sqrt(), [6, 6], knee="strongest")
     assert sum(part.k for part in parts) == parts[0].knee_k == 3
 
 
@@ -282,15 +281,15 @@ def test_the_stock_pruner_ranks_heads_over_all_layers(scope, ratio):
 def test_global_pruning_with_heads_is_that_of_the_stock_pruner(scope, with_dims):
     model, x, selector, _ = measured(scope, n_layers=3)
     options = {"pruning_ratio": 0.2, "head_pruning_ratio": 0.25, "prune_head_dims": with_dims, "global_pruning": True}
-    twin, again = copy.deepcopy(model), copy.deepcopy(model)
+    copied, again = copy.deepcopy(model), copy.deepcopy(model)
     ignored = {"ignored_layers": [model.head, model.embed], "prune_num_heads": True}
     pruner = CoSePPruner(model, x[:1], selector, **ignored, **options)
     pruner.step()
-    twins_heads = attention_heads(twin)
-    of_original = CoSePSelector(spatial=2, num_heads=twins_heads, scope=scope)
-    of_original.fit(twin, [vectors(shape=(5, 20))], progress=False)
-    stock(twin, x, of_original, twins_heads, **options).step()
-    assert_same_state(model.state_dict(), twin.state_dict())
+    copied_heads = attention_heads(copied)
+    of_original = CoSePSelector(spatial=2, num_heads=copied_heads, scope=scope)
+    of_original.fit(copied, [vectors(shape=(5, 20))], progress=False)
+    stock(copied, x, of_original, copied_heads, **options).step()
+    assert_same_state(model.state_dict(), copied.state_dict())
     for layer in model.layers:
         assert layer.num_heads * layer.head_dim == layer.proj.in_features
         assert layer.num_heads == pruner.num_heads[layer.qkv]

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tp_cosep.errors import InputError, MissingDependencyError
-from tp_cosep.functional.kmedoids import KMedoids, check_distances, few_threads, k_medoids, k_medoids_path
+from tp_cosep.functional.distances import check_distances
+from tp_cosep.functional.kmedoids import KMedoids, k_medoids, k_medoids_path
+from tp_cosep.functional.swap_table import few_threads
 
 
 def euclidean(x):
@@ -168,7 +170,7 @@ def test_permuted_points_give_permuted_medoids(name, seed):
 def test_all_points_at_one_place():
     for s in k_medoids_path(torch.zeros(7, 7), range(1, 8)):
         assert (s.medoids.tolist(), s.total_deviation) == (list(range(s.k)), 0)  # ties go to the lowest index
-        # Points that are no medoid go to the first one, medoids to themselves.
+        # Points that are no medoid belong to the first one, medoids to themselves.
         assert s.labels.tolist() == list(range(s.k)) + [0] * (7 - s.k)
 
 
@@ -179,7 +181,7 @@ def test_duplicates(seed):
     for s in k_medoids_path(d, range(1, 13)):
         assert_consistent(d, s)
         assert (s.total_deviation == 0) == (s.k >= 6)
-        # Of twins the lowest index is taken first; at k = 6 TD is 0 and every further addition a tie.
+        # Of two copies the lowest index is added first; at k = 6 TD is 0 and every further addition a tie.
         assert s.medoids.max() < max(6, s.k)
 
 

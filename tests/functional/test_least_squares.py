@@ -3,7 +3,7 @@ import torch
 from models import seeded
 
 from tp_cosep.errors import InputError
-from tp_cosep.functional.least_squares import RIDGES, fit_linear, from_others, without
+from tp_cosep.functional.least_squares import RIDGES, fit_linear, refit_to_kept, refit_to_others
 from tp_cosep.functional.second_moments import SecondMoments
 
 
@@ -76,7 +76,7 @@ def test_the_strength_is_the_one_that_predicts_best_what_it_was_not_fitted_to(co
 
 @pytest.mark.parametrize("with_own", [True, False])
 def test_a_layer_does_not_become_much_more_sensitive(with_own):
-    """Two nearly equal inputs predict what goes by their difference, which anything that changes later swamps."""
+    """Two nearly equal inputs predict a pruned one by their difference, which any later change swamps."""
     generator, n = seeded(4), 400
     x = rows(n, 5)
     x[:, 1] = x[:, 0] + 1e-4 * torch.randn(n, generator=generator, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_a_layer_does_not_become_much_more_sensitive(with_own):
 
     had = torch.cat([t] if own is None else [x, t], 1).var(0, correction=0)
     before = float((had[:, None] * torch.cat([weights] if own is None else [own, weights]) ** 2).sum())
-    spec = []
+    candidates = []
     for ridge in RIDGES:
         lost = 0.0
         for seen, other in (halves, halves[::-1]):
@@ -99,19 +99,19 @@ def test_a_layer_does_not_become_much_more_sensitive(with_own):
         a, _ = ridge_by_rows(x, t, ridge, True)
         now = a.T @ weights + (0 if own is None else own)
         sensitivity = float((x.var(0, correction=0)[:, None] * now**2).sum())
-        spec.append((sensitivity > 2 * before, lost, ridge))
-    assert fit.ridge == min(spec)[2]
-    assert min(spec, key=lambda w: w[1])[0]  # what predicts best was refused
+        candidates.append((sensitivity > 2 * before, lost, ridge))
+    assert fit.ridge == min(candidates)[2]
+    assert min(candidates, key=lambda w: w[1])[0]  # what predicts best was refused
     assert float(fit.coefficients.abs().max()) < 10
 
 
 @pytest.mark.parametrize("n_copies", [1, 2, 4])
-def test_copies_are_made_up_for_exactly_even_if_their_weights_add_up(n_copies):
+def test_copies_are_compensated_exactly_even_if_their_weights_add_up(n_copies):
     x = rows(90, 6)
     data = torch.cat([x] * (1 + n_copies), 1)
-    maps = torch.ones(data.shape[1], 2, 1, dtype=torch.float64)
-    new, constant, _ = without(maps, moments_of(data[:40], data[40:]), torch.arange(6, data.shape[1]))
-    torch.testing.assert_close(new[:6], (1 + n_copies) * maps[:6], rtol=1e-6, atol=0)
+    weights = torch.ones(data.shape[1], 2, 1, dtype=torch.float64)
+    new, constant, _ = refit_to_kept(weights, moments_of(data[:40], data[40:]), torch.arange(6, data.shape[1]))
+    torch.testing.assert_close(new[:6], (1 + n_copies) * weights[:6], rtol=1e-6, atol=0)
     torch.testing.assert_close(constant, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
@@ -133,31 +133,31 @@ def test_fewer_rows_than_inputs(n):
     x = rows(n, 20)
     moments = SecondMoments(20)
     moments.update(x)
-    maps = torch.randn(20, 4, 2, generator=seeded(), dtype=torch.float64)
-    new, constant, fit = without(maps, moments.folds, torch.arange(12, 20))
+    weights = torch.randn(20, 4, 2, generator=seeded(), dtype=torch.float64)
+    new, constant, fit = refit_to_kept(weights, moments.folds, torch.arange(12, 20))
     assert torch.isfinite(new).all()
     assert torch.isfinite(constant).all()
     assert not new[12:].any()
     assert fit.lost >= 0
 
 
-def test_without_is_the_best_that_any_weights_can_do():
+def test_refit_to_kept_is_the_best_that_any_weights_can_do():
     x, generator = rows(200, 7), seeded(2)
-    maps = torch.randn(7, 3, 1, generator=generator, dtype=torch.float64)
-    gone = torch.tensor([1, 4])
-    new, constant, _ = without(maps, moments_of(x[:100], x[100:]), gone, ridge=1e-12)
+    weights = torch.randn(7, 3, 1, generator=generator, dtype=torch.float64)
+    pruned = torch.tensor([1, 4])
+    new, constant, _ = refit_to_kept(weights, moments_of(x[:100], x[100:]), pruned, ridge=1e-12)
     kept = [0, 2, 3, 5, 6]
-    y = x @ maps[..., 0]
+    y = x @ weights[..., 0]
     best = torch.linalg.lstsq(torch.cat([x[:, kept], x.new_ones(200, 1)], 1), y).solution
     torch.testing.assert_close(new[kept, :, 0], best[:-1], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(constant, best[-1], rtol=1e-5, atol=1e-6)
 
 
-def test_from_others_is_the_best_that_any_weights_can_do():
+def test_refit_to_others_is_the_best_that_any_weights_can_do():
     x, generator = rows(200, 9), seeded(3)
-    maps = torch.randn(5, 3, 1, generator=generator, dtype=torch.float64)
-    new, constant, _ = from_others(maps, moments_of(x[:90], x[90:]), ridge=1e-12)
-    best = torch.linalg.lstsq(torch.cat([x[:, 5:], x.new_ones(200, 1)], 1), x[:, :5] @ maps[..., 0]).solution
+    weights = torch.randn(5, 3, 1, generator=generator, dtype=torch.float64)
+    new, constant, _ = refit_to_others(weights, moments_of(x[:90], x[90:]), ridge=1e-12)
+    best = torch.linalg.lstsq(torch.cat([x[:, 5:], x.new_ones(200, 1)], 1), x[:, :5] @ weights[..., 0]).solution
     torch.testing.assert_close(new[..., 0], best[:-1], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(constant, best[-1], rtol=1e-5, atol=1e-6)
 

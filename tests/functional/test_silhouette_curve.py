@@ -9,7 +9,7 @@ from kneed import KneeLocator
 
 from tp_cosep.errors import InputError
 from tp_cosep.functional.kmedoids import GrowingPath, checkpoints_for, k_medoids, k_medoids_path
-from tp_cosep.functional.knee import KneeMethod, difference_curve, find_knee
+from tp_cosep.functional.knee import difference_curve, find_knee
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.functional.silhouette import mss_curve
 
@@ -61,7 +61,7 @@ def largest_gain_of_a_swap(d, medoids):
 def test_knee_and_height_are_those_of_the_full_path(name, n):
     d = MATRICES[name](n)
     mss = mss_curve(torch.as_tensor(d), full_path(d)).tolist()
-    found = find_knee(range(2, n + 1), mss, KneeMethod("strongest"))
+    found = find_knee(range(2, n + 1), mss, "strongest")
     selection = select_channels(torch.as_tensor(d))
     assert abs(selection.knee_k - found.k) <= max(0.02 * n, 1 if n <= 64 else 3)
     assert selection.knee_strength == pytest.approx(found.strength, abs=0.002)
@@ -99,7 +99,7 @@ def test_where_the_count_is_given_only_checkpoints_are_tried(name, n):
     assert set(fixed.ks) <= set(automatic.ks) & set(checkpoints_for(n))
     mss = dict(zip(automatic.ks, automatic.mss, strict=True))
     assert fixed.mss == pytest.approx([mss[k] for k in fixed.ks], rel=1e-9)
-    found = find_knee(fixed.ks, fixed.mss, KneeMethod("strongest"))
+    found = find_knee(fixed.ks, fixed.mss, "strongest")
     assert (fixed.knee_k, fixed.knee_strength) == (found.k, found.strength)
     assert fixed.keep_idxs == tuple(k_medoids(d, n // 2).medoids.tolist())
 
@@ -166,11 +166,8 @@ def test_two_and_three_components(n):
         assert selection.knee_k == find_knee(ks, mss).k
 
 
-@pytest.mark.parametrize("options", [{"knee": KneeMethod("first")}, {"mss_form": "gb-afs"}], ids=str)
-def test_what_needs_the_curve_at_every_k_has_it(options):
-    assert select_channels(torch.as_tensor(latent(70)), **options).ks == tuple(range(2, 71))
-    polynomial = KneeMethod("strongest", interp_method="polynomial")
-    assert select_channels(torch.as_tensor(latent(70)), knee=polynomial).ks == tuple(range(2, 71))
+def test_the_first_knee_requires_the_curve_at_every_k():
+    assert select_channels(torch.as_tensor(latent(70)), knee="first").ks == tuple(range(2, 71))
 
 
 def test_other_backends_are_asked_for_no_more_than_they_need():
@@ -187,7 +184,7 @@ def test_difference_curve_is_kneeds_also_in_uneven_steps(seed):
     values = np.sort(rng.random(30))
     theirs = KneeLocator(ks, values, curve="concave", direction="increasing").y_difference
     np.testing.assert_allclose(difference_curve(ks, values), theirs, atol=1e-14)
-    found = find_knee(ks.tolist(), values.tolist(), KneeMethod("strongest"))
+    found = find_knee(ks.tolist(), values.tolist(), "strongest")
     assert (found.k, found.strength) == (ks[theirs.argmax()], pytest.approx(theirs.max()))
     assert not difference_curve([2, 3, 9], [0.5, 0.5, 0.5]).any()
 
@@ -206,7 +203,7 @@ def test_counts_are_rounded_to_multiples_of_a_step(n, step):
     d = torch.as_tensor(latent(n))
     path = k_medoids_path(d, range(1, n + 1))
     mss = dict(enumerate(mss_curve(d, path).tolist(), start=1))
-    for options in ({}, {"knee": KneeMethod("strongest")}, *({"n_keep": k} for k in range(1, n + 1, 1 + n // 12))):
+    for options in ({}, {"knee": "strongest"}, *({"n_keep": k} for k in range(1, n + 1, 1 + n // 12))):
         plain, rounded = select_channels(d, **options), select_channels(d, **options, round_to=step)
         assert rounded.k == len(rounded.keep_idxs) == rounded_by_hand(plain.k, step, n, mss)
         assert rounded.k % step == 0 or step > n

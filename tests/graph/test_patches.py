@@ -32,7 +32,7 @@ def test_rows_times_maps_are_what_the_layer_computes(kind, per_position):
     patches = patches_of(conv, per_position=per_position)
     maps = patches.maps(conv.weight)
     groups, _, _, n_positions = maps.shape
-    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).of("layer"))(
+    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).for_layer("layer"))(
         x
     )  # all there are: [sample, output position, tap]
     rows = rows.reshape(2, -1, n_positions, groups, maps.shape[1])
@@ -47,7 +47,7 @@ def test_rows_of_a_linear_layer(repeat):
     linear = nn.Linear(24, 5).double()
     x = torch.randn(3, 2, 24, dtype=torch.float64, generator=seeded())
     patches = patches_of(linear, repeat=repeat)
-    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).of("layer"))(x).reshape(3, 2, repeat, -1)
+    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).for_layer("layer"))(x).reshape(3, 2, repeat, -1)
     outputs = torch.einsum("ntpf,fop->nto", rows, patches.maps(linear.weight)[0])
     torch.testing.assert_close(outputs, linear(x) - linear.bias)
     assert patches.n_products(x.shape) == 2 * 24 * 5
@@ -68,14 +68,14 @@ def test_maps_and_back(kind, per_position):
 def test_positions_of_a_transposed_convolution_are_those_of_its_input():
     layer = nn.ConvTranspose2d(3, 4, 3, stride=2)
     x = torch.randn(2, 3, 5, 5, generator=seeded())
-    rows = patches_of(layer).sampler(x.shape, 10**9, PositionSampler(x, 0).of("layer"))(x)
+    rows = patches_of(layer).sampler(x.shape, 10**9, PositionSampler(x, 0).for_layer("layer"))(x)
     assert torch.equal(rows, x.flatten(2).transpose(1, 2).flatten(0, 1))
 
 
 def test_a_draw_takes_as_many_rows_of_every_sample_and_reads_padding_as_often_as_the_kernel_does():
     conv = nn.Conv2d(1, 1, 3, padding=1)
     x = torch.ones(50, 1, 3, 3) * torch.arange(1, 51)[:, None, None, None]
-    rows = patches_of(conv).sampler(x.shape, 40, PositionSampler(x, 0).of("layer"))(x).reshape(50, 40)
+    rows = patches_of(conv).sampler(x.shape, 40, PositionSampler(x, 0).for_layer("layer"))(x).reshape(50, 40)
     assert all(set(row.tolist()) <= {0.0, i + 1.0} for i, row in enumerate(rows))
     # A 3 × 3 kernel on a 3 × 3 map reads (2 + 3 + 2)² = 49 of its 81 values inside.
     assert abs(float((rows > 0).float().mean()) - 49 / 81) < 0.03

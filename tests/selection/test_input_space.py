@@ -10,7 +10,6 @@ from torch import nn
 
 from tp_cosep import CoSePPruner, CoSePSelector, InputError
 from tp_cosep.functional.elimination import Elimination, backward_elimination
-from tp_cosep.functional.knee import KneeMethod
 from tp_cosep.functional.selection import select_by_elimination
 from tp_cosep.graph.groups import read_group
 from tp_cosep.selection.input_space import CLASS_WEIGHT, INPUT_SPACES, consumers_of, correlation_distances
@@ -187,7 +186,7 @@ def test_the_count_is_the_knee_of_the_coverage_and_covers_nearly_all():
     ones = torch.ones(50, 50)
     assert select_by_elimination(elimination_of([1.0] * 50), ones).k == 50  # a straight line has no knee
     growing = [float(i) for i in range(1, 51)]
-    at_its_word = select_by_elimination(elimination_of(growing), ones, knee=KneeMethod("strongest"))
+    at_its_word = select_by_elimination(elimination_of(growing), ones, knee="strongest")
     guarded = select_by_elimination(elimination_of(growing), ones)
     assert at_its_word.k == at_its_word.knee_k == guarded.knee_k
     assert guarded.k == next(k for k in range(1, 51) if sum(growing[50 - k :]) >= 0.98 * sum(growing)) > guarded.knee_k
@@ -200,7 +199,7 @@ def test_the_count_is_the_knee_of_the_coverage_and_covers_nearly_all():
 
 def test_as_published():
     selector = CoSePSelector.published()
-    assert (selector.spatial, selector.knee.rule, selector.metric) == (None, "first", "jm")
+    assert (selector.spatial, selector.knee, selector.metric) == (None, "first", "jm")
     assert (selector.space_name, selector.method, selector.representative) == ("separability", "k-medoids", "medoid")
     assert selector.observe == "outputs"
     assert CoSePSelector.published(representative="max_norm").representative == "max_norm"

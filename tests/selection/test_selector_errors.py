@@ -6,7 +6,7 @@ import torch_pruning as tp
 from models import assert_untouched, build, fingerprint, vectors
 from torch import nn
 
-from tp_cosep import CoSePSelector, InputError, KneeMethod, NotFittedError
+from tp_cosep import CoSePSelector, InputError, NotFittedError
 from tp_cosep.graph.tracing import trace
 
 
@@ -23,8 +23,7 @@ def group_of(model, x, name):
     ("options", "message"),
     [
         ({"metric": "euclid"}, "metric: expected one of ['hellinger', 'jm', 'wasserstein'] or a callable"),
-        ({"knee": "elbow"}, "knee: expected one of ['guarded', 'strongest', 'first', 'paper'] or a KneeMethod"),
-        ({"mss_form": "mean"}, "CoSePSelector: expected mss_form of ['gb-afs', 'paper'], got 'mean'"),
+        ({"knee": "elbow"}, "CoSePSelector: expected knee of ['guarded', 'strongest', 'first'], got 'elbow'"),
         ({"backend": "cuml"}, "expected backend of ['kmedoids', 'native', 'sklearn-extra'], got 'cuml'"),
         (
             {"representative": "random"},
@@ -51,8 +50,7 @@ def test_unknown_options(options, message):
 
 
 def test_options_that_are_known():
-    assert CoSePSelector(knee="paper").knee == KneeMethod(rule="first")
-    assert CoSePSelector(knee=KneeMethod(rule="strongest", interp_method="polynomial")).knee.rule == "strongest"
+    assert CoSePSelector(knee="first").knee == "first"
     assert CoSePSelector(keep_ratio=1).keep_ratio == 1
 
 

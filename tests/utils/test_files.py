@@ -33,7 +33,7 @@ def test_views_of_one_storage_come_back_apart(tmp_path):
     for name, x in TENSORS.items():
         assert tensors[name].dtype == x.dtype
         torch.testing.assert_close(tensors[name], x, rtol=0, atol=0, equal_nan=True)
-    theirs = load_file(path)  # any reader of the format has them
+    theirs = load_file(path)  # any program that reads the format has them
     torch.testing.assert_close(theirs["transposed"], TENSORS["transposed"], rtol=0, atol=0)
 
 

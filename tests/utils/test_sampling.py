@@ -10,7 +10,7 @@ _MASK = 2**64 - 1
 
 
 def splitmix(z):
-    """SplitMix64's finaliser on Python's integers."""
+    """SplitMix64's finaliser on Python integers."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
@@ -21,36 +21,36 @@ def test_bits_are_mixed_as_splitmix_does():
     assert [x & _MASK for x in _mixed(torch.tensor(values)).tolist()] == [splitmix(x & _MASK) for x in values]
 
 
-@pytest.mark.parametrize("n_of", [17, 1000])
-def test_places_are_even(n_of):
+@pytest.mark.parametrize("n_positions", [17, 1000])
+def test_positions_are_uniform(n_positions):
     x = torch.randn(2000, 3, 5, 5, generator=seeded())
-    places = PositionSampler(x, 0).of("layer")(2000, 16, n_of)
-    assert places.shape == (2000, 16)
-    assert chisquare(torch.bincount(places.flatten(), minlength=n_of).numpy()).pvalue > 1e-3
-    assert chisquare(torch.bincount(places[:, 0], minlength=n_of).numpy()).pvalue > 1e-3
-    # Neighbours do not follow each other.
-    pairs = torch.bincount((places[:, 0] * n_of + places[:, 1]) % 101, minlength=101)
+    positions = PositionSampler(x, 0).for_layer("layer")(2000, 16, n_positions)
+    assert positions.shape == (2000, 16)
+    assert chisquare(torch.bincount(positions.flatten(), minlength=n_positions).numpy()).pvalue > 1e-3
+    assert chisquare(torch.bincount(positions[:, 0], minlength=n_positions).numpy()).pvalue > 1e-3
+    # Neighbours are independent.
+    pairs = torch.bincount((positions[:, 0] * n_positions + positions[:, 1]) % 101, minlength=101)
     assert chisquare(pairs.numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
-def test_places_are_the_samples_own(dtype):
+def test_positions_depend_on_the_sample_alone(dtype):
     x = (torch.randn(12, 4, 1500, generator=seeded()) * 50).abs().to(dtype)
-    whole = PositionSampler(x, 3).of("a")(12, 5, 997)
+    whole = PositionSampler(x, 3).for_layer("a")(12, 5, 997)
     order = torch.randperm(12, generator=seeded())
-    assert torch.equal(PositionSampler((x[order], x), 3).of("a")(12, 5, 997), whole[order])
-    assert torch.equal(PositionSampler({"x": x[4:7]}, 3).of("a")(3, 5, 997), whole[4:7])
-    others = PositionSampler(x, 3).of("b")(12, 5, 997), PositionSampler(x, 4).of("a")(12, 5, 997)
+    assert torch.equal(PositionSampler((x[order], x), 3).for_layer("a")(12, 5, 997), whole[order])
+    assert torch.equal(PositionSampler({"x": x[4:7]}, 3).for_layer("a")(3, 5, 997), whole[4:7])
+    others = PositionSampler(x, 3).for_layer("b")(12, 5, 997), PositionSampler(x, 4).for_layer("a")(12, 5, 997)
     assert all(float((other == whole).float().mean()) < 0.1 for other in others)
     if dtype != torch.bool:
         assert float((whole[0] == whole[1]).float().mean()) < 0.5
 
 
-def test_parts_of_samples_have_places_of_their_own():
+def test_parts_of_samples_have_positions_of_their_own():
     x = torch.randn(3, 8, generator=seeded())
-    parts = PositionSampler(x, 0).of("a")(12, 4, 10**6)
+    parts = PositionSampler(x, 0).for_layer("a")(12, 4, 10**6)
     assert len(parts.flatten().unique()) == 48
-    assert torch.equal(PositionSampler(x[1:2], 0).of("a")(4, 4, 10**6), parts[4:8])
+    assert torch.equal(PositionSampler(x[1:2], 0).for_layer("a")(4, 4, 10**6), parts[4:8])
 
 
 @pytest.mark.parametrize("kind", ["vgg", "resnet"])

@@ -81,7 +81,7 @@ def test_a_model_is_put_back(change, error):
     with pytest.raises(error, match="boom"):
         change_and_fail(model, change, error)
     assert_untouched(model, before)
-    # The optimizer holds the same parameters: it goes on training this model.
+    # The optimizer holds the same parameters: it continues to train this model.
     optimizer.step()
     assert not torch.equal(model.fc.weight, before[0]["fc.weight"][2])
     assert not torch.equal(model.eval()(x), outputs)
@@ -145,7 +145,7 @@ def test_the_copy_is_let_go():
 
 
 class Fragile(nn.Module):
-    """Breaks if ``flat`` does not fit, if ``scale`` cannot be pruned, as long as it is told to."""
+    """Breaks if ``flat`` does not fit, if ``scale`` cannot be pruned, while its switch is on."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ class Scale(nn.Module):
 
 
 class ScalePruner(tp.function.BasePruningFunc):
-    """Fails half-way if it is told to."""
+    """Fails half-way if its switch is on."""
 
     error = None
 
@@ -195,7 +195,7 @@ class ScalePruner(tp.function.BasePruningFunc):
 
 
 class Loader:
-    """Data that can be read as often as wanted, until it breaks."""
+    """Data that can be read any number of times, until it breaks."""
 
     error, reads_before_error = None, 2
 
@@ -210,7 +210,7 @@ class Loader:
 
 
 class FineTune:
-    """Trains, and breaks off in its second call if it is told to."""
+    """Trains, and fails in its second call if its switch is on."""
 
     error = None
 
@@ -250,8 +250,8 @@ def test_a_step_that_fails_changes_nothing_and_can_be_made_again(cause, layerwis
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()
     model.second.eval()
-    twin = copy.deepcopy(model)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    copied = copy.deepcopy(model)
+    for p, q in zip(model.parameters(), copied.parameters(), strict=True):
         q.grad = p.grad.clone()
 
     def make(model):
@@ -298,9 +298,9 @@ def test_a_step_that_fails_changes_nothing_and_can_be_made_again(cause, layerwis
     else:
         culprit.is_hard_coded = False
     pruner.step()
-    make(twin)[1].step()
+    make(copied)[1].step()
     assert model.second.out_features == 6
-    assert_same_state(model.state_dict(), twin.state_dict())
+    assert_same_state(model.state_dict(), copied.state_dict())
     assert len(pruner.plan) > 0
 
 

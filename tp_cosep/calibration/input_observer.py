@@ -103,12 +103,12 @@ class InputObserver:
             second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
             self.found[name] = InputStatistics(patches, patches.layer.weight.shape, second)  # type: ignore[arg-type]
 
-    def _take(self, sampler_of: PositionSampler, layer: nn.Module, x: Tensor) -> None:
+    def _take(self, positions: PositionSampler, layer: nn.Module, x: Tensor) -> None:
         name = self._names[layer]
         patches = self.all_patches[name]
         if name not in self.found:
             second = SecondMoments(patches.n_features, x.device, n_folds=1)
             self.found[name] = InputStatistics(patches, layer.weight.shape, second)  # type: ignore[arg-type]
         with named(name):
-            sampler = patches.sampler(x.shape, affordable(patches, x.shape), sampler_of.of(name))
+            sampler = patches.sampler(x.shape, affordable(patches, x.shape), positions.for_layer(name))
             self.found[name].second.update(sampler(x))

@@ -238,11 +238,11 @@ class Compensator:
     def _measure(self, batches: Iterable[Any], consumers: Mapping[nn.Module, ConsumerState]) -> int:
         """Take the moments of everything that is read; returns the number of samples."""
 
-        def take(sampler_of: PositionSampler, layer: nn.Module, x: Tensor) -> None:
+        def take(positions: PositionSampler, layer: nn.Module, x: Tensor) -> None:
             consumer = consumers[layer]
             with named(consumer.name):
                 n = self.max_positions or affordable(consumer.patches, x.shape)
-                consumer.moments.update(consumer.patches.sampler(x.shape, n, sampler_of.of(consumer.name))(x))
+                consumer.moments.update(consumer.patches.sampler(x.shape, n, positions.for_layer(consumer.name))(x))
 
         def run() -> tuple[int, int]:
             n_batches, n_seen = 0, 0

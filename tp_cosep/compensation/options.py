@@ -9,7 +9,7 @@ from typing import Any
 
 from tp_cosep.errors import InputError
 from tp_cosep.graph.tracing import TRACE_OPTIONS
-from tp_cosep.utils.checks import is_count, is_number
+from tp_cosep.utils.checks import check_one_of, is_count, is_number
 
 __all__ = ["MODES", "check_compensator"]
 
@@ -34,8 +34,7 @@ def check_compensator(
     Raises:
         InputError: If one is unknown or out of range.
     """
-    if mode not in MODES:
-        raise InputError(f"Compensator: expected mode of {list(MODES)}, got {mode!r}.")
+    check_one_of("mode", mode, MODES, "Compensator")
     if max_positions is not None and not is_count(max_positions):
         raise InputError(f"Compensator: expected max_positions ≥ 1 or None, got {max_positions!r}.")
     if not (is_count(max_features) or (isinstance(max_features, Integral) and max_features == 0)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tp_cosep.functional.least_squares import LinearFit, from_others, without
+from tp_cosep.functional.least_squares import LinearFit, refit_to_kept, refit_to_others
 from tp_cosep.functional.second_moments import SecondMoments
 from tp_cosep.graph.editing import add_biases
 from tp_cosep.graph.patches import Patches, n_outputs
@@ -126,7 +126,7 @@ def refit_without(known: ConsumerState, ridge: float | None) -> Solution:
         block = torch.arange(i * n_local, (i + 1) * n_local)
         here = gone[(gone >= block[0]) & (gone <= block[-1])] - i * n_local
         folds = known.moments.of(block).folds
-        maps[i], constant, fit = without(maps[i], folds, here, constant=patches.takes_constant, ridge=ridge)
+        maps[i], constant, fit = refit_to_kept(maps[i], folds, here, constant=patches.takes_constant, ridge=ridge)
         constants.append(constant)
         fits.append(fit)
     return Solution(known, maps, torch.cat(constants), fits)
@@ -153,7 +153,7 @@ def refit_to_original(
     n_features, n_out = maps.shape[1], maps0.shape[2]
     constants, fits = [], []
     for i, moments in enumerate(sums):
-        new, constant, fit = from_others(
+        new, constant, fit = refit_to_others(
             maps0[i][:, outputs[i] - i * n_out], moments.folds, constant=patches.takes_constant, ridge=ridge
         )
         maps[i, staying[i] - i * n_features] = new

@@ -68,10 +68,10 @@ def paired_moments(
         if n == 0:
             continue
         n_seen += n or 0
-        sampler_of = PositionSampler(inputs, seed)
-        with evaluating(originals[model]), _batch_options(of_original, n_positions, sampler_of) as before, _as_pruned():
+        positions = PositionSampler(inputs, seed)
+        with evaluating(originals[model]), _batch_options(of_original, n_positions, positions) as before, _as_pruned():
             run(originals[model], inputs)
-        with evaluating(model), _batch_options(consumers, n_positions, sampler_of) as now, _as_pruned():
+        with evaluating(model), _batch_options(consumers, n_positions, positions) as now, _as_pruned():
             run(model, inputs)
         for layer, known in consumers.items():
             if before[originals[layer]] or now[layer]:  # else this batch did not reach it
@@ -93,7 +93,7 @@ def paired_moments(
 def _batch_options(
     consumers: Mapping[nn.Module, ConsumerState],
     n_positions: Callable[[Patches, torch.Size], int],
-    sampler_of: PositionSampler,
+    positions: PositionSampler,
 ) -> Iterator[dict[nn.Module, list[Tensor]]]:
     """Note what layers read, ``[rows, features]`` float64 every time that they are called."""
     found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in consumers}
@@ -101,7 +101,7 @@ def _batch_options(
     def take(layer: nn.Module, x: Tensor) -> None:
         known = consumers[layer]
         n = n_positions(known.patches, x.shape)
-        found[layer].append(known.patches.sampler(x.shape, n, sampler_of.of(known.name))(x))
+        found[layer].append(known.patches.sampler(x.shape, n, positions.for_layer(known.name))(x))
 
     with on_inputs(consumers, take):
         yield found

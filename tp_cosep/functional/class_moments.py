@@ -1,8 +1,7 @@
 """Streaming class-conditional moments.
 
-Layout, obeyed by every function here: activations are ``[samples, components, cells]``, moments are
-``[classes, components, cells]`` in float64. A *component* is one prunable index (a channel or a
-neuron), a *cell* is one spatial position after pooling.
+Layout of all functions: activations are ``[samples, components, cells]``, moments are ``[classes, components, cells]``
+in float64. A *component* is one prunable index (a channel or a neuron), a *cell* is one spatial position after pooling.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from tp_cosep.errors import InputError
 
 __all__ = ["ClassMoments", "to_cells"]
 
-# Values that are added at once, of some tensors that stay in the cache of a core.
+# Values that are added at once: several tensors of this size fit into a core's cache.
 _PIECE = 2**17
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -25,17 +24,16 @@ _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_
 def to_cells(activation: Tensor, *, channel_dim: int = 1, spatial: int | None = None) -> Tensor:
     """Bring an activation into the ``[samples, components, cells]`` layout.
 
-    Each of the remaining (spatial or token) dimensions is average-pooled to at most ``spatial``
-    cells. A dimension that is already shorter is left as it is.
+    Each of the remaining (spatial or token) dimensions is average-pooled to at most ``spatial`` cells; shorter
+    dimensions are kept.
 
     Args:
         activation: ``[samples, ...]`` with the components along ``channel_dim``.
         channel_dim: 1 for convolutions, -1 for linear layers.
-        spatial: Cells per dimension, at least 1; ``None`` keeps every position (the papers' form).
+        spatial: Cells per dimension, at least 1; ``None`` keeps every position, as in the papers.
 
     Returns:
-        ``[samples, components, cells]``. Half-precision activations come back as float32, so that
-        pooling does not round.
+        ``[samples, components, cells]``; float32 for half-precision activations, so that pooling does not round.
 
     Raises:
         InputError: If ``activation`` has fewer than two dimensions.
@@ -67,29 +65,23 @@ def to_cells(activation: Tensor, *, channel_dim: int = 1, spatial: int | None = 
 class ClassMoments:
     """Mean and variance of every component in every cell, per class, from a stream of batches.
 
-    Batches are merged with the pairwise update of Chan, Golub and LeVeque (1983): for two samples
-    of sizes n_a, n_b and with δ = mean_b − mean_a, n = n_a + n_b,
+    Batches are merged with the pairwise update of Chan, Golub and LeVeque (1983): for two samples of sizes n_a, n_b and
+    with δ = mean_b − mean_a, n = n_a + n_b,
 
         mean = mean_a + δ n_b / n,        M2 = M2_a + M2_b + δ² n_a n_b / n,
 
-    where M2 is the sum of squared deviations. Everything is accumulated in float64 and each batch is
-    centred before it is squared, so a large common offset costs no accuracy, and neither the order
-    nor the split of the batches matters beyond rounding (about 1e-15 relative).
+    where M2 is the sum of squared deviations. Sums are float64 and each batch is centred before it is squared, so a
+    large common offset costs no accuracy, and neither the order nor the split of the batches matters beyond rounding
+    (about 1e-15 relative).
 
-    A class exists as soon as one of its samples was seen: labels need not be contiguous, and a label
-    that never occurs costs nothing.
+    A class exists once one of its samples has been seen: labels need not be contiguous, and a label that never occurs
+    costs nothing. Without arguments the moments are empty.
 
     Args:
-        classes: ``[classes]`` int64, labels, ascending; none by default, and nothing else then.
+        classes: ``[classes]`` int64, labels, ascending.
         count: ``[classes]`` int64, samples per class, at least 1.
-        mean: ``[classes, components, cells]`` float64.
-        m2: ``[classes, components, cells]`` float64, sums of squared deviations.
-
-    Attributes:
-        classes: As above, of what was seen.
-        count: Likewise.
-        mean: Likewise.
-        m2: Likewise.
+        mean: ``[classes, components, cells]`` float64, class means.
+        m2: ``[classes, components, cells]`` float64, sums of squared deviations from the class means.
 
     Example:
         >>> moments = ClassMoments()
@@ -105,8 +97,8 @@ class ClassMoments:
         mean: Tensor | None = None,
         m2: Tensor | None = None,
     ) -> None:
-        # In the order in which classes came, with rows to spare behind them, so that a new class does not move all
-        # others. Whoever looks finds them ascending.
+        # In order of arrival, with spare rows at the end, so that a new class does not move all others. The properties
+        # sort them.
         self._classes = torch.empty(0, dtype=torch.int64) if classes is None else classes
         self._count = torch.empty(0, dtype=torch.int64) if count is None else count
         self._mean = torch.empty(0, 0, 0, dtype=torch.float64) if mean is None else mean
@@ -114,10 +106,17 @@ class ClassMoments:
 
     @classmethod
     def from_batch(cls, x: Tensor, labels: Tensor) -> ClassMoments:
-        """Moments of one batch; arguments as for :meth:`update`.
+        """Moments of one batch.
+
+        Args:
+            x: ``[samples, components, cells]``, any floating-point type.
+            labels: ``[samples]``, integers, at least 0.
 
         Returns:
-            The moments of this batch alone, on the device of ``x``.
+            The moments, on the device of ``x``.
+
+        Raises:
+            InputError: If the shapes do not fit each other.
         """
         moments = cls()
         moments.update(x, labels)
@@ -131,7 +130,8 @@ class ClassMoments:
             labels: ``[samples]``, integers, at least 0.
 
         Raises:
-            InputError: If the shapes do not fit each other, or what was seen before.
+            InputError: If the shapes do not fit each other, or components or cells differ from those of earlier
+                batches.
         """
         if x.dim() != 3 or labels.dim() != 1 or len(x) != len(labels):
             raise InputError(
@@ -158,10 +158,13 @@ class ClassMoments:
         self._combine(classes, count, x.shape[1:], part)
 
     def merge(self, other: ClassMoments) -> ClassMoments:
-        """Add what another stream of the same layer has seen, in place.
+        """Add the moments of another stream of the same layer, in place.
+
+        Args:
+            other: The moments to add.
 
         Returns:
-            The moments themselves.
+            These moments, now of both streams.
 
         Raises:
             InputError: If both hold data and their components or cells differ.
@@ -185,7 +188,18 @@ class ClassMoments:
         shape: torch.Size,
         part: Callable[[slice], tuple[Tensor, Tensor | None]],
     ) -> None:
-        """Add means and squared deviations of some classes, which ``part`` gives for some columns."""
+        """Add means and squared deviations of some classes.
+
+        Args:
+            classes: ``[classes]`` int64, distinct labels.
+            count: ``[classes]`` int64, samples per class.
+            shape: Components and cells.
+            part: Means and sums of squared deviations ``[classes, columns]`` for a slice of the flattened components
+                and cells; ``None`` for sums that are all 0.
+
+        Raises:
+            InputError: If components or cells differ from those of earlier batches.
+        """
         if self.n_classes == 0:
             self._classes, self._count = classes[:0], count[:0]
             self._mean = torch.empty(0, *shape, dtype=torch.float64, device=classes.device)
@@ -200,7 +214,7 @@ class ClassMoments:
         n_a, n_b = self._count[rows].double(), count.double()
         share, weight = (n_b / (n_a + n_b))[:, None], (n_a * n_b / (n_a + n_b))[:, None]
         means, m2s = self._mean.flatten(1), self._m2.flatten(1)
-        # Some columns at a time: what is computed on the way stays in the cache of a core.
+        # Some columns at a time: intermediate results stay in a core's cache.
         n_columns = max(1, _PIECE // len(classes))
         for start in range(0, means.shape[1], n_columns):
             columns = slice(start, start + n_columns)
@@ -212,13 +226,13 @@ class ClassMoments:
         self._count[rows] += count
 
     def _rows_of(self, classes: Tensor) -> Tensor:
-        """Rows of some classes; those that are new get rows behind the others."""
+        """Rows of some classes; new classes get rows after all others."""
         new = classes[~torch.isin(classes, self._classes)]
         if len(new):
             n = self.n_classes + len(new)
             if n > len(self._mean):
-                # Doubled, so that all of it is not copied for every batch that brings a new class. Rows that are
-                # never written take no memory but in the address space.
+                # Doubled, so that a batch with a new class does not always copy all rows. Rows that are never written
+                # take address space but no memory.
                 self._move_to(torch.arange(self.n_classes, device=classes.device), max(n, 2 * len(self._mean)))
             for x in (self._count, self._mean, self._m2):
                 x[self.n_classes : n] = 0
@@ -227,7 +241,7 @@ class ClassMoments:
         return order[torch.searchsorted(self._classes[order], classes)]
 
     def _move_to(self, rows: Tensor, n_rows: int) -> None:
-        """Put some rows in front, with others to spare behind them."""
+        """Move some rows to the front, with spare rows after them."""
         for name in ("_count", "_mean", "_m2"):
             old: Tensor = getattr(self, name)
             new = old.new_empty(n_rows, *old.shape[1:])
@@ -235,7 +249,7 @@ class ClassMoments:
             setattr(self, name, new)
 
     def _sort(self) -> None:
-        """Put the classes in ascending order, with nothing to spare."""
+        """Put the classes in ascending order, without spare rows."""
         if len(self._mean) == self.n_classes and bool((self._classes[1:] > self._classes[:-1]).all()):
             return
         order = self._classes.argsort()
@@ -292,7 +306,7 @@ class ClassMoments:
         return self.m2 / self.count.to(torch.float64).view(-1, 1, 1)
 
     def without(self, classes: Tensor) -> ClassMoments:
-        """The same moments with some classes left out."""
+        """The moments of all classes but some, ``[n]`` int64 labels."""
         keep = ~torch.isin(self.classes, classes.to(self.classes.device))
         return ClassMoments(self.classes[keep], self.count[keep], self.mean[keep], self.m2[keep])
 

@@ -1,8 +1,7 @@
-"""Profiles of class pairs, computed piece by piece while they are in the processor's cache.
+"""Separability of class pairs, computed in pieces that fit into the processor's cache.
 
-Everything here is ``[components, classes, cells]``: the pairs of one class with those behind it are then
-slices, and whatever depends on a single class is computed once. All pairs come in the order of
-``torch.triu_indices(C, C, 1)``.
+Statistics are ``[components, classes, cells]``: the pairs of one class with those after it are then slices, and terms
+of a single class are computed once. All pairs come in the order of ``torch.triu_indices(C, C, 1)``.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ from torch import Tensor
 
 __all__ = ["Kernel", "affinity_kernel", "all_pairs", "elementwise_kernel", "sampled_pairs"]
 
-# Values that are computed at once: some tensors of them stay in the cache of a core.
+# Values that are computed at once: several tensors of this size fit into a core's cache.
 _PIECE = 2**16
 _Stats = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function of the statistics of two classes.
+    """An elementwise function of the statistics of two classes.
 
     Attributes:
-        stats: Of every class, ``[components, classes, cells]`` each.
-        write: ``write(first, second, out)`` computes values from the statistics of first and second classes, which
-            broadcast to the shape of ``out``.
+        stats: Statistics of all classes, ``[components, classes, cells]`` each.
+        write: ``write(first, second, out)`` writes the values for pairs of classes into ``out``; the statistics of the
+            first and of the second classes broadcast to its shape.
     """
 
     stats: _Stats
     write: Callable[[_Stats, _Stats, Tensor], None]
 
     def values(self, first: _Stats, second: _Stats, out: Tensor) -> None:
-        """Compute values for all components, some of them at a time."""
+        """Write the values of all components into ``out``, some of them at a time."""
         n_rows = max(1, _PIECE // max(out[0].numel(), 1))
         for i in range(0, len(out), n_rows):
             rows = slice(i, i + n_rows)
@@ -44,13 +43,15 @@ class Kernel:
 def affinity_kernel(mean: Tensor, var: Tensor, finish: Callable[[Tensor], object]) -> Kernel:
     """A kernel for functions of the Bhattacharyya coefficient e^−B between two Gaussians.
 
-    e^−B = √(2 σ_a σ_b / (σ_a² + σ_b²)) · exp(−¼ (μ_a − μ_b)² / (σ_a² + σ_b²)). It does not change under an affine map,
-    so every component is brought to a common scale first, and no scale is too large or too small.
+        e^−B = √(2 σ_a σ_b / (σ_a² + σ_b²)) · exp(−¼ (μ_a − μ_b)² / (σ_a² + σ_b²))
+
+    The coefficient is invariant under affine maps. So every component is standardised first, and no scale is too large
+    or too small.
 
     Args:
-        mean: ``[components, classes, cells]``.
-        var: Same shape, positive.
-        finish: Turns coefficients into the values, in place.
+        mean: Class means μ, ``[components, classes, cells]``.
+        var: Class variances σ², ``[components, classes, cells]``, positive.
+        finish: Turns coefficients into the kernel's values, in place.
 
     Returns:
         The kernel.
@@ -73,13 +74,13 @@ def affinity_kernel(mean: Tensor, var: Tensor, finish: Callable[[Tensor], object
 def elementwise_kernel(
     metric: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], mean: Tensor, var: Tensor, check: Callable[..., object]
 ) -> Kernel:
-    """A kernel for any function of two means and variances of one shape.
+    """A kernel for any elementwise function of the means and variances of two classes.
 
     Args:
-        metric: ``metric(mean_a, var_a, mean_b, var_b)``.
-        mean: ``[components, classes, cells]``.
-        var: Same shape, positive.
-        check: ``check(values, shape)`` refuses what is not as it should be.
+        metric: ``metric(mean_a, var_a, mean_b, var_b)``, on tensors of one shape.
+        mean: Class means, ``[components, classes, cells]``.
+        var: Class variances, ``[components, classes, cells]``, positive.
+        check: ``check(values, shape)`` raises if the metric's values are not valid or not of that shape.
 
     Returns:
         The kernel.
@@ -95,14 +96,15 @@ def elementwise_kernel(
 
 
 def all_pairs(kernel: Kernel, n_columns: int | None) -> Iterator[Tensor]:
-    """Profiles, some class pairs at a time.
+    """Profiles over all class pairs, in chunks of pairs.
 
     Args:
-        kernel: What computes values.
-        n_columns: At most so many values of a component at once, but at least one pair; by default all.
+        kernel: The separability of two classes.
+        n_columns: Largest number of values of a component in a chunk, which holds at least one pair; ``None`` for one
+            chunk.
 
     Yields:
-        ``[components, pairs × cells]``.
+        ``[components, pairs × cells]`` for some pairs.
     """
     _, n_classes, n_cells = kernel.stats[0].shape
     most = max((n_columns or n_classes * n_classes * n_cells) // n_cells, 1)
@@ -135,16 +137,16 @@ def _chunk(kernel: Kernel, segments: list[tuple[int, slice]]) -> Tensor:
 
 
 def sampled_pairs(kernel: Kernel, n_pairs: int, seed: int) -> Iterator[Tensor]:
-    """Profiles of some class pairs, in which every class is as often as any other.
+    """Profiles over a sample of class pairs, in which every class occurs equally often.
 
-    The classes are put on a circle in an order drawn by chance, and paired with those that are δ places further, for
-    some δ drawn without replacement from 1 … ⌊(C − 1)/2⌋. Any two classes are paired with equal probability, since the
-    order is drawn, so a mean over the sample is an unbiased estimate of that over all pairs.
+    The classes are put on a circle in random order, and paired with those δ places further, for some δ drawn without
+    replacement from 1 … ⌊(C − 1)/2⌋. Any two classes are paired with equal probability, so a mean over the sample is an
+    unbiased estimate of the mean over all pairs. The pairs of one δ are a *cycle*.
 
     Args:
-        kernel: What computes values.
-        n_pairs: Number of pairs, rounded up to a multiple of the number of classes.
-        seed: Of the draw, which depends on the number of classes alone besides.
+        kernel: The separability of two classes.
+        n_pairs: Number of pairs, rounded up to a multiple of the number of classes C.
+        seed: Seed of the draw, which depends on nothing else but C.
 
     Yields:
         ``[components, classes × cells]`` for every δ.

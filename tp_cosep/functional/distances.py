@@ -1,4 +1,4 @@
-"""What a distance matrix has to be."""
+"""Validation of distance matrices."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def check_distances(distances: Tensor | np.ndarray) -> Tensor:
 
     Args:
         distances: ``[n, n]`` tensor or array; square, symmetric (to 1e-6 of its largest entry),
-            without negative or non-finite entries, with a zero diagonal.
+            without negative or non-finite entries, with a zero diagonal (to 1e-6 of its largest entry).
 
     Returns:
         The matrix as a float64 tensor on its own device, made exactly symmetric.
 
     Raises:
-        InputError: Saying which of these does not hold, and where.
+        InputError: If a requirement does not hold; the message names it and the first offending entry.
     """
     # A copy of an array: torch takes neither read-only nor reversed ones.
     d = distances if isinstance(distances, Tensor) else torch.from_numpy(np.array(distances, dtype=np.float64))
@@ -33,12 +33,12 @@ def check_distances(distances: Tensor | np.ndarray) -> Tensor:
     with few_threads(d):
         if _is_clean(d):
             return d.clone().fill_diagonal_(0)
-        _raise_for_group_plans(d)
+        _raise_for_entries(d)
         return (d + d.T).div_(2).fill_diagonal_(0)
 
 
 def _is_clean(d: Tensor) -> bool:
-    """Whether nothing about the entries needs a change, or a closer look."""
+    """Whether all entries are valid and the matrix is exactly symmetric already."""
     low, high = (float(x) for x in d.aminmax())  # NaN if any entry is
     return low >= 0 and high < np.inf and _is_symmetric(d) and float(d.diagonal().max()) <= 1e-6 * high
 
@@ -57,7 +57,7 @@ def _is_symmetric(d: Tensor) -> bool:
     )
 
 
-def _raise_for_group_plans(d: Tensor) -> None:
+def _raise_for_entries(d: Tensor) -> None:
     for is_bad, what in (
         (~torch.isfinite(d), "finite"),
         (d < 0, "non-negative"),

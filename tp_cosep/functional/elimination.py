@@ -1,13 +1,13 @@
-"""Which inputs linear readers can best do without: backward elimination of columns.
+"""Backward elimination of the inputs of linear consumers.
 
-Readers compute ``y = W x``. If some of x are left out and W is refitted to the rest, the outputs lose
-``Σ_o (w_o − ŵ_o)ᵀ C (w_o − ŵ_o)``, C being the covariance of x. Losing one block b more costs, exactly,
+A consumer computes ``y = Wᵀ x`` with W ``[features, outputs]``. If some features are pruned and W is refitted to the
+kept ones, the outputs lose ``tr (W − Ŵ)ᵀ C (W − Ŵ)``, with C the covariance of x. Pruning one more
+block b of features costs exactly
 
-    tr( (P_bb)⁻¹ K_bb ),    P = C⁻¹,  K = W Wᵀ  (of what is left, refitted),
+    tr( (P_bb)⁻¹ K_bb ),    P = C⁻¹,  K = W Wᵀ  (of the kept features, refitted),
 
-after which ``G = (P_bb)⁻¹ P_b``, ``P ← P − P_·b G`` and ``W ← W − Gᵀ W_b``. Taking away what costs least, again and
-again, is Optimal Brain Surgeon (Hassibi & Stork 1993) for whole columns, and the mirror image of greedy column-subset
-selection.
+after which ``G = (P_bb)⁻¹ P_b``, ``P ← P − P_·b G`` and ``W ← W − Gᵀ W_b``. Repeatedly pruning the cheapest block is
+Optimal Brain Surgeon (Hassibi & Stork, 1993) for whole columns, the reverse of greedy column-subset selection.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from torch import Tensor
 
 __all__ = ["Consumer", "Elimination", "backward_elimination", "precision_of"]
 
-# Added to the covariance, as shares of each variance and of the mean variance: copies of a channel stay invertible.
+# Added to the covariance, as shares of each variance and of the mean variance: it is singular for copies of a channel.
 _RIDGE, _FLOOR = 1e-4, 1e-10
-# Rows of low rank that wait until they are subtracted together: one large product is faster than many small ones.
+# Rows of low-rank updates that are collected before they are applied: one large product is faster than many small ones.
 _MOST_PENDING = 64
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """What one reader of a group sees.
+    """A consumer of a group, with f features.
 
     Attributes:
-        covariance: ``[f, f]`` of its inputs, C.
-        costs: ``[f, f]``, K = Σ_o w_o w_oᵀ over its outputs, each scaled by what an error there costs.
-        components: ``[f]`` int64, the component that each input goes with; −1 for inputs that stay.
-        precision: ``[f, f]``, what :func:`precision_of` makes of C, if it is known already.
+        covariance: C, ``[f, f]`` float64, of the features.
+        costs: K = Σ_o w_o w_oᵀ, ``[f, f]`` float64, with w_o ``[f]`` the weights of output o, scaled by the cost of an
+            error in it.
+        components: ``[f]`` int64, the component that each feature belongs to; −1 for features that are always kept.
+        precision: ``[f, f]`` float64, :func:`precision_of` C, if it is known already.
     """
 
     covariance: Tensor
@@ -44,13 +45,20 @@ class Consumer:
 
 
 def precision_of(covariance: Tensor) -> Tensor:
-    """The inverse of a covariance to which as much is added that copies and constant inputs can be told apart.
+    """The inverse of a covariance with a small ridge.
+
+        P = (C + diag(1e-4 C_ff + 1e-10 mean_f C_ff))⁻¹
+
+    The ridge keeps the covariance of copies and of constant features invertible; 1 takes the place of the second term
+    where no feature varies.
+
+    Args:
+        covariance: C, ``[f, f]`` float64.
 
     Returns:
-        Like the covariance.
+        P, ``[f, f]`` float64.
     """
     variance = covariance.diagonal()
-    # An input that never moves costs nothing, and stays invertible by the floor.
     floor = _FLOOR * variance.mean()
     inverse: Tensor = torch.linalg.inv(covariance + torch.diag(_RIDGE * variance + (floor if floor > 0 else 1)))
     return inverse
@@ -58,11 +66,11 @@ def precision_of(covariance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Elimination:
-    """An order in which components go.
+    """An order in which components are pruned.
 
     Attributes:
-        order: ``[n]`` int64, components from the first to go to the last.
-        costs: ``[n]`` float64, what losing each of them then cost.
+        order: ``[n]`` int64, components from the first to be pruned to the last.
+        costs: ``[n]`` float64, the cost of pruning each of ``order`` after those before it, at least 0.
     """
 
     order: Tensor
@@ -72,15 +80,21 @@ class Elimination:
 def backward_elimination(
     consumers: Sequence[Consumer], n_components: int, clusters: Tensor | None = None
 ) -> Elimination:
-    """Take away, again and again, the component that the readers can best do without once refitted.
+    """Prune, one after the other, the component whose loss costs the refitted consumers least.
+
+    The cost of a component is tr((P_bb)⁻¹ K_bb), summed over the consumers; b are its features among those kept.
+    A feature that never varies costs nothing.
+
+    Source: Optimal Brain Surgeon (Hassibi & Stork, 1993), for blocks of inputs.
 
     Args:
-        consumers: What reads the components; costs add up.
+        consumers: All consumers of the components.
         n_components: Number of components, n.
-        clusters: ``[n]`` int64; the last member of a cluster goes only when every cluster has a single one left.
+        clusters: ``[n]`` int64 labels; the last member of a cluster is pruned only when every cluster has a single
+            member left.
 
     Returns:
-        All components in the order in which they go; of equally cheap ones the highest index goes first.
+        All components in the order of pruning; of equally cheap ones the highest index comes first.
 
     Example:
         >>> x = torch.randn(500, 3, dtype=torch.float64)
@@ -92,78 +106,79 @@ def backward_elimination(
     """
     states = [_State(consumer, n_components) for consumer in consumers]
     device = consumers[0].covariance.device
-    alive = torch.ones(n_components, dtype=torch.bool, device=device)
+    is_kept = torch.ones(n_components, dtype=torch.bool, device=device)
     order, costs = [], []
     members = None if clusters is None else torch.bincount(clusters).tolist()
     labels = None if clusters is None else clusters.tolist()
     for _ in range(n_components):
-        cost = torch.stack([state.costs() for state in states]).sum(0).masked_fill(~alive, torch.inf)
+        cost = torch.stack([state.costs() for state in states]).sum(0).masked_fill(~is_kept, torch.inf)
         if members is not None and labels is not None and max(members) > 1:
             last = torch.tensor([members[label] == 1 for label in labels], device=device)
             cost = cost.masked_fill(last, torch.inf)
-        # argmin takes any of equal ones; the lowest index is to stay.
-        goes = int((cost == cost.min()).nonzero()[-1])
-        order.append(goes)
-        costs.append(float(cost[goes]))
-        alive[goes] = False
+        # argmin returns any of equal costs; the lowest index is to be kept.
+        cheapest = int((cost == cost.min()).nonzero()[-1])
+        order.append(cheapest)
+        costs.append(float(cost[cheapest]))
+        is_kept[cheapest] = False
         if members is not None and labels is not None:
-            members[labels[goes]] -= 1
+            members[labels[cheapest]] -= 1
         for state in states:
-            state.remove(goes)
+            state.remove(cheapest)
     return Elimination(torch.tensor(order), torch.tensor(costs, dtype=torch.float64))
 
 
 class _State:
-    """P and K of one reader, as matrices and products of low rank that are subtracted from them now and then.
+    """P and K of one consumer, and their diagonal blocks ``[n, q, q]``.
 
-    Where components differ in their number of inputs, inert inputs fill them up.
+    Components with fewer than q features, the largest number of all, are filled up with inert ones.
     """
 
     def __init__(self, consumer: Consumer, n_components: int) -> None:
         precision = precision_of(consumer.covariance) if consumer.precision is None else consumer.precision
-        # What stays has done its part in the inverse.
-        ours = (consumer.components >= 0).nonzero()[:, 0]
-        components = consumer.components[ours]
-        width, f = int(torch.bincount(components, minlength=n_components).max()), len(ours)
+        # Features that are always kept matter for the inverse alone.
+        prunable = (consumer.components >= 0).nonzero()[:, 0]
+        components = consumer.components[prunable]
+        width, f = int(torch.bincount(components, minlength=n_components).max()), len(prunable)
         self._n_features = f
         p = torch.eye(f + width, dtype=precision.dtype, device=precision.device)
-        p[:f, :f] = precision[ours[:, None], ours]
+        p[:f, :f] = precision[prunable[:, None], prunable]
         k = torch.zeros_like(p)
-        k[:f, :f] = consumer.costs[ours[:, None], ours]
-        self._p, self._k = _Lazy(p), _Lazy(k)
+        k[:f, :f] = consumer.costs[prunable[:, None], prunable]
+        self._p, self._k = _LowRankUpdated(p), _LowRankUpdated(k)
         own = [(components == i).nonzero()[:, 0] for i in range(n_components)]
         inert = torch.arange(f, f + width, device=p.device)
         self._blocks = torch.stack([torch.cat([b, inert[: width - len(b)]]) for b in own])
         rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
         self._p_blocks, self._k_blocks = p[rows, columns], k[rows, columns]  # [n, q, q]
-        self._gone = torch.zeros(n_components, dtype=torch.bool, device=p.device)
+        self._pruned = torch.zeros(n_components, dtype=torch.bool, device=p.device)
 
     def costs(self) -> Tensor:
-        """What losing each component costs now, ``[n]``; 0 for one that is gone."""
+        """Cost of pruning each component next, ``[n]``; 0 for one that is pruned already."""
         if self._blocks.shape[1] == 1:
             return (self._k_blocks / self._p_blocks)[:, 0, 0].clamp(min=0)
         costs: Tensor = torch.linalg.solve(self._p_blocks, self._k_blocks).diagonal(dim1=1, dim2=2).sum(1)
         return costs.clamp(min=0)
 
     def remove(self, component: int) -> None:
+        """Update P and K for a component that is pruned."""
         block = self._blocks[component]
         block = block[block < self._n_features]
         p_b, k_b = self._p.rows(block), self._k.rows(block)  # [q, f]
         g = torch.linalg.solve(p_b[:, block], p_b)
-        h = k_b - k_b[:, block] @ g  # the rows of K once the block's own share is off: K is symmetric
+        h = k_b - k_b[:, block] @ g  # K_b − K_bb G; K is symmetric
         self._p.subtract(p_b, g)
         # K of W − Gᵀ W_b: K − Gᵀ K_b − (K_·b − Gᵀ K_bb) G
         self._k.subtract(torch.cat([g, h]), torch.cat([k_b, g]))
         p_b, k_b, g, h = (x[:, self._blocks].transpose(0, 1) for x in (p_b, k_b, g, h))  # [n, inputs, q]
         self._p_blocks -= p_b.transpose(1, 2) @ g
         self._k_blocks -= g.transpose(1, 2) @ k_b + h.transpose(1, 2) @ g
-        self._gone[component] = True
-        self._p_blocks[self._gone] = torch.eye(self._blocks.shape[1], dtype=g.dtype, device=g.device)
-        self._k_blocks[self._gone] = 0
+        self._pruned[component] = True
+        self._p_blocks[self._pruned] = torch.eye(self._blocks.shape[1], dtype=g.dtype, device=g.device)
+        self._k_blocks[self._pruned] = 0
 
 
-class _Lazy:
-    """A matrix from which products of low rank are subtracted, many of them at a time."""
+class _LowRankUpdated:
+    """A matrix from which low-rank products are subtracted, several at once."""
 
     def __init__(self, x: Tensor) -> None:
         self._x = x
@@ -172,14 +187,14 @@ class _Lazy:
         self._n_pending = 0
 
     def rows(self, idxs: Tensor) -> Tensor:
-        """Rows as they are now, ``[n, f]``."""
+        """Rows of the updated matrix, ``[n, f]``."""
         rows = self._x[idxs]
         if self._left:
             rows = rows - torch.cat(self._left)[:, idxs].T @ torch.cat(self._right)
         return rows
 
     def subtract(self, left: Tensor, right: Tensor) -> None:
-        """Take off leftᵀ @ right, ``[r, f]`` each."""
+        """Subtract leftᵀ @ right, ``[r, f]`` each."""
         self._left.append(left)
         self._right.append(right)
         self._n_pending += len(left)

@@ -18,16 +18,16 @@ __all__ = ["heads_of_layer", "heads_of_model"]
 def heads_of_layer(
     distances: Tensor, *, n_sharing: int = 1, n_keep: int | None = None, preference: Tensor | None = None, **rules: Any
 ) -> ChannelSelection:
-    """Choose heads of one layer.
+    """Select heads of one layer.
 
     Args:
         distances: ``[heads, heads]``.
-        n_sharing: Consecutive query heads that share keys and values. If there are several, as many are kept
-            of every such block, and the choice is made in each; the count is that of the layer, shared out and
-            rounded down, as the stock pruner does.
-        n_keep: Number to keep, in place of the knee.
-        preference: As in :func:`tp_cosep.functional.selection.select_channels`, and so the rest.
-        **rules: Of :func:`tp_cosep.functional.selection.select_channels`.
+        n_sharing: Number of consecutive query heads that share keys and values. If several do, the same number of heads
+            is kept in every such block, by a selection of its own; the layer's count is divided by the number of
+            blocks and rounded down, as in Torch-Pruning's pruner.
+        n_keep: Number of heads to keep, in 1 … heads; by default the knee decides.
+        preference: ``[heads]``; the most preferred head of a cluster is kept, by default the medoid.
+        **rules: Further options of :func:`tp_cosep.functional.selection.select_channels`.
 
     Returns:
         The selection, one component per head.
@@ -68,24 +68,26 @@ def heads_of_model(
     preference: Tensor | None = None,
     **rules: Any,
 ) -> list[ChannelSelection]:
-    """Choose heads of all layers together, at least one of each.
+    """Select heads of all layers together, at least one in each.
 
-    The head with the best score of every layer is kept; the other places go to the best of the rest. (The choice
-    for the whole model could leave a layer empty.)
+    The best-scored head of every layer is kept, and the best of all others up to the count: a selection over the whole
+    model alone could leave a layer without heads.
+
+    Source: CAHP (arXiv 2606.19150). Departure: at least one head is kept in every layer.
 
     Args:
         distances: ``[heads, heads]``, the heads of all layers one after another.
         sizes: Number of heads of every layer.
-        n_keep: Number to keep over all layers, at least one for each; in place of the knee.
-        preference: As in :func:`tp_cosep.functional.selection.select_channels`, and so the rest.
-        **rules: Of :func:`tp_cosep.functional.selection.select_channels`.
+        n_keep: Number of heads to keep over all layers; at least one is kept in each. By default the knee decides.
+        preference: ``[heads]``; the most preferred head of a cluster is kept, by default the medoid.
+        **rules: Further options of :func:`tp_cosep.functional.selection.select_channels`.
 
     Returns:
-        The selection of every layer, one component per head. Their curves and knees are those of the
-        whole model; a layer's medoids are the heads that it keeps, and its clusters the heads nearest to each.
+        The selection of every layer, one component per head. Curves and knees are those of the whole model; a layer's
+        medoids are its kept heads, and its clusters the heads nearest to each.
 
     Raises:
-        InputError: If an argument is not valid.
+        InputError: If an argument is not valid, or ``sizes`` do not add up to the number of heads.
     """
     if sum(sizes) != len(distances):
         raise InputError(f"heads: expected the sizes of the layers to add up to {len(distances)}, got {list(sizes)}.")
@@ -96,10 +98,10 @@ def heads_of_model(
     best = {max(heads, key=lambda h: float(whole.scores[h])) for heads in ranges}
     rest = [h for h in order if h not in best]
     kept = best | set(rest[: max(0, whole.k - len(best))])
-    return [_part(whole, distances, heads, kept) for heads in ranges]
+    return [_in_layer(whole, distances, heads, kept) for heads in ranges]
 
 
-def _part(whole: ChannelSelection, distances: Tensor, heads: range, kept: set[int]) -> ChannelSelection:
+def _in_layer(whole: ChannelSelection, distances: Tensor, heads: range, kept: set[int]) -> ChannelSelection:
     keep = tuple(i for i, head in enumerate(heads) if head in kept)
     block = distances[heads.start : heads.stop, heads.start : heads.stop].cpu()
     labels = block[:, list(keep)].argmin(1)

@@ -1,10 +1,8 @@
 """k-medoids on a distance matrix: for one k, and for every k along one warm-started path.
 
-Letters: D is the ``[n, n]`` distance matrix, TD(M) = Σ_i min_{m ∈ M} D_im the total deviation of a set
-M of medoids.
+Letters: D is the ``[n, n]`` distance matrix, TD(M) = Σ_i min_{m ∈ M} D_im the total deviation of a set M of medoids.
 
-The search runs on the CPU; results are on the device of D. Ties go to the lowest index, and the result
-depends on nothing but D.
+The search runs on the CPU; results are on the device of D. It is deterministic: ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -28,18 +26,17 @@ __all__ = [
     "GrowingPath",
     "KMedoids",
     "check_backend",
-    "check_distances",
     "checkpoints_for",
     "k_medoids",
     "k_medoids_path",
 ]
 
-# Up to so many points every number of medoids is a checkpoint, and every swap is the best one of all.
+# Up to this number of points every number of medoids is a checkpoint, and every swap is the best of all.
 _FEW = 32
-# One more point is added at once for every so many medoids.
+# The number of points added at once is the number of medoids divided by this.
 _SHARE = 4
-# Once points have been swapped in, the promises of others are old: after so many broken ones the table is asked anew.
-_IN_VAIN = 6
+# After swaps the table's gains are out of date: after this number of candidates that gain nothing it is updated.
+_MOST_FAILURES = 6
 
 Backend = Callable[[Tensor, Sequence[int]], "list[KMedoids]"]
 
@@ -51,9 +48,9 @@ class KMedoids:
     Attributes:
         k: Number of medoids.
         medoids: ``[k]`` int64, ascending.
-        labels: ``[n]`` int64, position in ``medoids`` of each point's nearest medoid (the lowest on
-            ties; a medoid always belongs to itself).
-        total_deviation: Sum over all points of the distance to the nearest medoid.
+        labels: ``[n]`` int64, position in ``medoids`` of each point's nearest medoid (the lowest on ties; a medoid
+            always belongs to itself).
+        total_deviation: TD, the sum over all points of the distance to the nearest medoid.
     """
 
     k: int
@@ -63,10 +60,13 @@ class KMedoids:
 
     @classmethod
     def from_assignment(cls, assignment: Assignment) -> KMedoids:
-        """The solution that an assignment stands for; as :meth:`from_medoids`, without computing it anew.
+        """The solution of a search; equals :meth:`from_medoids`, without computing the nearest medoids again.
+
+        Args:
+            assignment: The final state of the search.
 
         Returns:
-            The solution, its medoids sorted.
+            The solution, its medoids sorted, on the CPU.
         """
         order = assignment.medoids.argsort()
         medoids, k = assignment.medoids[order], len(order)
@@ -99,8 +99,11 @@ class KMedoids:
     def to(self, device: torch.device) -> KMedoids:
         """The same solution on another device.
 
+        Args:
+            device: Of the tensors.
+
         Returns:
-            It; itself if it is there already.
+            The solution; itself if it is on that device already.
         """
         if self.medoids.device == device:
             return self
@@ -108,15 +111,15 @@ class KMedoids:
 
 
 def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native") -> KMedoids:
-    """Cluster n points around k of them, with the smallest total deviation that is found.
+    """Cluster n points around k of them: minimise TD(M) over sets M of k medoids.
 
-    The native backend grows from one medoid to k, see :class:`GrowingPath`, as :func:`k_medoids_path` does;
-    so the result for a given k does not depend on which other k were asked for. The result is swap-optimal:
-    no exchange of one medoid for one other point lowers TD.
+    The native backend grows from one medoid to k, see :class:`GrowingPath`, as in :func:`k_medoids_path`; so the result
+    for one k is the same whichever other k are requested. The result is a local optimum: no exchange of one medoid for
+    one other point lowers TD.
 
     Args:
-        distances: See :func:`check_distances`.
-        k: Number of medoids, 1 … n.
+        distances: ``[n, n]``, see :func:`tp_cosep.functional.distances.check_distances`.
+        k: Number of medoids, in 1 … n.
         backend: ``"native"``; ``"kmedoids"``, FasterPAM of the package kmedoids (GPL, never required);
             ``"sklearn-extra"``, PAM of scikit-learn-extra's ``KMedoids``.
 
@@ -141,12 +144,13 @@ def k_medoids_path(
     """k-medoids for many k, all from one sequence of warm starts.
 
     The points that lower TD most become medoids, then single swaps are made, the best first, until none lowers
-    TD; see :class:`GrowingPath`. All swaps are weighed at once, see :class:`tp_cosep.functional.swap_table.SwapTable`.
+    TD; see :class:`GrowingPath`. All swaps are evaluated at once with FastPAM's decomposition (Schubert & Rousseeuw,
+    Information Systems 101, 2021), see :class:`tp_cosep.functional.swap_table.SwapTable`.
 
     Args:
-        distances: See :func:`check_distances`.
-        ks: The k wanted, each 1 … n, in any order; all of 2 … n if not given (1 if n is 1).
-        backend: See :func:`k_medoids`.
+        distances: ``[n, n]``, see :func:`tp_cosep.functional.distances.check_distances`.
+        ks: Numbers of medoids, each in 1 … n, in any order; by default all of 2 … n (1 if n is 1).
+        backend: Solver, see :func:`k_medoids`.
 
     Returns:
         One solution per k, in the order of ``ks``.
@@ -154,24 +158,32 @@ def k_medoids_path(
     Raises:
         InputError: If the matrix, a k or the backend is not valid.
         MissingDependencyError: If the backend's package is not installed.
+
+    Example:
+        >>> x = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
+        >>> [solution.total_deviation for solution in k_medoids_path((x[:, None] - x).abs(), [1, 2, 3])]
+        [30.0, 4.0, 3.0]
     """
     d = check_distances(distances)
     n = len(d)
-    spec = list(ks) if ks is not None else list(range(min(2, n), n + 1))
-    for k in spec:
+    requested = list(ks) if ks is not None else list(range(min(2, n), n + 1))
+    for k in requested:
         if not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
             raise InputError(f"k_medoids: expected an integer k in 1 … {n} (the number of points), got {k!r}.")
-    return check_backend(backend)(d, spec)
+    return check_backend(backend)(d, requested)
 
 
 def check_backend(backend: str) -> Backend:
-    """The solver of that name.
+    """Look up a solver by name.
+
+    Args:
+        backend: One of :data:`BACKENDS`.
 
     Returns:
-        A function that finds one solution per k.
+        A function ``solve(distances, ks)`` that finds one solution per k.
 
     Raises:
-        InputError: If there is none.
+        InputError: If the name is unknown.
     """
     if backend not in BACKENDS:
         raise InputError(f"k_medoids: expected a backend of {sorted(BACKENDS)}, got {backend!r}.")
@@ -181,14 +193,14 @@ def check_backend(backend: str) -> Backend:
 class GrowingPath:
     """k-medoids for any k of one matrix, each found from the same sequence of solutions.
 
-    *Checkpoints* are numbers of medoids that depend on n alone. The solution at a checkpoint grows from that
-    at the one before: points that lower TD most become medoids (PAM's BUILD, several at a time), then swaps are made
-    until none lowers TD. Between two checkpoints every k has a place in the tree of halved gaps: the middle of a gap
-    grows from the gap's lower end in the same way. So the solution for k does not depend on what else was asked for.
+    *Checkpoints* are numbers of medoids that depend on n alone. The solution at a checkpoint grows from that at the
+    previous one: points that lower TD most become medoids (PAM's BUILD, several at a time), then swaps are made until
+    none lowers TD. Between two checkpoints every k has a place in the tree of halved gaps: the middle of a gap grows
+    from the gap's lower end in the same way. So the solution for k is the same whichever other k are requested.
 
     Args:
-        d: ``[n, n]``, as :func:`check_distances` returns it.
-        checkpoints: Ascending, the first one 1; :func:`checkpoints_for` by default.
+        d: ``[n, n]``, as :func:`tp_cosep.functional.distances.check_distances` returns it.
+        checkpoints: Numbers of medoids, ascending from 1; those of :func:`checkpoints_for` by default.
     """
 
     def __init__(self, d: Tensor, checkpoints: Sequence[int] | None = None) -> None:
@@ -204,18 +216,24 @@ class GrowingPath:
     def solve(self, k: int) -> KMedoids:
         """The solution for one k.
 
+        Args:
+            k: Number of medoids, in 1 … n.
+
         Returns:
-            It, on the device of the matrix.
+            The solution, on the device of the matrix.
         """
         if k == len(self._d):
             return KMedoids.from_medoids(self._d, torch.arange(k)).to(self._device)
         return KMedoids.from_assignment(self._solved(k)).to(self._device)
 
     def medoids(self, k: int) -> tuple[Indices, Floats]:
-        """The medoids for one k, and how far away they are.
+        """The medoids for one k, and every point's distance to the nearest.
+
+        Args:
+            k: Number of medoids, in 1 … n.
 
         Returns:
-            ``[k]``, ascending; ``[n]``, the distance of every point to the nearest.
+            The medoids ``[k]``, ascending; the distances ``[n]``.
         """
         if k == len(self._d):
             return np.arange(k), np.zeros(k)
@@ -227,11 +245,11 @@ class GrowingPath:
             with few_threads(self._d):
                 for before, after in pairwise(self._steps_to(k)):
                     if after not in self._states:
-                        self._go_on(before, after)
+                        self._extend(before, after)
         return self._states[k]
 
     def _steps_to(self, k: int) -> list[int]:
-        """What the solution for k grows from, and k itself, ascending."""
+        """The numbers of medoids that the solution for k grows through, ending with k."""
         ks = self._checkpoints
         position = bisect_right(ks, k) - 1
         steps = [*ks[: position + 1]]
@@ -246,8 +264,8 @@ class GrowingPath:
                     high = middle
         return steps
 
-    def _go_on(self, before: int, k: int) -> None:
-        """Solve for k from a solved number before it."""
+    def _extend(self, before: int, k: int) -> None:
+        """Solve for k, starting from the solution for fewer medoids."""
         if self._at != before:
             self._table.move_to(self._states[before])
         _grow(self._table, k)
@@ -258,8 +276,11 @@ class GrowingPath:
 def checkpoints_for(n: int) -> list[int]:
     """Numbers of medoids at which :class:`GrowingPath` swaps to convergence.
 
+    Args:
+        n: Number of points.
+
     Returns:
-        1 … n, all for n ≤ 32, else 1, 2 and from there in steps of k/3, at least 2.
+        All of 1 … n for n ≤ 32; otherwise 1, 2 and from there in steps of k/3, at least 2, up to n.
     """
     if n <= _FEW:
         return list(range(1, n + 1))
@@ -280,14 +301,14 @@ def _grow(table: SwapTable, k: int) -> None:
 
 
 def _swap(table: SwapTable) -> bool:
-    """Make swaps that lower TD, those first that promise most.
+    """Make swaps that lower TD, the candidates with the largest gains first.
 
     Returns:
-        Whether there were any.
+        Whether any swap was made.
     """
     state = table.assignment
     deviation = float(state.d1.sum())
-    in_vain, has_swapped = 0, False
+    n_failures, has_swapped = 0, False
     for point in table.promising(TOLERANCE * deviation).tolist():
         slot, change = state.best_swap(point, deviation)
         if change < -TOLERANCE * deviation:
@@ -295,13 +316,13 @@ def _swap(table: SwapTable) -> bool:
             state.replace(slot, point)
             now = float(state.d1.sum())
             if now < deviation:
-                deviation, in_vain, has_swapped = now, 0, True
+                deviation, n_failures, has_swapped = now, 0, True
                 if len(state.d) <= _FEW:
                     return True
                 continue
             state.replace(slot, before)  # a gain at the edge of rounding
-        in_vain += 1
-        if in_vain >= _IN_VAIN and has_swapped:
+        n_failures += 1
+        if n_failures >= _MOST_FAILURES and has_swapped:
             break
     return has_swapped
 
@@ -317,7 +338,7 @@ def _kmedoids_package(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
         import kmedoids
     except ImportError as error:
         raise MissingDependencyError(
-            "k_medoids: backend='kmedoids' needs the package kmedoids (licence GPL-3.0): pip install kmedoids."
+            "k_medoids: backend='kmedoids' requires the package kmedoids (licence GPL-3.0): pip install kmedoids."
         ) from error
     matrix = d.cpu().numpy()
     results = [kmedoids.fasterpam(matrix, int(k), random_state=0).medoids for k in ks]
@@ -329,7 +350,7 @@ def _sklearn_extra(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
         from sklearn_extra.cluster import KMedoids as SklearnKMedoids
     except ImportError as error:
         raise MissingDependencyError(
-            "k_medoids: backend='sklearn-extra' needs scikit-learn-extra, which needs Python < 3.12 and "
+            "k_medoids: backend='sklearn-extra' requires scikit-learn-extra, which requires Python < 3.12 and "
             f"numpy < 2: pip install 'tp_cosep[sklearn-extra]' (import failed with: {error})."
         ) from error
     matrix = d.cpu().numpy()
@@ -341,7 +362,7 @@ def _sklearn_extra(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
             int(k), metric="precomputed", method="pam", init="build", max_iter=n_iterations, random_state=0
         )
         with warnings.catch_warnings():
-            # "Cluster i is empty": several points at distance 0; the medoids are what we read.
+            # "Cluster i is empty": several points at distance 0. Only the medoids are used.
             warnings.filterwarnings("ignore", message="Cluster .* is empty")
             results.append(model.fit(matrix).medoid_indices_)
     return _from_arrays(d, results)

@@ -1,9 +1,12 @@
-"""Least squares for a layer that lost inputs: what it can still compute from those that are left.
+"""Least squares for consumers that lost inputs.
 
-A layer computes ``y = W x + c``. Where its inputs x become other ones, x′, the best that it can do is to predict x
-from them: ``x ≈ A x′ + b`` by least squares gives ``W′ = W A`` and ``c′ = c + W b``, which minimises
-``E ‖W x + c − W′ x′ − c′‖²``, for every W at once. When inputs only go, x′ being the part of x that stays, the rows
-of A that belong to x′ are the identity, and nothing changes at all if what goes is a linear function of what stays.
+A consumer computes ``y = W x + c``. If its features x are replaced by others, x′, its best weights follow from a
+prediction of x: ``x ≈ A x′ + b`` by least squares gives ``W′ = W A`` and ``c′ = c + W b``, which minimises
+``E ‖W x + c − W′ x′ − c′‖²`` for every W at once. If x′ is a part of x, the rows of A for x′ are the identity, and y is
+unchanged if the pruned features are linear functions of the kept ones.
+
+Weights enter as Wᵀ, ``[features, outputs, positions]``: at every kernel position the same features have other weights.
+Moments are Σ z zᵀ over rows z = (x, 1), in two folds, see :class:`tp_cosep.functional.second_moments.SecondMoments`.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RIDGES", "LinearFit", "fit_linear", "from_others", "without"]
+__all__ = ["RIDGES", "LinearFit", "fit_linear", "refit_to_kept", "refit_to_others"]
 
-#: Ridge strengths that are tried, in units of the variance of an input: three per decade from 1e-10 to 10.
+#: Candidate ridge strengths, in units of the variance of an input: three per decade from 1e-10 to 10.
 RIDGES: tuple[float, ...] = tuple(10.0 ** (i / 3) for i in range(-30, 4))
 _RIDGE_WITHOUT_TRIAL = 1e-3
 _TINY = torch.finfo(torch.float64).tiny
@@ -28,10 +31,9 @@ class LinearFit:
     Attributes:
         coefficients: ``[targets, inputs]`` float64.
         constant: ``[targets]`` float64; zeros if none was fitted.
-        ridge: The strength that was chosen.
-        lost: What is left of the targets, ``Σ (t − t̂)ᵀ M (t − t̂)``, estimated on rows that were not fitted to:
-            each fold with the coefficients of the other.
-        energy: What there was, ``Σ tᵀ M t``.
+        ridge: The ridge strength λ, in units of the variance of an input.
+        lost: The error ``Σ (t − t̂)ᵀ M (t − t̂)`` by two-fold cross-validation, M the metric of :func:`fit_linear`.
+        energy: ``Σ tᵀ M t``, the error of predicting nothing.
     """
 
     coefficients: Tensor
@@ -41,61 +43,72 @@ class LinearFit:
     energy: float
 
 
-def without(
-    maps: Tensor, folds: Tensor, gone: Tensor, *, constant: bool = True, ridge: float | None = None
+def refit_to_kept(
+    weights: Tensor, folds: Tensor, pruned: Tensor, *, constant: bool = True, ridge: float | None = None
 ) -> tuple[Tensor, Tensor, LinearFit]:
-    """Weights that do without some of the inputs.
+    """Refit weights to compensate for pruned features.
+
+    W′_kept = W_kept + W_pruned R and c′ = c + W_pruned b, where x_pruned ≈ R x_kept + b.
 
     Args:
-        maps: ``[features, outputs, positions]`` float64, see :mod:`tp_cosep.graph.patches`.
-        folds: ``[2, features + 1, features + 1]``, moments of the inputs, see
-            :class:`tp_cosep.functional.second_moments.SecondMoments`.
-        gone: ``[n]`` int64, the features that go, ascending.
-        constant: Whether the outputs may take a constant.
-        ridge: The strength, if it is given.
+        weights: W, ``[features, outputs, positions]`` float64.
+        folds: ``[2, features + 1, features + 1]`` float64, moments of the features.
+        pruned: ``[n]`` int64, indices of the pruned features, ascending.
+        constant: Whether a constant may be added to the outputs.
+        ridge: The ridge strength, in units of the variance of an input; chosen by cross-validation if not given.
 
     Returns:
-        The new maps, zero where features go; ``[outputs]``, what is to be added to the outputs; the fit.
+        W′ ``[features, outputs, positions]``, zero for pruned features; c′ − c ``[outputs]``; the fit.
+
+    Example:
+        >>> x = torch.arange(6, dtype=torch.float64).view(3, 2) ** 2
+        >>> z = torch.cat([x, x[:, :1], torch.ones(3, 1)], 1)  # the third feature is a copy of the first
+        >>> folds = (z.T @ z).repeat(2, 1, 1)
+        >>> weights, added, _ = refit_to_kept(torch.ones(3, 1, 1).double(), folds, torch.tensor([2]))
+        >>> weights.flatten().round(decimals=4)
+        tensor([2., 1., 0.], dtype=torch.float64)
     """
-    is_kept = torch.ones(len(maps) + 1, dtype=torch.bool, device=maps.device)
-    is_kept[gone] = False
+    is_kept = torch.ones(len(weights) + 1, dtype=torch.bool, device=weights.device)
+    is_kept[pruned] = False
     kept = is_kept.nonzero()[:, 0]
-    lost = maps[gone]
+    lost = weights[pruned]
     fit = fit_linear(
         folds[:, kept[:, None], kept],
-        folds[:, gone[:, None], kept],
-        folds[:, gone[:, None], gone],
+        folds[:, pruned[:, None], kept],
+        folds[:, pruned[:, None], pruned],
         lost.flatten(1),
-        own=maps[kept[:-1]].flatten(1),
+        own=weights[kept[:-1]].flatten(1),
         constant=constant,
         ridge=ridge,
     )
-    new = maps.clone()
-    new[gone] = 0
+    new = weights.clone()
+    new[pruned] = 0
     new[kept[:-1]] += torch.einsum("gk,gop->kop", fit.coefficients, lost)
     return new, torch.einsum("g,gop->o", fit.constant, lost), fit
 
 
-def from_others(
-    maps: Tensor, folds: Tensor, *, constant: bool = True, ridge: float | None = None
+def refit_to_others(
+    weights: Tensor, folds: Tensor, *, constant: bool = True, ridge: float | None = None
 ) -> tuple[Tensor, Tensor, LinearFit]:
-    """Weights that compute from other inputs what was computed from the original ones.
+    """Refit weights to other features that replace the original ones.
+
+    W′ = W A and c′ = c + W b, where x ≈ A x′ + b.
 
     Args:
-        maps: ``[n, outputs, positions]`` float64, of the n original features.
-        folds: ``[2, n + m + 1, n + m + 1]``, moments of rows (original features, other features).
-        constant: Whether the outputs may take a constant.
-        ridge: The strength, if it is given.
+        weights: W, ``[n, outputs, positions]`` float64, of the n original features x.
+        folds: ``[2, n + m + 1, n + m + 1]`` float64, moments of rows (x, x′) with m other features x′.
+        constant: Whether a constant may be added to the outputs.
+        ridge: The ridge strength, in units of the variance of an input; chosen by cross-validation if not given.
 
     Returns:
-        Maps ``[m, outputs, positions]`` of the other features; ``[outputs]``, what is to be added; the fit.
+        W′ ``[m, outputs, positions]``; c′ − c ``[outputs]``; the fit.
     """
-    n = len(maps)
+    n = len(weights)
     fit = fit_linear(
-        folds[:, n:, n:], folds[:, :n, n:], folds[:, :n, :n], maps.flatten(1), constant=constant, ridge=ridge
+        folds[:, n:, n:], folds[:, :n, n:], folds[:, :n, :n], weights.flatten(1), constant=constant, ridge=ridge
     )
-    new = torch.einsum("ng,nop->gop", fit.coefficients, maps)
-    return new, torch.einsum("n,nop->o", fit.constant, maps), fit
+    new = torch.einsum("ng,nop->gop", fit.coefficients, weights)
+    return new, torch.einsum("n,nop->o", fit.constant, weights), fit
 
 
 def fit_linear(
@@ -110,26 +123,27 @@ def fit_linear(
 ) -> LinearFit:
     """Ridge regression from second moments, its strength chosen by two-fold cross-validation.
 
-    With inputs scaled to unit variance, ``A(λ) = C_tx (C_xx + λ I)⁻¹``; λ is the one of :data:`RIDGES` whose error
-    on the other fold, in the metric M = W Wᵀ, is least. Inputs without variance get no coefficients.
+    With inputs scaled to unit variance, ``A(λ) = C_tx (C_xx + λ I)⁻¹``; λ is the one of :data:`RIDGES` with the least
+    error on the other fold, in the metric ``M = W Wᵀ``, W ``[m, outputs]``. Inputs without variance get no
+    coefficients.
 
-    What is fitted to is not quite what the layer will see: other groups are pruned too, and normalisation may average
-    over fewer channels. So a λ is only taken if the layer is not much more sensitive to noise in its inputs than it
-    was. The sensitivity is ``‖W diag(σ)‖²`` with the inputs' standard deviations σ, what noise that is independent and
-    the same share of every input does to the outputs. It may grow to n_before / n_after times what it was, at least
-    to twice: what inputs need that stand for copies of them.
+    The inputs after pruning differ from those in calibration: other groups are pruned too, and normalisation may
+    average over fewer channels. So a λ is admissible only if the consumer does not become much more sensitive to noise
+    in its inputs. Its sensitivity is ``‖diag(σ) W‖²`` over all inputs, σ their standard deviations: the effect on the
+    outputs of independent noise that is the same share of every input. It may grow by a factor of n_before / n_after,
+    at least 2: as much as inputs need that represent copies of themselves.
 
     Args:
-        xx: ``[2, p + 1, p + 1]``, Σ z zᵀ of both folds, z = (x, 1).
-        tx: ``[2, m, p + 1]``, Σ t zᵀ.
-        tt: ``[2, m, m]``, Σ t tᵀ.
-        weights: ``[m, outputs]``, W: what the layer makes of the targets.
-        own: ``[p, outputs]``, what it makes of the inputs anyway; nothing if not given.
+        xx: ``[2, p + 1, p + 1]`` float64, Σ z zᵀ of both folds, z = (x, 1).
+        tx: ``[2, m, p + 1]`` float64, Σ t zᵀ of both folds.
+        tt: ``[2, m, m]`` float64, Σ t tᵀ of both folds.
+        weights: W, ``[m, outputs]``, the consumer's weights of the targets.
+        own: ``[p, outputs]``, the consumer's weights of the inputs before the fit; zero if not given.
         constant: Whether to fit a constant; without it moments are taken around zero.
-        ridge: λ, if it is given.
+        ridge: λ; chosen by cross-validation if not given.
 
     Returns:
-        The fit to both folds together. Where a fold has no rows, λ is 1e-3 and ``lost`` is that of the fit itself.
+        The fit to both folds together. If a fold has no rows, λ is 1e-3 and ``lost`` is the training error.
 
     Example:
         >>> from tp_cosep.functional.second_moments import SecondMoments
@@ -151,10 +165,11 @@ def fit_linear(
         for fit, test in ((0, 1), (1, 0)):
             half = _Spectrum(xx[fit], tx[fit], constant=constant)
             errors += n[test] * half.errors(xx[test], tx[test], tt[test], metric, tried)
-        is_calm = spectrum.sensitivities(weights, own, tried) <= _most_sensitive(
+        is_admissible = spectrum.sensitivities(weights, own, tried) <= _most_sensitive(
             *whole, weights, own, constant=constant
         )
-        best = int(torch.where(is_calm, errors, torch.inf).argmin()) if bool(is_calm.any()) else len(tried) - 1
+        admissible = torch.where(is_admissible, errors, torch.inf)
+        best = int(admissible.argmin()) if bool(is_admissible.any()) else len(tried) - 1
         chosen, lost = tried[best], float(errors[best])
     else:
         chosen = _RIDGE_WITHOUT_TRIAL if ridge is None else ridge
@@ -172,13 +187,13 @@ def fit_linear(
 def _most_sensitive(
     xx: Tensor, tx: Tensor, tt: Tensor, weights: Tensor, own: Tensor | None, *, constant: bool
 ) -> Tensor:
-    """How sensitive a layer may be after the fit: as it was before, times what copies that are summed up need.
+    """The largest admissible sensitivity: max(2, n_before / n_after) times that before the fit.
 
-    Each input that stays stands for so many as there were for each that is left. Where these are copies of it their
-    weights add up, to at most so many times the sum of their squares (Cauchy-Schwarz).
+    After the fit each input represents n_before / n_after inputs on average. If these are copies of it, their weights
+    add up, and the square of a sum of r weights is at most r times the sum of their squares (Cauchy-Schwarz).
 
     Returns:
-        A number.
+        A scalar.
     """
     n = xx[-1, -1].clamp(min=1)
     square = (weights**2).sum(1) @ _variances(tt, tx[:, -1], n, constant=constant)
@@ -191,15 +206,16 @@ def _most_sensitive(
 
 
 def _variances(squares: Tensor, sums: Tensor, n: Tensor, *, constant: bool) -> Tensor:
+    """Variances from Σ x xᵀ and Σ x over n rows; mean squares without a constant."""
     return (squares.diagonal() / n - (sums / n) ** 2 * constant).clamp(min=0)
 
 
 class _Spectrum:
-    """The eigenvectors of the scaled inputs' covariance, in which any ridge strength is a division.
+    """The eigenvectors of the scaled inputs' covariance, in which a ridge regression is a division.
 
     Attributes:
-        mean_x: ``[p]``, what moments are taken around: the means, or zero.
-        mean_t: ``[m]``, likewise.
+        mean_x: ``[p]``, means of the inputs; zeros without a constant.
+        mean_t: ``[m]``, means of the targets; zeros without a constant.
     """
 
     def __init__(self, xx: Tensor, tx: Tensor, *, constant: bool) -> None:
@@ -207,7 +223,7 @@ class _Spectrum:
         self.mean_x, self.mean_t = (xx[:-1, -1] / n, tx[:, -1] / n) if constant else (0 * xx[:-1, -1], 0 * tx[:, -1])
         covariance, cross = self._around(xx, tx)
         variance = covariance.diagonal()
-        # Rounding leaves a constant input about eps times its square: no variance to predict from.
+        # The variance of a constant input is about eps times its square, by rounding.
         floor = 1e-12 * (xx.diagonal()[:-1] / n).clamp(min=_TINY)
         scale = torch.where(variance > floor, variance.clamp(min=_TINY).rsqrt(), 0.0)
         scaled = covariance * scale[:, None] * scale
@@ -218,7 +234,7 @@ class _Spectrum:
         self._targets = cross @ self._basis
 
     def _around(self, xx: Tensor, tx: Tensor) -> tuple[Tensor, Tensor]:
-        """E (x − m)(x − m)ᵀ and E (t − m_t)(x − m)ᵀ for the means m of this spectrum."""
+        """E (x − m)(x − m)ᵀ and E (t − m_t)(x − m)ᵀ, with the means m, m_t of this spectrum."""
         n = xx[-1, -1].clamp(min=1)
         x, t, m = xx[:-1, -1] / n, tx[:, -1] / n, self.mean_x
         covariance = xx[:-1, :-1] / n - torch.outer(x, m) - torch.outer(m, x) + torch.outer(m, m)
@@ -231,7 +247,7 @@ class _Spectrum:
         return a
 
     def sensitivities(self, weights: Tensor, own: Tensor | None, ridges: tuple[float, ...]) -> Tensor:
-        """``‖(W_x + W A(λ)) diag(σ)‖²`` for every ridge strength."""
+        """``‖diag(σ) (W_x + A(λ)ᵀ W)‖²`` for every ridge strength, W_x the consumer's own weights of the inputs."""
         through = self._targets.T @ weights
         before = (
             torch.zeros_like(through)
@@ -250,7 +266,7 @@ class _Spectrum:
         return gains
 
     def errors(self, xx: Tensor, tx: Tensor, tt: Tensor, metric: Tensor, ridges: tuple[float, ...]) -> Tensor:
-        """E (t − t̂)ᵀ M (t − t̂) under other moments, for every ridge strength."""
+        """E (t − t̂)ᵀ M (t − t̂) under the given moments, for every ridge strength."""
         covariance, cross = self._around(xx, tx)
         n = xx[-1, -1].clamp(min=1)
         own = torch.outer(tx[:, -1] / n, self.mean_t)

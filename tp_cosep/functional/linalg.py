@@ -1,4 +1,4 @@
-"""Matrix products that are symmetric, at half the cost."""
+"""Symmetric matrix products at half the cost."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from torch import Tensor
 
 __all__ = ["add_upper", "mirror", "self_product"]
 
-# Blocks on the diagonal that are not halved any more: smaller ones cost more in calls than they save in products.
+# Diagonal blocks up to this size are not halved: smaller products save less than their calls cost.
 _BLOCK = 128
 
 
 def self_product(x: Tensor) -> Tensor:
-    """The product of a matrix and its transpose, x xᵀ; on a CPU of little more than half of its entries.
+    """The product of a matrix and its transpose, x xᵀ; on a CPU little more than half of its entries are computed.
 
-    NumPy's own symmetric product is as fast, but its threads go on spinning for a while after it, and slow down
-    whatever torch computes next: a ResNet-50 that was measured in between, by three quarters.
+    NumPy's symmetric product is as fast, but its threads spin for a while after it and slow down torch: the forward
+    passes of a ResNet-50 in between took 75 % longer.
 
     Args:
-        x: ``[n, m]``, or a transposed matrix, which is not copied.
+        x: ``[n, m]``; a transposed matrix is not copied.
 
     Returns:
-        ``[n, n]``, symmetric.
+        x xᵀ, ``[n, n]``, symmetric.
     """
     out = x.new_zeros(len(x), len(x))
     add_upper(out, x)
@@ -29,13 +29,11 @@ def self_product(x: Tensor) -> Tensor:
 
 
 def add_upper(out: Tensor, x: Tensor) -> None:
-    """Add x xᵀ in place, to what is above the diagonal and on it; what is below is undefined until :func:`mirror`.
-
-    A matrix that many products are added to is so gone through once for each of them.
+    """Add x xᵀ in place, to the upper triangle; the lower one is undefined until :func:`mirror`.
 
     Args:
         out: ``[n, n]``, changed.
-        x: ``[n, m]``, or a transposed matrix.
+        x: ``[n, m]``; a transposed matrix is not copied.
     """
     if _is_whole(out):
         out.addmm_(x, x.T)
@@ -48,7 +46,7 @@ def add_upper(out: Tensor, x: Tensor) -> None:
 
 
 def mirror(out: Tensor) -> None:
-    """Make a square matrix symmetric in place, by what is above its diagonal.
+    """Make a square matrix symmetric in place: copy its upper triangle to the lower one.
 
     Args:
         out: ``[n, n]``, changed.
@@ -63,5 +61,5 @@ def mirror(out: Tensor) -> None:
 
 
 def _is_whole(out: Tensor) -> bool:
-    """Whether a matrix is not halved: on other devices a single call costs less than the products that are saved."""
+    """Whether a matrix is not halved: if it is small, or not on a CPU, where calls cost more than they save."""
     return len(out) <= _BLOCK or out.device.type != "cpu"

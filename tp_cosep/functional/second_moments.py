@@ -16,14 +16,14 @@ __all__ = ["SecondMoments"]
 class SecondMoments:
     """Σ z zᵀ over rows x, z = (x, 1): second moments, sums and the number of rows in one matrix.
 
-    Rows may be kept apart in two folds, so that whatever is fitted to one can be tried on the other.
+    With two folds, a fit to the rows of one can be validated on the other.
+
+    Rows are collected until they are as many as features: adding few rows costs as much as adding many.
 
     Args:
-        n_features: Length of x.
-        device: Of the sums.
-        n_folds: 1 or 2.
-
-    Rows wait until there are as many as features: sums of a few rows cost as much as those of many.
+        n_features: Length of a row x.
+        device: Device of the sums.
+        n_folds: Number of folds, 1 or 2.
 
     Example:
         >>> moments = SecondMoments(2)
@@ -36,16 +36,23 @@ class SecondMoments:
 
     def __init__(self, n_features: int, device: torch.device | str = "cpu", *, n_folds: int = 2) -> None:
         self._sums = torch.zeros(n_folds, n_features + 1, n_features + 1, dtype=torch.float64, device=device)
-        self._waiting: list[list[Tensor]] = [[] for _ in range(n_folds)]
+        self._collected: list[list[Tensor]] = [[] for _ in range(n_folds)]
         self._counts = [0] * n_folds
-        self._is_upper = False  # whether only what is above the diagonals is up to date
+        self._is_upper = False  # whether the sums below the diagonals are out of date
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> SecondMoments:
-        """Moments of what has been summed before, see :attr:`folds`."""
+        """Moments that continue from given sums.
+
+        Args:
+            sums: ``[folds, n_features + 1, n_features + 1]`` float64, as in :attr:`folds`; copied.
+
+        Returns:
+            The moments, on the device of the sums.
+        """
         moments = cls(0)
         moments._sums = sums.clone()
-        moments._waiting = [[] for _ in sums]
+        moments._collected = [[] for _ in sums]
         moments._counts = [round(float(fold[-1, -1])) for fold in sums]
         return moments
 
@@ -53,7 +60,7 @@ class SecondMoments:
     def folds(self) -> Tensor:
         """The sums of every fold, ``[folds, n_features + 1, n_features + 1]`` float64."""
         for fold in range(len(self._counts)):
-            self._add_up(fold)
+            self._add_collected(fold)
         if self._is_upper:
             for sums in self._sums:
                 mirror(sums)
@@ -62,53 +69,58 @@ class SecondMoments:
 
     @property
     def n_features(self) -> int:
-        """Length of a row."""
+        """Length of a row x."""
         return self._sums.shape[1] - 1
 
     @property
     def n_rows(self) -> int:
-        """Rows in all folds."""
+        """Number of rows in all folds."""
         return sum(self._counts)
 
     def update(self, x: Tensor) -> None:
-        """Add rows; of two folds the larger half goes to the one that has fewer.
+        """Add rows. With two folds the larger half is added to the fold with fewer rows.
 
         Args:
-            x: ``[rows, n_features]``; of one batch, the rows of a sample next to each other.
+            x: ``[rows, n_features]`` of one batch, the rows of a sample next to each other.
 
         Raises:
             InputError: If a value is NaN or infinite; the sums stay as they were.
         """
         x = x.detach().to(torch.float64)
-        # The sum is finite if all of them are, and otherwise only if infinities cancel, which makes NaN.
+        # A sum with NaN or infinite terms is never finite: opposite infinities sum to NaN.
         if not bool(torch.isfinite(x.sum())):
             raise InputError("got NaN or infinite inputs; check the data and the weights.")
         n_folds = len(self._counts)
         order = sorted(range(n_folds), key=self._counts.__getitem__)
         for fold, rows in zip(order, x.tensor_split(n_folds), strict=True):
-            self._waiting[fold].append(rows)
+            self._collected[fold].append(rows)
             self._counts[fold] += len(rows)
-            if sum(map(len, self._waiting[fold])) >= self.n_features:
-                self._add_up(fold)
+            if sum(map(len, self._collected[fold])) >= self.n_features:
+                self._add_collected(fold)
 
     def sum_up(self, summed: Callable[[Tensor], Tensor]) -> None:
-        """Add what others have, ``summed(x)`` being the sum of x over everybody."""
+        """Replace the sums by those over all processes.
+
+        Args:
+            summed: ``summed(x)`` is the sum of x over all processes.
+        """
         self._sums = summed(self.folds)
         self._counts = [round(float(sums[-1, -1])) for sums in self._sums]
 
     def of(self, features: Tensor) -> SecondMoments:
-        """The moments of some of the features, ``[n]`` int64."""
+        """Moments of a subset of the features, ``[n]`` int64 indices, in their order."""
         idxs = torch.cat([features, features.new_tensor([self.n_features])]).to(self.folds.device)
         part = SecondMoments(0)
         part._sums, part._counts = self.folds[:, idxs[:, None], idxs], [*self._counts]
         return part
 
-    def _add_up(self, fold: int) -> None:
-        if not self._waiting[fold]:
+    def _add_collected(self, fold: int) -> None:
+        """Add the rows that a fold has collected to its sums."""
+        if not self._collected[fold]:
             return
-        waiting = self._waiting[fold]
-        x = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
-        waiting.clear()
+        collected = self._collected[fold]
+        x = collected[0] if len(collected) == 1 else torch.cat(collected)
+        collected.clear()
         sums = self._sums[fold]
         add_upper(sums[:-1, :-1], x.T)
         sums[:-1, -1] += x.sum(0)

@@ -1,6 +1,6 @@
 """From distances between components to a selection: how many are kept, which, and in what order.
 
-Letters: D ``[n, n]`` distances, TD(S) = Σ_i min_{j ∈ S} D_ij the total deviation of a kept set S.
+Letters: n components, D ``[n, n]`` distances, TD(S) = Σ_i min_{j ∈ S} D_ij the total deviation of a kept set S.
 """
 
 from __future__ import annotations
@@ -14,41 +14,43 @@ import torch
 from torch import Tensor
 
 from tp_cosep.errors import InputError
+from tp_cosep.functional.distances import check_distances
 from tp_cosep.functional.elimination import Elimination
-from tp_cosep.functional.kmedoids import KMedoids, check_distances
-from tp_cosep.functional.knee import Knee, KneeMethod, find_knee, guarded_count
-from tp_cosep.functional.silhouette_curve import Curve
+from tp_cosep.functional.kmedoids import KMedoids
+from tp_cosep.functional.knee import Knee, find_knee, guarded_count
+from tp_cosep.functional.silhouette import SilhouetteCurve
 from tp_cosep.functional.swap_table import Assignment, Floats, Indices, few_threads
 
-__all__ = ["ChannelSelection", "select_by_elimination", "select_channels"]
+__all__ = ["ChannelSelection", "nested_scores", "select_by_elimination", "select_channels"]
 
-# Column subsets: the knee is taken at its word where what is kept covers this share of the readers' outputs.
+# Least retained variance at the guarded knee of an elimination.
 _RETAINED = 0.98
 
 
 @dataclass(frozen=True)
 class ChannelSelection:
-    """What is kept of a group of channels, and why.
+    """The channels of a group that are kept, and why.
 
     Attributes:
-        n_channels: Channels of the group.
+        n_channels: Number of channels of the group.
         keep_idxs: Channels kept, ascending.
         prune_idxs: Channels removed, ascending.
-        medoids: The medoid of every cluster, ascending: the representatives themselves unless another
-            rule chose them. In components (see :mod:`tp_cosep.graph.groups`): channels, or slots of channel groups.
+        medoids: The medoid of every cluster, ascending: the representatives themselves unless another rule chose them.
+            These are indices of components: channels, or slots of channel groups.
         labels: For every component the position of its cluster in ``medoids``.
-        k: Number of clusters, and of components kept; where a pruner ranked several layers for one ratio,
-            ``keep_idxs`` has what that left, and k is CoSeP's own count.
-        ks: The numbers of clusters that were tried, ascending: fewer, and none between checkpoints (see
-            :class:`tp_cosep.functional.kmedoids.GrowingPath`), where the count was given.
-        mss: The criterion at each of them.
-        knee_k: Where the knee of ``mss`` is, whether or not it decided k (then it is a checkpoint, for more than 32
-            components); ``None`` if there is none.
-        knee_strength: Height of the knee over the straight line, 0 … 1; 0 if there is none.
-        scores: ``[n_channels]`` float64 on the CPU, higher = keep, no two components equal. The ``k`` best
-            are exactly the selection; any other number of the best is the selection nested around it.
-        criterion: What ``mss`` holds: ``"silhouette"``, the Mean Simplified Silhouette, or ``"retained variance"``, the share of
-            what readers see that is kept (:func:`select_by_elimination`).
+        k: Number of clusters, and of components kept. Where a pruner ranked several layers for one ratio,
+            ``keep_idxs`` holds the channels kept by that ranking, and k the selector's own count.
+        ks: Numbers of clusters that were tried, ascending. With a fixed count these are checkpoints alone, see
+            :class:`tp_cosep.functional.kmedoids.GrowingPath`.
+        mss: The criterion at each of ``ks``.
+        knee_k: Number of clusters at the knee of ``mss``, whether or not it decided k; ``None`` if there is no knee.
+            With a fixed count and more than 32 components it is a checkpoint.
+        knee_strength: Height of the knee over the straight line, in [0, 1]; 0 if there is no knee.
+        scores: ``[n_channels]`` float64 on the CPU, higher = keep, no two components equal. The ``k`` best are exactly
+            the selection; any other number of the best is the selection nested around it.
+        criterion: The quantity in ``mss``: ``"silhouette"``, the Mean Simplified Silhouette, or
+            ``"retained variance"``, the share of the consumers' outputs that is retained
+            (:func:`select_by_elimination`).
     """
 
     n_channels: int
@@ -74,14 +76,14 @@ class ChannelSelection:
         return hash((self.n_channels, self.keep_idxs, self.labels))
 
     def expanded(self, component_of: Tensor) -> ChannelSelection:
-        """The selection among the channels behind the components.
+        """The selection of channels that a selection of components implies.
 
         Args:
-            component_of: ``[channels]``, the component of every channel.
+            component_of: ``[channels]`` int64, the component of every channel.
 
         Returns:
-            The same selection, a channel being kept if its component is; the selection itself if every channel is
-            a component of its own.
+            The same selection, in which a channel is kept if its component is; the selection itself if every channel
+            is a component of its own.
         """
         components: list[int] = component_of.tolist()
         if components == list(range(self.n_channels)):
@@ -96,7 +98,14 @@ class ChannelSelection:
         )
 
     def first_channels(self, n: int) -> ChannelSelection:
-        """The selection among the first n channels, after others behind them went that it is repeated in."""
+        """The selection among the first n channels alone.
+
+        Args:
+            n: Number of channels; the selection is repeated in the channels after them, which were pruned.
+
+        Returns:
+            The selection; itself if it has n channels already.
+        """
         if n == self.n_channels:
             return self
         return replace(
@@ -112,28 +121,30 @@ def select_channels(
     distances: Tensor,
     *,
     n_keep: int | None = None,
-    knee: KneeMethod | None = None,
-    mss_form: str = "paper",
+    knee: str = "guarded",
     backend: str = "native",
     preference: Tensor | Callable[[Tensor], Tensor] | None = None,
     round_to: int | None = None,
 ) -> ChannelSelection:
     """Cluster components by k-medoids and keep one of every cluster.
 
+    Source: CoSeP (arXiv 2505.13225), section 3. Departures: the default knee is the guarded one, and any member of a
+    cluster may represent it.
+
     Args:
-        distances: ``[n, n]``, see :func:`tp_cosep.functional.kmedoids.check_distances`.
-        n_keep: Number to keep, 1 … n; by default the knee of the MSS curve decides.
-        knee: How the knee is found.
-        mss_form: See :func:`tp_cosep.functional.silhouette.mean_simplified_silhouette`.
-        backend: See :func:`tp_cosep.functional.kmedoids.k_medoids`.
-        preference: ``[n]``; the most preferred member of a cluster is kept (the lowest index on ties). By
-            default the medoid is.
-        round_to: A step ≥ 1. Whatever decided k, it moves to a multiple of the step: of the next below and the
-            next above k, within step … n, the one whose MSS differs least from MSS(k), the larger one if both
-            differ as much. All n are kept if n is less than the step.
+        distances: ``[n, n]``, see :func:`tp_cosep.functional.distances.check_distances`.
+        n_keep: Number to keep, in 1 … n; by default the knee of the MSS curve decides.
+        knee: How the knee is chosen, one of :data:`tp_cosep.functional.knee.KNEE_RULES`.
+        backend: Solver, see :func:`tp_cosep.functional.kmedoids.k_medoids`.
+        preference: ``[n]``, or a function of the labels ``[n]`` that returns it; the most preferred member of a
+            cluster is kept (the lowest index on ties). By default the medoid is kept.
+        round_to: A step ≥ 1. k moves to a multiple of the step: of the nearest multiples below and above k, within
+            step … n, the one whose MSS differs least from MSS(k), the larger one on ties. All n are kept if n is
+            less than the step.
 
     Returns:
-        The selection, one component per channel.
+        The selection, one component per channel. One is kept if all components
+        coincide, and all are if the curve has no knee.
 
     Raises:
         InputError: If an argument is not valid.
@@ -149,9 +160,8 @@ def select_channels(
         raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise InputError(f"selection: expected an integer round_to ≥ 1, got {round_to!r}.")
-    knee = knee or KneeMethod()
     with few_threads(d):
-        curve = Curve(d, form=mss_form, backend=backend)
+        curve = SilhouetteCurve(d, backend=backend)
         ks = curve.ks_for(knee, fine=n_keep is None)
         mss = [curve.mss(k) for k in ks]
         found = find_knee(ks, mss, knee)
@@ -181,23 +191,28 @@ def select_by_elimination(
     distances: Tensor,
     *,
     n_keep: int | None = None,
-    knee: KneeMethod | None = None,
+    knee: str = "guarded",
     round_to: int | None = None,
 ) -> ChannelSelection:
-    """Choose by the order in which components can be done without.
+    """Keep the components that are eliminated last.
 
-    The curve in place of the Mean Simplified Silhouette is the *coverage*: the share of all costs that is avoided when
-    k are kept, 1 at k = n. A knee rule of ``"guarded"`` keeps at least as many as cover 98 %.
+    The curve in place of the Mean Simplified Silhouette is the *retained variance*,
+
+        r(k) = 1 − Σ_{i ≤ n − k} cost_i / Σ_i cost_i,
+
+    the share of the elimination's costs that is avoided when k components are kept; r(n) = 1. The guarded knee keeps at
+    least as many components as retain 98 %.
 
     Args:
-        elimination: See :func:`tp_cosep.functional.elimination.backward_elimination`.
-        distances: ``[n, n]``, to say which kept component stands for one that goes.
-        n_keep: Keep exactly this many; the knee of the coverage decides if not given.
-        knee: How the knee is found.
-        round_to: As for :func:`select_channels`.
+        elimination: Order and costs, see :func:`tp_cosep.functional.elimination.backward_elimination`.
+        distances: ``[n, n]``; every pruned component gets the label of the nearest kept one.
+        n_keep: Number to keep, in 1 … n; by default the knee of the retained variance decides.
+        knee: How the knee is chosen, one of :data:`tp_cosep.functional.knee.KNEE_RULES`.
+        round_to: A step ≥ 1; k moves to the multiple whose retained variance differs least, see
+            :func:`select_channels`.
 
     Returns:
-        The selection, its ``mss`` the coverage and its ``medoids`` what is kept.
+        The selection; its ``mss`` is the retained variance, its ``medoids`` are the kept components.
 
     Raises:
         InputError: If an argument is not valid.
@@ -205,35 +220,34 @@ def select_by_elimination(
     n = len(elimination.order)
     if n_keep is not None and not 1 <= n_keep <= n:
         raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
-    knee = knee or KneeMethod()
     total = float(elimination.costs.sum())
     lost = elimination.costs.cumsum(0).flip(0)  # at k = 0, 1, …, n − 1
-    retained_variance = [1 - float(x) / total if total > 0 else 1.0 for x in lost[1:]] + [1.0]
+    retained = [1 - float(x) / total if total > 0 else 1.0 for x in lost[1:]] + [1.0]
     ks = range(1, n + 1)
-    found = find_knee(ks, retained_variance, knee)
+    found = find_knee(ks, retained, knee)
     k = n_keep if n_keep is not None else found.k or n
-    if n_keep is None and knee.rule == "guarded":
-        k = max(k, next(i for i in ks if retained_variance[i - 1] >= _RETAINED))
+    if n_keep is None and knee == "guarded":
+        k = max(k, next(i for i in ks if retained[i - 1] >= _RETAINED))
     if round_to is not None:
-        k = _rounded(k, round_to, n, lambda i: retained_variance[i - 1])
+        k = _rounded(k, round_to, n, lambda i: retained[i - 1])
     order = elimination.order
     keep = order[n - k :].sort().values
-    # Costs only grow as less is left; where rounding or the constraint of clusters says otherwise, they are made to.
+    # Costs grow along the order, but for rounding and the constraint of clusters.
     shares = (elimination.costs / total if total > 0 else elimination.costs).cummax(0).values
     scores = torch.empty(n, dtype=torch.float64)
     scores[order] = shares + 1e-6 * torch.arange(1, n + 1, dtype=torch.float64) / n
-    gone = order[: n - k].sort().values
+    pruned = order[: n - k].sort().values
     labels = distances.cpu()[:, keep].argmin(1)
     labels[keep] = torch.arange(k)
     return ChannelSelection(
         n_channels=n,
         keep_idxs=tuple(keep.tolist()),
-        prune_idxs=tuple(gone.tolist()),
+        prune_idxs=tuple(pruned.tolist()),
         medoids=tuple(keep.tolist()),
         labels=tuple(labels.tolist()),
         k=k,
         ks=tuple(ks),
-        mss=tuple(retained_variance),
+        mss=tuple(retained),
         knee_k=found.k,
         knee_strength=found.strength,
         scores=scores,
@@ -241,21 +255,21 @@ def select_by_elimination(
     )
 
 
-def _count(d: Tensor, curve: Curve, knee: Knee, method: KneeMethod) -> int:
-    """Number to keep: the knee's k, all where there is no knee, one where all components are alike."""
+def _count(d: Tensor, curve: SilhouetteCurve, knee: Knee, rule: str) -> int:
+    """Number to keep: the knee's k, all if there is no knee, one if all components coincide."""
     if not d.any():
         return 1
     if knee.k is None:
         return len(d)
-    if method.rule != "guarded" or knee.k == len(d):
+    if rule != "guarded" or knee.k == len(d):
         return knee.k
     return guarded_count(len(d), knee.k, curve.represented(knee.k))
 
 
 def _rounded(k: int, step: int, n: int, mss: Callable[[int], float]) -> int:
-    """The multiple of a step next to k whose MSS differs least from that of k; all n if there is none within n."""
+    """The multiple of the step next to k whose MSS differs least from MSS(k); n if there is none within n."""
     multiples = [m for m in (k // step * step, -(-k // step) * step) if step <= m <= n]
-    # The larger one first, so that it is taken on ties, which rounding must not decide.
+    # The larger one first, so that it is taken on ties; rounded, so that rounding errors do not decide them.
     return min(reversed(multiples), key=lambda m: round(abs(mss(m) - mss(k)), 12), default=n)
 
 
@@ -282,13 +296,11 @@ def _representatives(solution: KMedoids, preference: Tensor | Callable[[Tensor],
 def nested_scores(d: Tensor, keep: Tensor) -> Tensor:
     """Scores that order all components around a kept set.
 
-    Kept ones are dropped in the order in which losing them costs least, TD(S ∖ j) − TD(S) smallest first;
-    the others are added in the order in which they help most, TD(S) − TD(S ∪ j) largest first. A score is
-    that cost or gain as a share of TD of the best single medoid, so that scores of different groups
-    compare: what the loss of a channel costs its layer. Costs grow as the set shrinks and gains shrink as
-    it grows, so shares fall along the order (they are clipped to do so where a representative is not its
-    cluster's medoid). A tie-break that falls by less than 1e-6 over the whole order makes all scores
-    distinct.
+    Kept components are dropped in the order of their cost TD(S ∖ j) − TD(S), smallest first; the others are added in
+    the order of their gain TD(S) − TD(S ∪ j), largest first. A score is that cost or gain as a share of TD of the best
+    single medoid, so that scores of different groups are comparable. Costs grow as the set shrinks and gains shrink as
+    it grows, so shares fall along the order (they are clipped to do so where a representative is not its cluster's
+    medoid). A tie-break that falls by less than 1e-6 over the whole order makes all scores distinct.
 
     Args:
         d: ``[n, n]`` distances.
@@ -306,7 +318,7 @@ def nested_scores(d: Tensor, keep: Tensor) -> Tensor:
     single = matrix.sum(0).min()
     if single > 0:
         shares = np.minimum(shares / single, 1)
-    # Falling from the front: every share is at least the largest one behind it.
+    # Made to fall along the order: every share is at least the largest after it.
     shares = np.maximum.accumulate(shares[::-1])[::-1]
     scores = np.empty(n)
     scores[order] = shares + 1e-6 * np.arange(n, 0, -1) / n
@@ -314,29 +326,29 @@ def nested_scores(d: Tensor, keep: Tensor) -> Tensor:
 
 
 def _drop_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
-    """Kept components from the cheapest to lose to the dearest, and what each loss costs."""
-    left, k = Assignment(d, keep), len(keep)
-    own, second, d1, d2 = left.own, left.second, left.d1, left.d2
-    distances, gone = d.take(keep, 0).T.copy(), np.zeros(k)
+    """Kept components in the order in which they are dropped, and the cost of each."""
+    kept, k = Assignment(d, keep), len(keep)
+    own, second, d1, d2 = kept.own, kept.second, kept.d1, kept.d2
+    distances, dropped = d.take(keep, 0).T.copy(), np.zeros(k)  # dropped: infinite for slots dropped already
     order, costs = np.empty(k, np.int64), np.empty(k)
     for i in range(k - 1):
-        loss = np.bincount(own, d2 - d1, k) + gone
+        loss = np.bincount(own, d2 - d1, k) + dropped
         cheapest = int(loss.argmin())
         order[i], costs[i] = cheapest, loss[cheapest]
-        gone[cheapest] = np.inf
+        dropped[cheapest] = np.inf
         lost = ((own == cheapest) | (second == cheapest)).nonzero()[0]
-        rows, at = distances.take(lost, 0) + gone, np.arange(len(lost))
+        rows, at = distances.take(lost, 0) + dropped, np.arange(len(lost))
         for slots, nearest in ((own, d1), (second, d2)):
             best = rows.argmin(1)
             slots[lost], nearest[lost] = best, rows[at, best]
             rows[at, best] = np.inf
-    # Nothing stands in for the last one: losing it costs everything.
-    order[-1], costs[-1] = gone.argmin(), d.sum(0).min()
+    # Nothing represents the last one: its cost is the whole deviation.
+    order[-1], costs[-1] = dropped.argmin(), d.sum(0).min()
     return keep[order], costs
 
 
 def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
-    """Other components from the most to the least helpful, and what each gains when it is added."""
+    """Other components in the order in which they are added, and the gain of each."""
     nearest = d.take(keep, 0).min(0)
     gain = np.zeros(len(d))
     for start in range(0, len(d), 32):
@@ -344,11 +356,11 @@ def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
         gain += np.maximum(further, 0, out=further).sum(0)
     is_kept = np.zeros(len(d), dtype=bool)
     is_kept[keep] = True
-    # Gains only shrink as components are added: one that is still the largest after it was counted anew is the largest.
+    # Gains only shrink as components are added: one that is still the largest after an update is the largest of all.
     heap = [(-g, i) for i, g in enumerate(gain.tolist()) if not is_kept[i]]
     heapify(heap)
     order, gains = [], []
-    newest = -1  # the one whose gain has been counted since the last addition
+    newest = -1  # the component whose gain was updated after the last addition
     while heap:
         negative, best = heap[0]
         further = nearest - d[best]

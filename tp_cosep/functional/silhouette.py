@@ -1,109 +1,249 @@
-"""Mean Simplified Silhouette of a k-medoids solution."""
+"""The Mean Simplified Silhouette (MSS) of clusterings around medoids, and its curve over the number of clusters.
+
+Letters: n points, k medoids; a ``[n]`` is the distance of every point to its own medoid, b ``[n]`` its *mean* distance
+to all other medoids (not to the nearest one); lo is the lowest MSS found. The *height* of a curve at k is that of
+Kneedle's difference curve, (MSS(k) − lo) / (1 − lo) − (k − 2) / (n − 2).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tp_cosep.errors import InputError
-from tp_cosep.functional.kmedoids import KMedoids
+from tp_cosep.functional.kmedoids import GrowingPath, KMedoids, check_backend, checkpoints_for
+from tp_cosep.functional.knee import difference_curve
 from tp_cosep.functional.swap_table import Floats, Indices
 
-__all__ = ["MSS_FORMS", "mean_simplified_silhouette", "mss_curve", "row_sum", "silhouette_of"]
+__all__ = ["SilhouetteCurve", "mean_simplified_silhouette", "mss_curve", "non_medoid_silhouette"]
 
+# Rows of D that are summed at once: a few stay in a core's cache.
 _ROWS = 32
+# Near heights less than the key below the highest, gaps are halved until they are no wider than n divided by the value.
+_PLATEAUS = {0.002: 50, 0.02: 16}
 
 
-def mean_simplified_silhouette(distances: Tensor, medoids: Tensor, labels: Tensor, *, form: str = "paper") -> float:
+def mean_simplified_silhouette(distances: Tensor, medoids: Tensor, labels: Tensor) -> float:
     """Mean Simplified Silhouette (MSS) of a clustering around medoids.
 
-    With a_i the distance of point i to its own medoid and b_i its *mean* distance to all the other
-    medoids (not to the nearest one):
+        MSS = 1/n Σ_i (1 − a_i / b_i)
 
-        form="paper"    MSS = 1/n Σ_i (1 − a_i / b_i)                              (CoSeP)
-        form="gb-afs"   MSS = 1/(n−k) Σ_{i not a medoid} (b_i − a_i) / max(a_i, b_i)   (GB-AFS's code)
+    A medoid counts 1, so MSS(n) = 1. A point with a_i = b_i = 0 (it coincides with every medoid) counts 1 if it is a
+    medoid and 0 if not. MSS is 0 for a single medoid, which has no others to compare with.
 
-    In the paper's form a medoid counts 1, so MSS(n) = 1. A point with a_i = b_i = 0 (it coincides with
-    every medoid) counts 1 if it is a medoid and 0 if not. A single medoid has no others to compare with:
-    MSS is 0 then, and so is the second form when every point is a medoid.
+    Source: CoSeP (arXiv 2505.13225), after GB-AFS (arXiv 2309.02272).
 
     Args:
         distances: ``[n, n]``.
-        medoids: ``[k]`` indices.
-        labels: ``[n]``, position in ``medoids`` of each point's own medoid.
-        form: ``"paper"`` or ``"gb-afs"``.
+        medoids: ``[k]`` int64 indices.
+        labels: ``[n]`` int64, position in ``medoids`` of each point's own medoid.
 
     Returns:
-        MSS; at most 1, and for distances that satisfy the triangle inequality above −1.
+        MSS, at most 1; at least 0 where every point belongs to its nearest medoid.
 
-    Raises:
-        InputError: If the form is unknown.
+    Example:
+        >>> x = torch.tensor([0.0, 1.0, 4.0])  # the point at 1: a = 1, b = 3
+        >>> round(mean_simplified_silhouette((x[:, None] - x).abs(), torch.tensor([0, 2]), torch.tensor([0, 0, 1])), 4)
+        0.8889
     """
+    return _mss(*_terms(distances, medoids, labels))
+
+
+def non_medoid_silhouette(distances: Tensor, medoids: Tensor, labels: Tensor) -> float:
+    """Mean silhouette of the points that are no medoids: how well the medoids represent the pruned components.
+
+        s = 1/(n − k) Σ_{i no medoid} (b_i − a_i) / max(a_i, b_i)
+
+    A summand is 1 − a_i/b_i where a point belongs to its nearest medoid, and 0 where a_i = b_i = 0. s is 0 for a
+    single medoid, and if every point is a medoid.
+
+    Source: the silhouette of GB-AFS's code (arXiv 2309.02272); here it guards the knee,
+    :func:`tp_cosep.functional.knee.guarded_count`.
+
+    Args:
+        distances: ``[n, n]``.
+        medoids: ``[k]`` int64 indices.
+        labels: ``[n]`` int64, position in ``medoids`` of each point's own medoid.
+
+    Returns:
+        s, in [−1, 1].
+    """
+    return _non_medoid(*_terms(distances, medoids, labels))
+
+
+def mss_curve(distances: Tensor, path: Sequence[KMedoids]) -> Tensor:
+    """MSS of every solution of a path, see :func:`mean_simplified_silhouette`.
+
+    Args:
+        distances: ``[n, n]``.
+        path: Solutions, as of :func:`tp_cosep.functional.kmedoids.k_medoids_path`.
+
+    Returns:
+        ``[len(path)]`` float64, on the CPU.
+    """
+    values = [mean_simplified_silhouette(distances, s.medoids, s.labels) for s in path]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _terms(distances: Tensor, medoids: Tensor, labels: Tensor) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     d, own, slots = distances.cpu().numpy(), medoids.cpu().numpy(), labels.cpu().numpy()
-    return silhouette_of(d, own, d[np.arange(len(d)), own[slots]], row_sum(d, own), form=form)
+    return _a_and_b(d, own, d[np.arange(len(d)), own[slots]], _row_sum(d, own))
 
 
-def silhouette_of(d: Floats, medoids: Indices, a: Floats, total: Floats, *, form: str = "paper") -> float:
-    """As :func:`mean_simplified_silhouette`, from distances ``[n]`` to the own medoid, and summed over all.
-
-    Returns:
-        MSS.
-
-    Raises:
-        InputError: If the form is unknown.
-    """
-    if form not in MSS_FORMS:
-        raise InputError(f"silhouette: expected form of {sorted(MSS_FORMS)}, got {form!r}.")
-    n, k = len(d), len(medoids)
-    if k == 1:
-        return 0.0
-    b = (total - a) / (k - 1)
-    b[b <= 1e-12 * d[medoids[0]].max()] = 0
-    is_medoid = np.zeros(n, dtype=bool)
+def _a_and_b(d: Floats, medoids: Indices, a: Floats, total: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """a, b and which points are medoids, from a and the sum of every point's distances to all medoids."""
+    is_medoid = np.zeros(len(d), dtype=bool)
     is_medoid[medoids] = True
-    return MSS_FORMS[form](a, b, is_medoid)
+    b = (total - a) / max(len(medoids) - 1, 1)
+    b[b <= 1e-12 * d[medoids[0]].max()] = 0
+    return a, b, is_medoid
 
 
-def row_sum(d: Floats, rows: Indices) -> Floats:
-    """The sum of some rows of D ``[n, n]``: the distance to these points, since D is symmetric.
-
-    Returns:
-        ``[n]``.
-    """
-    total = np.zeros(len(d))
-    for start in range(0, len(rows), _ROWS):  # a few at a time stay in a core's cache
-        total += d.take(rows[start : start + _ROWS], 0).sum(0)
-    return total
-
-
-def _paper(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
-    # b = 0 means that all medoids but the own one are at the point itself: nothing is told apart.
+def _mss(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
+    if is_medoid.sum() == 1:
+        return 0.0
+    # b = 0: all other medoids coincide with the point, which then belongs to none more than to another.
     width = 1 - np.divide(a, b, out=np.ones_like(a), where=b > 0)
     width[is_medoid] = 1
     return float(width.mean())
 
 
-def _gb_afs(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
+def _non_medoid(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
     a, b = a[~is_medoid], b[~is_medoid]
-    if len(a) == 0:
+    if len(a) == 0 or is_medoid.sum() == 1:
         return 0.0
     larger = np.maximum(a, b)
     return float(np.divide(b - a, larger, out=np.zeros_like(a), where=larger > 0).mean())
 
 
-#: The two forms by name.
-MSS_FORMS: dict[str, Callable[[Floats, Floats, NDArray[np.bool_]], float]] = {"paper": _paper, "gb-afs": _gb_afs}
-
-
-def mss_curve(distances: Tensor, path: Sequence[KMedoids], *, form: str = "paper") -> Tensor:
-    """MSS of every solution of a path, see :func:`mean_simplified_silhouette`.
+def _row_sum(d: Floats, rows: Indices) -> Floats:
+    """Sum of some rows of D ``[n, n]``: every point's distance to them, since D is symmetric.
 
     Returns:
-        ``[len(path)]`` float64, on the CPU.
+        ``[n]``.
     """
-    values = [mean_simplified_silhouette(distances, s.medoids, s.labels, form=form) for s in path]
-    return torch.tensor(values, dtype=torch.float64)
+    total = np.zeros(len(d))
+    for start in range(0, len(rows), _ROWS):
+        total += d.take(rows[start : start + _ROWS], 0).sum(0)
+    return total
+
+
+class SilhouetteCurve:
+    """k-medoids solutions and their silhouettes, each found when it is first requested.
+
+    Args:
+        d: ``[n, n]``, as :func:`tp_cosep.functional.distances.check_distances` returns it.
+        backend: Solver, see :func:`tp_cosep.functional.kmedoids.k_medoids`.
+
+    Raises:
+        InputError: If the backend is unknown.
+    """
+
+    def __init__(self, d: Tensor, *, backend: str = "native") -> None:
+        self._d = d
+        self._matrix = d.cpu().numpy()
+        self._backend = check_backend(backend)
+        self._path = GrowingPath(d) if backend == "native" else None
+        self._found: dict[int, tuple[Indices, Floats]] = {}
+        self._mss: dict[int, float] = {}
+        self._summed, self._sum = np.zeros(len(d), dtype=bool), np.zeros(len(d))
+
+    def solution(self, k: int) -> KMedoids:
+        """The k-medoids solution for k clusters.
+
+        Args:
+            k: Number of clusters, in 1 … n.
+
+        Returns:
+            The solution, on the device of the matrix.
+        """
+        return KMedoids.from_medoids(self._d, torch.from_numpy(self._solved(k)[0]).to(self._d.device))
+
+    def mss(self, k: int) -> float:
+        """MSS of the solution for k clusters, see :func:`mean_simplified_silhouette`."""
+        if k not in self._mss:
+            self._mss[k] = _mss(*self._terms(k))
+        return self._mss[k]
+
+    def represented(self, k: int) -> float:
+        """Mean silhouette of the non-medoids in the solution for k clusters, see :func:`non_medoid_silhouette`."""
+        return _non_medoid(*self._terms(k))
+
+    def _solved(self, k: int) -> tuple[Indices, Floats]:
+        """Medoids, ascending, and the distance of every point to its own."""
+        if k not in self._found:
+            if self._path is not None:
+                self._found[k] = self._path.medoids(k)
+            else:
+                medoids = self._backend(self._d, [k])[0].medoids.cpu().numpy()
+                self._found[k] = medoids, self._matrix[medoids].min(0)
+        return self._found[k]
+
+    def _terms(self, k: int) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        medoids, nearest = self._solved(k)
+        # The sum of the medoids' rows differs from that of the previous k by the medoids that differ.
+        is_medoid = np.zeros(len(nearest), dtype=bool)
+        is_medoid[medoids] = True
+        added, removed = (is_medoid & ~self._summed).nonzero()[0], (self._summed & ~is_medoid).nonzero()[0]
+        if len(added) + len(removed) < k:
+            self._sum += _row_sum(self._matrix, added)
+            self._sum -= _row_sum(self._matrix, removed)
+        else:
+            self._sum = _row_sum(self._matrix, medoids)
+        self._summed = is_medoid
+        return _a_and_b(self._matrix, medoids, nearest, self._sum)
+
+    def ks_for(self, rule: str, *, fine: bool = True) -> list[int]:
+        """The k at which the curve has to be known to find its knee.
+
+        All of 2 … n (1 if n is 1) for n ≤ 32 and for Kneedle's first knee. Otherwise the checkpoints of
+        :class:`tp_cosep.functional.kmedoids.GrowingPath`, up to the k where even MSS = 1 would be lower over the
+        diagonal than the highest point found, and n, the end of the curve. Then gaps are halved: those beside the
+        highest and the lowest point until both neighbouring k have been tried; those beside points less than 0.002
+        below the highest until they are no wider than n/50, less than 0.02 below until n/16.
+
+        Args:
+            rule: One of :data:`tp_cosep.functional.knee.KNEE_RULES`.
+            fine: Whether gaps are halved.
+
+        Returns:
+            The k, ascending.
+        """
+        n = len(self._d)
+        if n <= 32 or rule == "first":
+            return list(range(min(2, n), n + 1))
+        tried = self._coarse(n)
+        while fine and (middles := self._middles(tried)):
+            tried = sorted({*tried, *middles})
+        return tried
+
+    def _coarse(self, n: int) -> list[int]:
+        tried: list[int] = []
+        highest = at = 0.0
+        for k in checkpoints_for(n)[1:-1]:
+            # One more beyond the highest, so that the gap after it ends at a checkpoint.
+            if 1 - (k - 2) / (n - 2) < highest and at < tried[-1]:
+                break
+            tried.append(k)
+            height = difference_curve([*tried, n], [*map(self.mss, tried), 1.0])[:-1]
+            highest, at = height.max(), tried[int(height.argmax())]
+        return [*tried, n]
+
+    def _middles(self, tried: list[int]) -> list[int]:
+        """Where to divide the gaps that are too wide: at the next checkpoint within a gap, or else at its middle."""
+        mss = [self.mss(k) for k in tried]
+        height = difference_curve(tried, mss)
+        ends = {int(height.argmax()), int(np.argmin(mss))}
+        checkpoints, middles = checkpoints_for(tried[-1]), []
+        for i, (a, b) in enumerate(pairwise(tried)):
+            below = height.max() - height[i : i + 2].max()
+            widths = [tried[-1] // share for plateau, share in _PLATEAUS.items() if below <= plateau]
+            narrow = 1 if ends & {i, i + 1} else max(1, min(widths, default=b))
+            if b - a > narrow:
+                checkpoint = next(k for k in checkpoints if k > a)
+                middles.append(checkpoint if checkpoint < b else (a + b) // 2)
+        return middles

@@ -1,14 +1,14 @@
-"""Points and their nearest medoids, kept current while medoids come, go and swap.
+"""Points and their nearest medoids, updated while medoids are added and swapped.
 
-The searches in :mod:`tp_cosep.functional.kmedoids` and :mod:`tp_cosep.functional.selection` change one medoid at a time, which
-moves few points when there are many medoids. Updating those alone makes a path over all k of n points cost
-about n² log n instead of n³ operations, but for one scan of a ``[k, n]`` table per swap.
+The searches in :mod:`tp_cosep.functional.kmedoids` and :mod:`tp_cosep.functional.selection` change one medoid at a
+time, which moves few points when there are many medoids. Updating those points alone makes a path over all k of n
+points cost about n² log n instead of n³ operations, apart from one scan of a ``[k, n]`` table per swap.
 
-Everything here is float64 on the CPU. Steps on vectors of n use numpy, whose calls are several times cheaper
-than torch's; steps on ``[points, n]`` use torch, which broadcasts faster, on the same memory.
+All values are float64 on the CPU. Steps on vectors of n use numpy, whose calls are several times cheaper than torch's;
+steps on ``[points, n]`` use torch, which broadcasts faster, on the same memory.
 
-Letters as in :mod:`tp_cosep.functional.kmedoids`: D ``[n, n]`` distances, d1 and d2 the distances of a point to its
-nearest and second nearest medoid. A *slot* is a position in the list of medoids.
+Letters: D ``[n, n]`` distances, d1 and d2 the distances of a point to its nearest and second nearest medoid, TD = Σ d1
+the total deviation. A *slot* is a position in the list of medoids.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ["TOLERANCE", "Assignment", "SwapTable", "few_threads"]
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-#: Differences of total deviations below this share of the whole are rounding.
+#: Differences of total deviations below this share of the total deviation are rounding errors.
 TOLERANCE = 1e-11
-#: What updating the sums of a SwapTable again and again may add up to, as a share of the first total deviation.
+# Bound on the accumulated rounding errors of a SwapTable's sums, as a share of the first total deviation.
 _DRIFT = 1e-14
-# Elements of D that are worked on at once.
+# Elements of D that are processed at once.
 _BLOCK = 2**16
-# Up to so many points the sums are counted anew each time: for few, following them costs more.
+# Up to this number of points the sums are recomputed each time: updating them costs more.
 _SMALL = 256
 
 
 @contextmanager
 def few_threads(d: Tensor) -> Iterator[None]:
-    """One CPU thread while a matrix is small: handing out its short operations costs more than it saves.
+    """Use one CPU thread if a matrix is small: distributing its short operations costs more than it saves.
 
-    On a machine whose cores are busy it costs a hundred times more, since every operation waits for a
-    thread that is not scheduled.
+    On a machine with busy cores it costs a hundred times more, since every operation waits for a thread that is not
+    scheduled.
     """
     before = torch.get_num_threads()
     if len(d) > 2048 or d.is_cuda or before == 1:
@@ -67,7 +67,7 @@ class Assignment:
         second: ``[n]``, slot of the second nearest; meaningless if k is 1.
         d1: ``[n]``, distance to the nearest.
         d2: ``[n]``, distance to the second nearest; ∞ if k is 1.
-        is_touched: ``[n]``, points for which any of these was set since somebody last unset this.
+        is_touched: ``[n]``, points whose nearest medoids were updated; reset by :class:`SwapTable`.
     """
 
     def __init__(self, d: Floats, medoids: Indices) -> None:
@@ -80,7 +80,7 @@ class Assignment:
         self._reassign(np.arange(n))
 
     def copy(self) -> Assignment:
-        """Another one in the same state.
+        """Copy the state.
 
         Returns:
             The copy; it shares D.
@@ -93,10 +93,14 @@ class Assignment:
         return other
 
     def best_swap(self, point: int, deviation: float) -> tuple[int, float]:
-        """The slot to swap a point into, and by how much that changes the total deviation, which is given.
+        """The best slot to swap a point into.
+
+        Args:
+            point: The point that would become a medoid.
+            deviation: TD of the current medoids.
 
         Returns:
-            Slot, that of the lowest medoid on ties; change.
+            The slot, that of the lowest medoid on ties; the change of TD.
         """
         row = self.d[point]
         kept = np.minimum(row, self.d1)
@@ -131,7 +135,7 @@ class Assignment:
         np.minimum(self.d1, row, out=self.d1)
 
     def _reassign(self, points: Indices) -> None:
-        """Find the nearest two of given points anew."""
+        """Recompute the two nearest medoids of some points."""
         self.is_touched[points] = True
         if len(points) == len(self.d):
             distances = self.d.take(self.medoids, 0).T.copy()
@@ -145,19 +149,20 @@ class Assignment:
 
 
 class SwapTable:
-    """What every addition and every swap would change in the total deviation TD.
+    """The change of the total deviation TD by every addition and every swap.
 
     Adding point c changes TD by shared_c, swapping it for the medoid in slot m by shared_c + rise_mc:
 
         shared_c = Σ_i min(D_ic − d1_i, 0),   rise_mc = Σ_{i nearest to m} clamp(D_ic − d1_i, 0, d2_i − d1_i)
 
-    (FastPAM's decomposition: Schubert & Rousseeuw, Information Systems 101, 2021). Computed as
-    min(D_ic, d1_i) − d1_i and min(D_ic, d2_i) − min(D_ic, d1_i). They follow the assignment when they are asked for,
-    and count only those points anew whose nearest medoids have changed.
+    computed as min(D_ic, d1_i) − d1_i and min(D_ic, d2_i) − min(D_ic, d1_i). The sums are updated on request, and
+    only for points whose nearest medoids have changed.
+
+    Source: FastPAM's decomposition (Schubert & Rousseeuw, Information Systems 101, 2021).
 
     Args:
-        assignment: The medoids; change them as you like.
-        capacity: A number of medoids to make room for; there may be more.
+        assignment: The medoids; they may be changed between calls.
+        capacity: Number of medoids to allocate for; grows as needed.
     """
 
     def __init__(self, assignment: Assignment, capacity: int) -> None:
@@ -165,29 +170,29 @@ class SwapTable:
         self.assignment = assignment
         self._distances = torch.from_numpy(assignment.d)
         self._drift = _DRIFT * float(assignment.d1.sum())
-        # The sums, and what they stand for: at d1 = d2 = 0 all are 0.
+        # The sums, and the d1, slots and (d1, d2) that they were computed for: all are 0 at d1 = d2 = 0.
         self._shared, self._shared_d1 = np.zeros(n), np.zeros(n)
         self._rise = torch.zeros(capacity, n, dtype=torch.float64)
         self._own = np.zeros(n, np.int64)
         self._near = np.zeros((2, n))
         self._is_small = n <= _SMALL
-        # Room for what is counted anew each time: to allocate it takes as long as to fill it.
+        # Buffers for what is recomputed each time: allocating takes as long as filling.
         self._kept, self._to_second = torch.empty(2, *((n, n) if self._is_small else (0, 0)), dtype=torch.float64)
-        self._counted_for: Floats | None = None
-        # Lower bounds of the least rise of every point, but for the slots in which it has changed (None: all).
+        self._computed_for: Floats | None = None
+        # Lower bounds of the least rise of every point, except over slots that have changed since (None: all).
         self._least = np.zeros(n)
         self._changed: Indices | None = None
 
     def move_to(self, assignment: Assignment) -> None:
-        """Go over to other medoids; cheaper than a new table where they share most slots with those of now."""
+        """Switch to other medoids; cheaper than a new table if they share most slots with the current ones."""
         self.assignment = state = assignment.copy()
         if not self._is_small:
             state.is_touched = (state.own != self._own) | (state.d1 != self._near[0]) | (state.d2 != self._near[1])
 
-    def _follow_shared(self) -> Floats:
+    def _updated_shared(self) -> Floats:
         now = self.assignment.d1
         if self._is_small:
-            return self._counted_anew(now)
+            return self._recomputed_shared(now)
         points = (now != self._shared_d1).nonzero()[0]
         if len(points):
             before, after = self._shared_d1[points], now[points]
@@ -200,33 +205,33 @@ class SwapTable:
                 self._shared += change.numpy().sum(0)
         return self._shared
 
-    def _counted_anew(self, d1: Floats) -> Floats:
-        """What adding every point would change; leaves min(D, d1) behind."""
-        if self._counted_for is None or not np.array_equal(self._counted_for, d1):
+    def _recomputed_shared(self, d1: Floats) -> Floats:
+        """The change of TD by adding every point; leaves min(D, d1) in its buffer."""
+        if self._computed_for is None or not np.array_equal(self._computed_for, d1):
             torch.minimum(self._distances, torch.from_numpy(d1)[:, None], out=self._kept)
             self._shared = self._kept.numpy().sum(0)
             self._shared -= d1.sum()
-            self._counted_for = d1.copy()
+            self._computed_for = d1.copy()
         return self._shared
 
-    def _make_room(self) -> None:
+    def _grow_rise(self) -> None:
         while len(self._rise) < len(self.assignment.medoids):
             self._rise = torch.cat([self._rise, torch.zeros_like(self._rise)])
 
-    def _follow_rise(self) -> Tensor:
+    def _update_rise(self) -> None:
         state = self.assignment
-        self._make_room()
+        self._grow_rise()
         points = state.is_touched.nonzero()[0]
         state.is_touched[points] = False
         if 2 * len(points) > len(self._own):
-            # Cheaper than to follow them, and nothing of what rounding has left so far stays.
+            # Cheaper than updating, and free of the rounding errors accumulated so far.
             self._changed = None
             self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
             self._rise.zero_()
             for block in self._blocks(len(self._own)):
-                self._count(self._distances[block], self._own[block], self._near[:, None, block])
-            return self._rise
-        # Both what these points counted for so far and what they count for now: [2, points].
+                self._add_rises(self._distances[block], self._own[block], self._near[:, None, block])
+            return
+        # Before and after the change: [2, points].
         own = np.array((self._own[points], state.own[points]))
         near = np.array((self._near[:, points], (state.d1[points], state.d2[points]))).swapaxes(0, 1)
         self._own[points], self._near[:, points] = own[1], near[:, 1]
@@ -234,11 +239,10 @@ class SwapTable:
             self._changed = np.union1d(self._changed, own)
         for block in self._blocks(len(points)):
             rows = self._distances.index_select(0, torch.from_numpy(points[block]))
-            self._count(rows, own[:, block].ravel(), near[:, :, block])
-        return self._rise
+            self._add_rises(rows, own[:, block].ravel(), near[:, :, block])
 
-    def _count(self, rows: Tensor, own: Indices, near: Floats) -> None:
-        """Add rises ``[points, n]`` to the slots; with two sets of d1 and d2, take off the first set's."""
+    def _add_rises(self, rows: Tensor, own: Indices, near: Floats) -> None:
+        """Add rises ``[points, n]`` to the slots; with two sets of d1 and d2, subtract those of the first."""
         to_nearest, to_second = torch.from_numpy(near)[..., None]
         rise = torch.minimum(rows, to_second).sub_(torch.minimum(rows, to_nearest))
         if len(rise) == 2:
@@ -246,19 +250,19 @@ class SwapTable:
         self._rise.index_add_(0, torch.from_numpy(own), rise.view(-1, rise.shape[2]))
 
     def _blocks(self, n_points: int) -> list[slice]:
-        """Slices of so many points that their rows of D stay in a core's cache."""
+        """Slices of points whose rows of D fit into a core's cache."""
         size = max(1, _BLOCK // len(self._own))
         return [slice(i, i + size) for i in range(0, n_points, size)]
 
     def add(self, n_points: int) -> None:
-        """Make those points medoids that lower TD most.
+        """Add the points that lower TD most as medoids.
 
         Args:
-            n_points: How many at most, at least one. The first lowers TD most (the lowest index on ties); others at
-                least half as much as they would have alone.
+            n_points: Largest number to add; at least one is. The first lowers TD most (the lowest index on ties); every
+                other one lowers it by at least half as much as it would have alone.
         """
         state, tolerance = self.assignment, self._tolerance()
-        shared = self._follow_shared().copy()
+        shared = self._updated_shared().copy()
         shared[state.medoids] = np.inf
         first = _first_smallest(shared, tolerance)
         state.add(first)
@@ -273,37 +277,37 @@ class SwapTable:
                     return
 
     def promising(self, least: float) -> Indices:
-        """The points that would lower TD if they were swapped for the right medoid.
+        """Candidates for a swap: points that lower TD if they replace the right medoid.
 
         Args:
-            least: What a swap must lower TD by.
+            least: Least decrease of TD.
 
         Returns:
-            The best first; by index on ties.
+            The candidates, the best first; by index on ties.
         """
         change = self._changes_of_few() if self._is_small else self._changes(least)
         change[self.assignment.medoids] = np.inf
         return _ascending(change, (change < -least).nonzero()[0], self._tolerance())
 
     def _changes_of_few(self) -> Floats:
-        """What the best swap of every point would change."""
+        """The change of TD by the best swap of every point."""
         state = self.assignment
-        change: Floats = self._counted_anew(state.d1).copy()
+        change: Floats = self._recomputed_shared(state.d1).copy()
         torch.minimum(self._distances, torch.from_numpy(state.d2)[:, None], out=self._to_second).sub_(self._kept)
-        self._make_room()
+        self._grow_rise()
         rise = self._rise[: len(state.medoids)].zero_()
         rise.index_add_(0, torch.from_numpy(state.own), self._to_second)
         change += rise.numpy().min(0)
         return change
 
     def _changes(self, least: float) -> Floats:
-        """What the best swap of every point would change, exact where it lowers TD by more than least."""
-        self._follow_rise()
-        shared = self._follow_shared()
+        """The change of TD by the best swap of every point, exact where it lowers TD by more than ``least``."""
+        self._update_rise()
+        shared = self._updated_shared()
         return self._least_rises(-least - shared) + shared
 
     def _least_rises(self, enough: Floats) -> Floats:
-        """The least rise of every point over all slots, exact where it is less than enough; else a lower bound."""
+        """The least rise of every point over all slots, exact where it is below ``enough``; else a lower bound."""
         rise = self._rise.numpy()[: len(self.assignment.medoids)]
         if self._changed is None:
             self._least = rise.min(0)
@@ -324,12 +328,12 @@ class SwapTable:
 
 
 def _first_smallest(values: Floats, tolerance: float) -> int:
-    """Index of the first value that is the smallest but for rounding, so that every machine agrees."""
+    """Index of the first value that is smallest up to rounding, so that all machines agree."""
     return int((values <= values.min() + tolerance).argmax())
 
 
 def _ascending(values: Floats, indices: Indices, tolerance: float) -> Indices:
-    """Indices by ascending value; by index where values differ by rounding alone."""
+    """Indices by ascending value; by index where values differ only by rounding."""
     if len(indices) < 2:
         return indices
     at = values[indices]

@@ -12,7 +12,6 @@ from tp_cosep.calibration.statistics import Measured
 from tp_cosep.errors import InputError
 from tp_cosep.functional.attention_distances import ATTENTION_JS
 from tp_cosep.functional.elimination import Consumer, Elimination, backward_elimination
-from tp_cosep.functional.knee import KneeMethod
 from tp_cosep.functional.selection import ChannelSelection, select_by_elimination, select_channels
 from tp_cosep.functional.separability import PairMetric
 from tp_cosep.graph.groups import GroupView, full_group, prunable_groups, read_group
@@ -49,8 +48,7 @@ class CoSePSelector(Measured):
             Jensen-Shannon distance of their attention maps, without labels, and nothing but heads is selected.
         spatial: Cells per dimension that maps are pooled to; ``None`` for every pixel, ``"auto"`` for the
             largest number that fits ``memory_budget``.
-        knee: ``"guarded"``, ``"strongest"``, ``"first"``, ``"paper"`` or a :class:`tp_cosep.functional.knee.KneeMethod`.
-        mss_form: ``"paper"`` or ``"gb-afs"``, see :mod:`tp_cosep.functional.silhouette`.
+        knee: ``"guarded"``, ``"strongest"`` or ``"first"``, see :data:`tp_cosep.functional.knee.KNEE_RULES`.
         space: What channels are compared by. ``"joint"``, ``"reconstruction"`` (what linear combinations of kept
             channels can reproduce), ``"class-means"`` (the same for class means alone; joint is both) and
             ``"correlation"`` (1 − |ρ| of activations) look at what the layers that read a channel see, see
@@ -108,8 +106,7 @@ class CoSePSelector(Measured):
         *,
         metric: str | PairMetric = "jm",
         spatial: int | str | None = 4,
-        knee: str | KneeMethod = "guarded",
-        mss_form: str = "paper",
+        knee: str = "guarded",
         space: str | None = None,
         method: str | None = None,
         representative: str | Callable[[Any], Tensor | None] | None = None,
@@ -129,7 +126,7 @@ class CoSePSelector(Measured):
             metric=metric,
             observe=observe,
             scope=scope,
-            mss_form=mss_form,
+            knee=knee,
             backend=backend,
             representative=representative,
             space=space,
@@ -141,8 +138,7 @@ class CoSePSelector(Measured):
         super().__init__(num_heads)
         self.metric = metric
         self.spatial = spatial
-        self.knee = KneeMethod.named(knee)
-        self.mss_form = mss_form
+        self.knee = knee
         self.representative = representative or "medoid"
         self.n_keep = n_keep
         self.keep_ratio = keep_ratio
@@ -169,7 +165,7 @@ class CoSePSelector(Measured):
         Returns:
             A selector.
         """
-        return cls(**{"space": "separability", "spatial": None, "knee": "paper", **changed})
+        return cls(**{"space": "separability", "spatial": None, "knee": "first", **changed})
 
     def select(
         self, group: Any, *, n_keep: int | None = None, view: GroupView | None = None, round_to: int | None = None
@@ -362,7 +358,7 @@ class CoSePSelector(Measured):
     @property
     def rules(self) -> dict[str, Any]:
         """The options of :func:`tp_cosep.functional.selection.select_channels`."""
-        return {"knee": self.knee, "mss_form": self.mss_form, "backend": self.backend}
+        return {"knee": self.knee, "backend": self.backend}
 
     @property
     def space(self) -> Space:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.functional.attention_distances import ATTENTION_JS, attention_distances
+from tp_cosep.functional.attention_distances import ATTENTION_JS, jensen_shannon_distances
 from tp_cosep.functional.head_selection import heads_of_layer, heads_of_model
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.graph.groups import GroupView, read_group, side_of
@@ -133,7 +133,7 @@ def head_distances(selector: CoSePSelector, views: Sequence[GroupView]) -> Tenso
                 f"{view.n_components}; call fit() again after pruning (iterative_steps: pass loader= to CoSePPruner)."
             )
         maps.append(of_layer)
-    return attention_distances(torch.cat(maps))
+    return jensen_shannon_distances(torch.cat(maps))
 
 
 def with_head_scores(

@@ -11,10 +11,10 @@ from tp_cosep.calibration.labels import OBSERVED
 from tp_cosep.errors import InputError
 from tp_cosep.functional.attention_distances import ATTENTION_JS
 from tp_cosep.functional.kmedoids import BACKENDS
-from tp_cosep.functional.separability import PairMetric, resolve_metric
-from tp_cosep.functional.silhouette import MSS_FORMS
+from tp_cosep.functional.knee import KNEE_RULES
+from tp_cosep.functional.separability import PairMetric, check_metric
 from tp_cosep.selection.input_space import INPUT_SPACES
-from tp_cosep.utils.checks import is_count, is_number
+from tp_cosep.utils.checks import check_one_of, is_count, is_number
 
 __all__ = ["DEFAULT_METHODS", "check_selector", "default_space"]
 _REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
@@ -34,7 +34,7 @@ def check_selector(
     metric: str | PairMetric,
     observe: str,
     scope: str,
-    mss_form: str,
+    knee: str,
     backend: str,
     representative: str | Callable[[Any], Tensor | None] | None,
     space: str,
@@ -49,15 +49,14 @@ def check_selector(
         InputError: If one is unknown or out of range, or two contradict each other.
     """
     if metric != ATTENTION_JS:
-        resolve_metric(metric)
+        check_metric(metric)
     for name, value, known in (
         ("observe", observe, list(OBSERVED)),
-        ("mss_form", mss_form, sorted(MSS_FORMS)),
+        ("knee", knee, list(KNEE_RULES)),
         ("backend", backend, sorted(BACKENDS)),
         ("space", space, ["separability", *INPUT_SPACES]),
     ):
-        if value not in known:
-            raise InputError(f"CoSePSelector: expected {name} of {known}, got {value!r}.")
+        check_one_of(name, value, known, "CoSePSelector")
     if scope not in ("layer", "model"):
         raise InputError(f"CoSePSelector: expected scope 'layer' or 'model', got {scope!r}.")
     if representative is not None and not callable(representative) and representative not in _REPRESENTATIVES:

@@ -1,1 +1,1 @@
-"""What has nothing to do with pruning: data loaders, processes, files, random positions, snapshots, timing, checks."""
+"""Utilities without any pruning: data loaders, processes, files, sampled positions, snapshots, timing, checks."""

@@ -1,4 +1,4 @@
-"""Running a model on a loader's batches: what they may look like, and what the model gets of them."""
+"""Running a model on the batches of a loader: the loop, the forms of batches, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
     "tensors_in",
 ]
 
-#: What is wrong with a loader without samples.
+#: Message for a loader without samples.
 EMPTY = (
     "fit: expected at least one batch, the loader gave none; a generator can be read only once, and a loader "
     "with drop_last=True gives nothing from fewer samples than one batch."
@@ -42,9 +42,9 @@ EMPTY = (
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without gradients, and every submodule back in its own mode after.
+    """Put a model in eval mode without gradients, and restore the mode of every submodule after the block.
 
-    A caller's autocast is off meanwhile: what is measured and compared is in the precision that the model has.
+    A caller's autocast is disabled in the block: statistics and comparisons are in the model's own precision.
     """
     modes = {m: m.training for m in model.modules()}
     kind = device_of(model).type
@@ -58,14 +58,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a tensor, on a tuple or list of arguments, or on a dict of keyword arguments.
+    """Call a model.
+
+    Args:
+        model: The model.
+        inputs: A tensor, a tuple or list of arguments, or a dict of keyword arguments.
 
     Returns:
-        Its outputs.
+        The model's outputs.
 
     Raises:
-        InputError: If its ``forward`` takes other arguments.
-        TypeError: If that comes from within.
+        InputError: If the model's ``forward`` has other parameters.
+        TypeError: If the model raises one itself.
     """
     args: Sequence[Any] = inputs if isinstance(inputs, (tuple, list)) else [inputs]
     kwargs: Mapping[str, Any] = {}
@@ -74,7 +78,7 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
     try:
         return model(*args, **kwargs)
     except TypeError as error:
-        if _takes(model, args, kwargs):
+        if _accepts(model, args, kwargs):
             raise
         raise InputError(
             f"inputs: expected those that the model's forward takes, got {described(inputs)} ({error}); if batches "
@@ -82,26 +86,26 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
         ) from error
 
 
-def _takes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a model's ``forward`` can be called with some arguments; true if that cannot be told."""
+def _accepts(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the signature of a model's ``forward`` accepts the arguments; true if it is unknown."""
     try:
-        taken = signature(model.forward)
+        parameters = signature(model.forward)
     except (TypeError, ValueError):
         return True
     try:
-        taken.bind(*args, **kwargs)
+        parameters.bind(*args, **kwargs)
     except TypeError:
         return False
     return True
 
 
 def n_samples(inputs: Any) -> int | None:
-    """Samples in a model's inputs: the first dimension of the first tensor found, ``None`` if there is none."""
+    """Number of samples in a model's inputs: the length of the first tensor, ``None`` if there is no tensor."""
     return next((len(x) for x in tensors_in(inputs) if x.dim()), None)
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """The tensors of a model's inputs, in order."""
+    """The tensors of a model's inputs, in order, from nested mappings, tuples and lists."""
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, (Mapping, tuple, list)):
@@ -110,7 +114,7 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
 
 
 def described(x: object) -> str:
-    """What came in place of something else, for an error's message."""
+    """A short description of an unexpected value, for error messages."""
     if isinstance(x, str):
         return f"the string {x!r}"
     if isinstance(x, type):
@@ -121,12 +125,12 @@ def described(x: object) -> str:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is: its first parameter or buffer, or the CPU if it has none."""
+    """Device of a model's first parameter or buffer; the CPU if it has none."""
     return next((x.device for x in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def take_samples(inputs: Any, n: int, of: int) -> Any:
-    """The first n of a batch's samples: every tensor with ``of`` rows is cut, anything else stays."""
+    """The first n of a batch's ``of`` samples: every tensor of this length is cut, anything else is kept."""
     if isinstance(inputs, Tensor):
         return inputs[:n] if inputs.dim() and len(inputs) == of else inputs
     if isinstance(inputs, Mapping):
@@ -137,7 +141,17 @@ def take_samples(inputs: Any, n: int, of: int) -> Any:
 
 
 def progress_bar(batches: Iterable[Any], loader: Iterable[Any], what: str, *, shown: bool) -> Iterable[Any]:
-    """The same batches, with a progress bar on a terminal."""
+    """Wrap batches in a progress bar, shown on a terminal alone.
+
+    Args:
+        batches: The batches.
+        loader: The loader that they come from, whose length is that of the bar, if it has one.
+        what: Description in front of the bar.
+        shown: Whether to show the bar.
+
+    Returns:
+        The same batches.
+    """
     try:
         total = len(loader)  # type: ignore[arg-type]
     except TypeError:  # an iterable without a length
@@ -149,7 +163,15 @@ def progress_bar(batches: Iterable[Any], loader: Iterable[Any], what: str, *, sh
 
 
 class BatchAdapter:
-    """Turns whatever the loader yields into model inputs and checked labels."""
+    """Turns the batches of a loader into inputs on the model's device and checked labels.
+
+    Inputs of floating-point type are cast to the model's, if all its parameters share one.
+
+    Args:
+        model: The model.
+        target_fn: Reads batches that are no pair: ``target_fn(batch) -> (inputs, labels)``.
+        predicted: Whether the model's own predictions are the labels; a batch may then be inputs alone.
+    """
 
     def __init__(self, model: nn.Module, target_fn: Callable[[Any], tuple[Any, Any]] | None, *, predicted: bool):
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -159,7 +181,18 @@ class BatchAdapter:
         self.predicted = predicted
 
     def split(self, batch: Any, i: int) -> tuple[Any, Any]:
-        """Inputs on the model's device, and the labels as they came."""
+        """Split a batch.
+
+        Args:
+            batch: The batch.
+            i: Its position in the loader, for messages.
+
+        Returns:
+            Inputs on the model's device, and the labels as given; ``None`` for a batch of inputs alone.
+
+        Raises:
+            InputError: If the batch is not of an expected form.
+        """
         if self.target_fn is not None:
             batch = self.target_fn(batch)
         is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
@@ -172,7 +205,19 @@ class BatchAdapter:
         return self._to_model(inputs), labels
 
     def labels(self, outputs: Any, given: Any, i: int) -> Tensor:
-        """Labels ``[samples]`` on the model's device: those given, or the model's own predictions."""
+        """Labels of a batch: those given, or the model's own predictions.
+
+        Args:
+            outputs: The model's outputs for the batch.
+            given: Labels as given, ``[samples]`` or ``[samples, 1]`` integers, at least 0.
+            i: Position of the batch in the loader, for messages.
+
+        Returns:
+            ``[samples]`` int64, on the model's device.
+
+        Raises:
+            InputError: If the labels are not of this form, or the outputs hold no class scores to predict from.
+        """
         if self.predicted:
             try:
                 return logits_of(outputs).argmax(1)
@@ -214,14 +259,14 @@ class BatchAdapter:
 
 
 def check_loader(loader: object, where: str) -> None:
-    """Refuse what cannot be read batch by batch.
+    """Check that a loader is an iterable or a sequence.
 
     Args:
-        loader: Of batches.
-        where: Who reads it.
+        loader: A loader of batches.
+        where: The method that reads it, for messages.
 
     Raises:
-        InputError: If it is no iterable and no sequence.
+        InputError: If it is neither.
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise InputError(
@@ -235,14 +280,14 @@ class CalibrationData:
     """A loader of calibration batches, and how its batches are read.
 
     Args:
-        loader: Batches, each a pair ``(inputs, labels)`` or, where no labels are needed, inputs alone.
-        target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
-        labels: ``"given"``, or ``"predicted"`` for the model's own predictions in place of those of the loader.
+        loader: Batches, each a pair ``(inputs, labels)``, or inputs alone if no labels are required.
+        target_fn: Reads batches of any other form: ``target_fn(batch) -> (inputs, labels)``.
+        labels: ``"given"``, or ``"predicted"`` for the model's own predictions in place of the loader's labels.
         rare_classes: What to do about a class with fewer than two samples: ``"error"``, or ``"drop"`` to leave it out
             with a warning.
         n_classes: Number of classes, to plan memory with; by default the width of the model's output or the largest
             label of the first batch, whichever is larger.
-        progress: Show a progress bar on a terminal.
+        progress: Whether to show a progress bar on a terminal.
     """
 
     loader: Iterable[Any]
@@ -253,7 +298,7 @@ class CalibrationData:
     progress: bool = True
 
     def adapter(self, model: nn.Module, *, with_labels: bool = False) -> BatchAdapter:
-        """What turns batches into a model's inputs.
+        """An adapter of the batches for a model.
 
         Args:
             model: The model.
@@ -267,19 +312,19 @@ class CalibrationData:
     def batches(
         self, adapter: BatchAdapter, description: str, batches: Iterable[Any] | None = None, *, skip: int = 0
     ) -> Iterator[tuple[int, Any, Any]]:
-        """All batches that have samples, on the model's device; the one loop over a loader.
+        """Iterate over all batches that have samples.
 
         Args:
-            adapter: Of the model that they are for.
-            description: What is collected, for the progress bar.
-            batches: The batches, if the loader was looked into already (:func:`peek`).
-            skip: Number of batches at the beginning that are passed over unread.
+            adapter: The adapter for the model, see :meth:`adapter`.
+            description: Description in front of the progress bar.
+            batches: The batches, if the loader's first one was read already (:func:`peek`).
+            skip: Number of batches at the beginning that are skipped.
 
         Yields:
-            Position in the loader, inputs, and labels as they came (``None`` without any).
+            Position in the loader, inputs on the model's device, and labels as given (``None`` without labels).
 
         Raises:
-            InputError: If a batch is not of the kind that the adapter reads.
+            InputError: If a batch is not of a form that the adapter reads.
         """
         source = self.loader if batches is None else batches
         for i, batch in enumerate(progress_bar(source, self.loader, description, shown=self.progress)):
@@ -291,13 +336,17 @@ class CalibrationData:
 
 
 def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Iterator[Any]]:
-    """Look at the first batch of a loader.
+    """Read the first batch of a loader without consuming it.
+
+    Args:
+        loader: A loader of batches.
+        may_be_empty: Whether the loader may have no batches.
 
     Returns:
-        The first batch, or ``None``, and all of them.
+        The first batch, ``None`` if there is none, and an iterator over all batches, the first one included.
 
     Raises:
-        InputError: If it is no loader, or there is no batch and there has to be one.
+        InputError: If it is no loader, or has no batches and may not be empty.
     """
     check_loader(loader, "fit")
     batches = iter(loader)
@@ -310,13 +359,16 @@ def peek(loader: Iterable[Any], *, may_be_empty: bool = False) -> tuple[Any, Ite
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The class scores among a model's outputs: a tensor, the first of a tuple, or what is called ``logits``.
+    """The class scores in a model's outputs.
+
+    Args:
+        outputs: A tensor, a tuple or list that begins with it, or a mapping or object with ``logits``.
 
     Returns:
         The scores, ``[samples, classes]``.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are no scores of this shape.
     """
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     found = found[0] if isinstance(found, (tuple, list)) and found else found

@@ -1,4 +1,4 @@
-"""Files that are replaced in one step, and tensors with a header in a file of safetensors."""
+"""Atomically replaced files, and safetensors files with a header and a checksum."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _HEADER, _DIGEST = "tp_cosep", "tp_cosep_digest"
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
-    """Write a file beside another one, and put it in its place when it is whole.
+    """Write a temporary file, and replace the target with it once it is complete.
 
     Args:
-        path: Of the file to be, in a folder that exists.
-        what: What it holds, for errors.
+        path: Path of the target, in an existing folder.
+        what: Content of the file, for messages.
 
     Yields:
-        Where to write. If that fails, the old file stays as it was.
+        Path of the temporary file. If writing fails it is removed, and the target stays as it was.
 
     Raises:
         InputError: If the folder does not exist.
@@ -51,7 +51,7 @@ def replacing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
 
 
 def digest(tensors: Mapping[str, Tensor], header: str = "") -> str:
-    """A hash of names, shapes, types and values of tensors, in their order, and of a text."""
+    """A hash of a text and of the names, shapes, types and values of tensors, in their order."""
     found = hashlib.blake2b(header.encode(), digest_size=16)
     for name, x in tensors.items():
         found.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
@@ -60,47 +60,47 @@ def digest(tensors: Mapping[str, Tensor], header: str = "") -> str:
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Any) -> None:
-    """Write tensors and whatever JSON can hold; the format itself would not notice a changed value.
+    """Write tensors and a header, with a checksum of both: the format itself does not detect changed values.
 
     Args:
-        path: Of the file.
-        tensors: By name; they may be views of one storage, which the format refuses.
-        header: The rest.
+        path: Path of the file.
+        tensors: Tensors by name. Views of one storage, which the format refuses, are copied.
+        header: Any value that JSON can represent.
     """
-    text, apart, storages = json.dumps(header), {}, set[int]()
+    text, separate, storages = json.dumps(header), {}, set[int]()
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
         storage = x.untyped_storage()
         if storage.nbytes() != x.nbytes or storage.data_ptr() in storages:
             x = x.clone()
         storages.add(x.untyped_storage().data_ptr())
-        apart[name] = x
-    save_file(apart, path, {_HEADER: text, _DIGEST: digest(apart, text)})
+        separate[name] = x
+    save_file(separate, path, {_HEADER: text, _DIGEST: digest(separate, text)})
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
-    """Read what :func:`write_safetensors` wrote; nothing in the file is executed.
+    """Read a file of :func:`write_safetensors`; nothing in the file is executed.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Returns:
-        Tensors by name, on the CPU, and the header; ``None`` if the file is one of safetensors that another program
+        Tensors by name, on the CPU, and the header; ``None`` for the header of a safetensors file that another program
         wrote.
 
     Raises:
-        ValueError: If the file is damaged or none of safetensors.
+        ValueError: If the file is damaged or no safetensors file.
     """
     try:
         with safe_open(str(path), "pt") as file:
-            facts = file.metadata() or {}
-            # Copied: in the file they begin anywhere, and torch rounds otherwise for some kernels where memory is not
-            # aligned.
+            metadata = file.metadata() or {}
+            # Copied, since tensors in a file are not aligned, and some of torch's kernels round differently for
+            # unaligned memory.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 -- not a dict
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    if _HEADER not in facts:
+    if _HEADER not in metadata:
         return tensors, None
-    if facts.get(_DIGEST) != digest(dict(sorted(tensors.items())), facts[_HEADER]):
+    if metadata.get(_DIGEST) != digest(dict(sorted(tensors.items())), metadata[_HEADER]):
         raise ValueError("its contents are not those that were written")
-    return tensors, json.loads(facts[_HEADER])
+    return tensors, json.loads(metadata[_HEADER])

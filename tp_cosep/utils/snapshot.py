@@ -1,4 +1,4 @@
-"""Put a model back exactly as it was, whatever pruning or training did to it in between."""
+"""Snapshots that restore a model exactly after pruning or training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
 class _Value:
-    """One tensor: its storage by reference, its values and its gradient's by copy."""
+    """A tensor: its storage by reference, its values and those of its gradient by copy."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -27,7 +27,7 @@ class _Value:
     def restore(self) -> Tensor:
         tensor = self._tensor
         if tensor.is_leaf:
-            tensor.grad = None  # a gradient of another type would not let its tensor change back
+            tensor.grad = None  # a tensor cannot change its type while it has a gradient of another type
             tensor.requires_grad_(self._requires_grad)
         tensor.data = self._data
         self._data.copy_(self._copy)
@@ -39,8 +39,8 @@ class _Value:
 class _Snapshot:
     """The attributes of every module by reference, and the values of every tensor by copy.
 
-    Pruning replaces parameters and sets attributes; training changes values in place. Restoring puts back
-    the same parameter objects, so optimizers that hold them stay valid.
+    Pruning replaces parameters and sets attributes; training changes values in place. Restoring puts back the same
+    parameter objects, so optimizers that hold them stay valid.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +50,7 @@ class _Snapshot:
             for name in _CONTAINERS:
                 attributes[name] = attributes[name].copy()
             self._attributes.append((module, attributes))
-        # Lists are changed in place, as an LSTM's list of its weights is.
+        # Lists may be changed in place, such as an LSTM's list of its weights.
         lists = (v for module in model.modules() for v in vars(module).values() if isinstance(v, list))
         self._lists = [(value, value.copy()) for value in lists]
         self._values = [_Value(tensor) for tensor in chain(model.parameters(), model.buffers())]
@@ -68,10 +68,9 @@ class _Snapshot:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Run a block; if it raises, the model is put back as it was when the block began.
+    """Run a block; if it raises, restore the model to its state before the block.
 
-    Needs memory for one copy of the weights. A generator that is closed early counts as finished: its
-    user stopped on purpose.
+    Requires memory for one copy of the weights. Closing a generator early is no failure: nothing is restored.
     """
     snapshot = _Snapshot(model)
     try:

@@ -1,4 +1,4 @@
-"""How long models take on the device that they are on."""
+"""Forward-pass times of models and layers, on the device that they are on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 
 from tp_cosep.utils.data import evaluating
 
-__all__ = ["layer_times", "median_times", "stopwatch"]
+__all__ = ["layer_times", "median_times"]
 
 _N_WARMUP, _N_RUNS = 3, 15
 
 
-def stopwatch(device: torch.device) -> Callable[[], float]:
-    """A clock that runs; it waits for an accelerator, which answers before it has finished.
+def _stopwatch(device: torch.device) -> Callable[[], float]:
+    """Start a clock that waits for an accelerator, whose calls return before they are finished.
 
     Args:
-        device: Where the model is.
+        device: Device of the model.
 
     Returns:
-        A function: the seconds since it was made.
+        A function that returns the seconds since the start.
     """
     synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
     synchronize()
@@ -47,44 +47,46 @@ def median_times(
 ) -> dict[str, float]:
     """Median seconds of a forward pass in eval mode.
 
-    The models take turns, so that a machine that is busier now than a second ago favours none of them.
+    The models take turns, so that a changing load of the machine favours none of them.
 
     Args:
-        models: By name.
-        run: Runs one.
-        device: Where they are.
-        n_runs: Passes of each that are timed.
-        n_warmup: Passes of each before them.
+        models: Models by name.
+        run: Runs a model once.
+        device: Device of the models.
+        n_runs: Number of timed passes of each model.
+        n_warmup: Number of untimed passes of each model before them.
 
     Returns:
-        Seconds, by name.
+        Seconds by name.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(n_warmup + n_runs):
         for name, model in models.items():
             with evaluating(model):
-                elapsed = stopwatch(device)
+                elapsed = _stopwatch(device)
                 run(model)
                 times[name].append(elapsed())
     return {name: statistics.median(found[n_warmup:]) for name, found in times.items()}
 
 
 def layer_times(model: nn.Module, run: Callable[[], object], device: torch.device) -> dict[nn.Module, float]:
-    """Median seconds that every layer without layers of its own takes in a forward pass; all calls of one together.
+    """Median seconds of every leaf layer in a forward pass in eval mode, summed over its calls.
+
+    Leaf layers are modules without children, and ``nn.MultiheadAttention``, which uses the weights of its children.
 
     Args:
         model: The model.
-        run: Runs it.
-        device: Where it is.
+        run: Runs the model once.
+        device: Device of the model.
 
     Returns:
-        Seconds, by layer, of those that ran.
+        Seconds by layer, of the layers that ran.
     """
     leaves = [m for m in model.modules() if not any(True for _ in m.children()) or isinstance(m, nn.MultiheadAttention)]
     times: dict[nn.Module, list[float]] = {}
     now: dict[nn.Module, float] = {}
     handles = []
-    elapsed = stopwatch(device)
+    elapsed = _stopwatch(device)
 
     def begin(layer: nn.Module, _args: Any) -> None:
         now[layer] = now.get(layer, 0.0) - elapsed()
