@@ -36,7 +36,7 @@ class InputStatistics:
     shape: torch.Size
     second: SecondMoments
     classes: ClassMoments = field(default_factory=ClassMoments)
-    precisions: dict[str, tuple[int, list[Tensor]]] = field(default_factory=dict, repr=False)
+    precisions: dict[float, tuple[int, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @property
     def covariance(self) -> Tensor:

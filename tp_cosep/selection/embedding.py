@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +17,7 @@ from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.functional.separability import profiles
 from tp_cosep.functional.swap_table import few_threads
 from tp_cosep.graph.groups import GroupView
-from tp_cosep.selection.heads import head_distances
-from tp_cosep.selection.input_space import measured_consumers
-
-if TYPE_CHECKING:
-    from tp_cosep.selection.cosep import CoSePSelector
+from tp_cosep.selection.criterion import Criterion, LayerClasses
 
 __all__ = ["N_COLOURS", "ClassPair", "GroupEmbedding", "cluster_colours", "embed_group", "kept_components", "plane"]
 
@@ -139,33 +134,28 @@ def kept_components(selection: ChannelSelection, embedding: GroupEmbedding | Non
 
 
 @torch.no_grad()
-def embed_group(
-    selector: CoSePSelector, group: Any, view: GroupView, selection: ChannelSelection
-) -> GroupEmbedding | None:
-    """What is worth remembering of a group while its moments are at hand.
+def embed_group(criterion: Criterion, view: GroupView, selection: ChannelSelection) -> GroupEmbedding | None:
+    """What is worth remembering of a group while its statistics are at hand.
 
-    With many classes, those of which as many pairs can be computed in a moment are taken, evenly spaced among all
+    With many classes, those of which as many pairs can be computed in a moment are compared, evenly spaced among all
     labels; of large maps likewise some cells.
 
     Args:
-        selector: A fitted selector.
-        group: The ``tp.Group``, unpruned.
-        view: What was chosen among.
-        selection: What was chosen.
+        criterion: That of the selector which made the selection.
+        view: The group, unpruned.
+        selection: What was selected.
 
     Returns:
-        The picture, or ``None`` if its components cannot be compared.
+        The embedding, or ``None`` if the group's components cannot be compared.
     """
-    # Class pairs that were chosen by, or a sample of them: a picture is not worth as much as the choice.
-    sampling = copy(selector)
-    sampling.max_class_pairs = min(selector.max_class_pairs or _MOST_PAIRS, _MOST_PAIRS)
-    sampling.sampling_errors = {}  # of the picture's sample, not of the choice's
-    distances = head_distances(sampling, [view]) if view.unit == "head" else sampling.distances(group, view=view)
+    # Class pairs that the selection was made by, or a sample of them: a drawing may cost less than the selection.
+    sketch = criterion.sketched(_MOST_PAIRS)
+    distances = sketch.head_distances([view]) if view.unit == "head" else sketch.distances(view)
     if distances is None:
         return None
     with few_threads(distances):
         points, shares = plane(distances)
-        pairs, n_classes = _best_pairs(_described(selector, view), selection)
+        pairs, n_classes = _best_pairs(_described(criterion, view), selection)
     scale = float(points.abs().max())
     # Adding 0 makes 0 of −0.
     rounded = (points / (scale or 1.0)).mul(1000).round().div(1000).add(0.0).tolist()
@@ -177,7 +167,7 @@ def embed_group(
         component_of=() if component_of == list(range(len(component_of))) else tuple(component_of),
         pairs=pairs,
         n_classes=n_classes,
-        note="" if pairs else "classes were not measured where its channels are compared",
+        note="" if pairs else "classes were not observed where its channels are compared",
     )
 
 
@@ -244,53 +234,26 @@ def cluster_colours(points: Tensor, selection: ChannelSelection) -> list[int]:
     return chosen
 
 
-@dataclass(frozen=True)
-class _Described:
-    """Where class moments of a group's channels are: in some components of a layer's, several next to each other."""
-
-    moments: ClassMoments
-    rows: Tensor
-    components: Tensor
-    n_components: int
-
-    @property
-    def cells(self) -> Tensor:
-        n_cells = self.moments.n_components * self.moments.n_cells // self.n_components
-        return _evenly(n_cells, _MOST_CELLS)
-
-    def profiles(self, classes: Tensor) -> Tensor:
-        """JM distances of the class pairs among some classes, ``[rows, pairs]``, means over cells."""
-        # The classes first: what is copied after that is small.
-        mean, m2 = (
-            x[classes].reshape(len(classes), self.n_components, -1)[:, self.rows][:, :, self.cells]
-            for x in (self.moments.mean, self.moments.m2)
-        )
-        part = ClassMoments(self.moments.classes[classes], self.moments.count[classes], mean, m2)
-        return profiles(part).reshape(len(self.rows), -1, mean.shape[2]).mean(2).cpu()
-
-
-def _described(selector: CoSePSelector, view: GroupView) -> list[_Described]:
-    """The layers that describe a group, and which component each of their channels is.
-
-    Returns:
-        One entry per layer; those that saw other classes than the first are left out.
-    """
-    found: list[_Described] = []
-    if selector.compares_inputs(view):
-        for member in measured_consumers(view, selector.consumers, selector.space_name):
-            measured = selector.consumers[member.name]
-            # The inputs of a linear layer that belong to one channel are its cells.
-            repeat = measured.patches.repeat
-            is_first = member.rows % repeat == 0
-            rows, components = member.rows[is_first] // repeat, member.components[is_first]
-            if not measured.classes.is_empty:
-                found.append(_Described(measured.classes, rows, components, measured.second.n_features))
-    else:
-        for member in selector.space.layers_of(view):
-            moments = selector.moments.get(member.name)
-            if moments is not None and len(member.rows):
-                found.append(_Described(moments, member.rows, member.components, moments.n_components))
+def _described(criterion: Criterion, view: GroupView) -> list[LayerClasses]:
+    """The layers whose class moments describe a group; those that saw other classes than the first are left out."""
+    found = criterion.layer_classes(view)
     return [layer for layer in found if torch.equal(layer.moments.classes, found[0].moments.classes)]
+
+
+def _cells_of(layer: LayerClasses) -> Tensor:
+    """The cells of one feature that are looked at."""
+    return _evenly(layer.moments.n_components * layer.moments.n_cells // layer.n_features, _MOST_CELLS)
+
+
+def _profiles_of(layer: LayerClasses, classes: Tensor) -> Tensor:
+    """JM distances of the class pairs among some classes, ``[rows, pairs]``, means over cells."""
+    # The classes first: what is copied after that is small.
+    mean, m2 = (
+        x[classes].reshape(len(classes), layer.n_features, -1)[:, layer.rows][:, :, _cells_of(layer)]
+        for x in (layer.moments.mean, layer.moments.m2)
+    )
+    part = ClassMoments(layer.moments.classes[classes], layer.moments.count[classes], mean, m2)
+    return profiles(part).reshape(len(layer.rows), -1, mean.shape[2]).mean(2).cpu()
 
 
 def _evenly(n: int, most: int) -> Tensor:
@@ -298,13 +261,13 @@ def _evenly(n: int, most: int) -> Tensor:
 
 
 def _best_pairs(
-    layers: Sequence[_Described], selection: ChannelSelection
+    layers: Sequence[LayerClasses], selection: ChannelSelection
 ) -> tuple[tuple[tuple[ClassPair, ...], ...], tuple[int, int]]:
     """For every cluster the pairs that it tells apart best, and how many classes were compared of how many."""
     if not layers or layers[0].moments.n_classes < 2:
         return (), (0, 0)
     classes = layers[0].moments.classes.cpu()
-    n_values = sum(len(layer.rows) * len(layer.cells) for layer in layers)
+    n_values = sum(len(layer.rows) * len(_cells_of(layer)) for layer in layers)
     compared = _evenly(len(classes), max(_FEWEST_CLASSES, int((2 * _MOST_VALUES / n_values) ** 0.5)))
     first, second = torch.triu_indices(len(compared), len(compared), 1)
     labels = torch.tensor(selection.labels)
@@ -312,7 +275,7 @@ def _best_pairs(
     n_rows = torch.zeros(len(selection.medoids), dtype=torch.float64)
     for layer in layers:
         of_rows = labels[layer.components]
-        total.index_add_(0, of_rows, layer.profiles(compared))
+        total.index_add_(0, of_rows, _profiles_of(layer, compared))
         n_rows.index_add_(0, of_rows, torch.ones(len(of_rows), dtype=torch.float64))
     best = (total / n_rows.clamp(min=1)[:, None]).topk(min(_N_PAIRS, len(first)))
     a, b = (classes[compared][side][best.indices].tolist() for side in (first, second))

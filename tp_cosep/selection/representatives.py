@@ -13,7 +13,10 @@ from tp_cosep.functional.elimination import Consumer, backward_elimination
 from tp_cosep.graph.groups import GroupView, l1_norms
 from tp_cosep.utils.data import described
 
-__all__ = ["Preference", "preference_of"]
+__all__ = ["REPRESENTATIVES", "Preference", "preference_of"]
+
+#: The ways to choose a cluster's representative, beside an importance.
+REPRESENTATIVES = ("medoid", "max_norm", "reconstruction")
 
 #: ``[components]``, the most preferred member being kept; or that as a function of the clusters' labels; or ``None``
 #: for the medoid.

@@ -3,61 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 
 from tp_cosep.calibration.class_observer import channel_dim_of
+from tp_cosep.calibration.statistics import Statistics
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments
 from tp_cosep.functional.separability import PairMetric, distances_from_gram, pooled_gram
 from tp_cosep.graph.groups import GroupView, Member
+from tp_cosep.selection.criterion import LayerClasses, check_weights
 
-__all__ = ["Space"]
+__all__ = ["SeparabilitySpace"]
 
 
-class Space:
-    """What was measured of a model, and how components compare in it.
+class SeparabilitySpace:
+    """Components compared by the classes that they tell apart; a :class:`tp_cosep.selection.criterion.Criterion`.
 
     Args:
-        moments: By layer name.
-        shapes: Weight shapes of the layers when they were measured.
-        metric: How classes are told apart.
-        observe: Which layers describe a group, see :data:`tp_cosep.calibration.labels.OBSERVED`.
-        channel_dims: Further types of layers that are measured.
-        max_pairs: As for :func:`tp_cosep.functional.separability.profile_gram`.
-        seed: As there.
-        errors: Where the relative standard errors of sampled distances are put, by layer.
+        statistics: Class moments of the model's layers.
+        metric: How two classes are told apart, see :data:`tp_cosep.functional.separability.PairMetric`.
+        observe: Which tensors the moments describe: ``"outputs"`` of producers or ``"inputs"`` of consumers.
+        channel_dims: Further types of layers that are observed.
+        max_pairs: Number of class pairs in a sample, see :func:`tp_cosep.functional.separability.pooled_gram`.
+        errors: Receives the relative standard errors of sampled distances, by layer.
     """
 
     def __init__(
         self,
-        moments: Mapping[str, ClassMoments],
-        shapes: Mapping[str, torch.Size],
+        statistics: Statistics,
         *,
         metric: str | PairMetric = "jm",
         observe: str = "outputs",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
         max_pairs: int | None = None,
-        seed: int = 0,
         errors: dict[str, float] | None = None,
     ) -> None:
-        self.moments = moments
-        self._shapes = shapes
+        self.statistics = statistics
         self._metric = metric
         self._observe = observe
         self._channel_dims = channel_dims
-        self._sampling: dict[str, Any] = {"max_pairs": max_pairs, "seed": seed}
+        self._max_pairs = max_pairs
         self._errors = {} if errors is None else errors
 
-    def layers_of(self, view: GroupView) -> list[Member]:
-        """The layers that describe a group, if they can be measured: their moments are expected."""
+    def sketched(self, n_pairs: int) -> SeparabilitySpace:
+        """The same with at most so many class pairs; errors of its samples are not reported."""
+        space = copy(self)
+        space._max_pairs = min(self._max_pairs or n_pairs, n_pairs)
+        space._errors = {}
+        return space
+
+    def layers(self, view: GroupView) -> tuple[str, ...]:
+        """Names of the layers whose class moments describe a group."""
+        return tuple(m.name for m in self._layers(view))
+
+    def layer_classes(self, view: GroupView) -> list[LayerClasses]:
+        """Class moments that describe a group, one entry per layer."""
+        found = [(m, self.statistics.moments.get(m.name)) for m in self._layers(view) if len(m.rows)]
+        return [
+            LayerClasses(moments, m.rows, m.components, moments.n_components)
+            for m, moments in found
+            if moments is not None
+        ]
+
+    def _layers(self, view: GroupView) -> list[Member]:
+        """The layers that can describe a group: their moments are expected."""
+        moments = self.statistics.moments
         return [
             m
             for m in view.observed(self._observe)
             if channel_dim_of(m.layer, self._channel_dims) is not None
-            and not (m.name in self.moments and self.moments[m.name].is_empty)
+            and not (m.name in moments and moments[m.name].is_empty)
         ]
 
     def distances(self, view: GroupView) -> Tensor | None:
@@ -73,14 +91,14 @@ class Space:
         Raises:
             InputError: If the moments do not fit the layers.
         """
-        layers = [m for m in self.layers_of(view) if len(m.rows)]
+        layers = [m for m in self._layers(view) if len(m.rows)]
         if not layers:
             return None
         if view.unit == "head":
             return self.head_distances([view])
         total: Tensor | None = None
         for member in layers:
-            gram, error = pooled_gram([self._moments_of(member)], [None], self._metric, **self._sampling)
+            gram, error = pooled_gram([self._moments_of(member)], [None], self._metric, max_pairs=self._max_pairs)
             self._errors[member.name] = error
             if total is None:
                 total = gram.new_zeros(view.n_components, view.n_components)
@@ -121,7 +139,7 @@ class Space:
         total: Tensor | None = None
         for layers in zip(*parts, strict=True):
             names, moments, pools = zip(*layers, strict=True)
-            gram, error = pooled_gram(moments, pools, self._metric, **self._sampling)
+            gram, error = pooled_gram(moments, pools, self._metric, max_pairs=self._max_pairs)
             for name in names:
                 self._errors[name] = error
             total = gram if total is None else total + gram
@@ -130,7 +148,7 @@ class Space:
 
     def _projections(self, view: GroupView) -> Iterator[tuple[str, ClassMoments, Tensor]]:
         """Projections that make heads: name, moments, and ``[heads, channels]`` that averages a head's dimensions."""
-        for member in self.layers_of(view):
+        for member in self._layers(view):
             moments = self._moments_of(member)
             # A fused layer has the queries' channel first, then the keys' that goes with it, then the values'.
             for rows, channels in _turns(member, member.channels):
@@ -139,13 +157,12 @@ class Space:
                 yield member.name, moments, pool / pool.sum(1, keepdim=True).clamp(min=1)
 
     def _moments_of(self, member: Member) -> ClassMoments:
-        moments = self.moments.get(member.name)
+        moments = self.statistics.moments.get(member.name)
         if moments is None:
             raise InputError(
                 f"layer {member.name!r}: expected class moments, got none: the calibration data never reached this "
-                "layer, it is not part of the fitted model or was left out of the fit, or the selector's space does "
-                "without classes and attention needs them (the default and 'separability' have them); put it into "
-                "ignored_layers or fit again."
+                "layer, it is not part of the fitted model or was left out of the fit, or the selector does without "
+                "classes (class_weight=0) and attention needs them; put it into ignored_layers or fit again."
             )
         if moments.n_classes < 2:
             raise InputError(
@@ -157,13 +174,7 @@ class Space:
                 f"layer {member.name!r}: class moments cover {moments.n_components} channels, the layer has "
                 f"{member.n_channels}; call fit() again after pruning (iterative_steps: pass loader= to CoSePPruner)."
             )
-        shape, now = self._shapes.get(member.name), weight_shape(member.layer)
-        if shape is not None and now != shape:
-            raise InputError(
-                f"layer {member.name!r}: measured with weights of shape {tuple(shape)}, they are "
-                f"{tuple(now or ())} now; call fit() again after pruning what is in front of it "
-                "(iterative_steps: pass loader= to CoSePPruner)."
-            )
+        check_weights(member, self.statistics.weight_shapes.get(member.name))
         return moments
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ __all__ = [
     "EMPTY",
     "BatchAdapter",
     "CalibrationData",
+    "DataOptions",
     "check_loader",
     "described",
     "device_of",
@@ -273,6 +274,16 @@ def check_loader(loader: object, where: str) -> None:
             f"{where}: expected a loader that gives batches, got {described(loader)}; pass a DataLoader or a list of "
             "batches, such as [(x, y)]."
         )
+
+
+class DataOptions(TypedDict, total=False):
+    """The options of :class:`CalibrationData`, as keywords."""
+
+    target_fn: Callable[[Any], tuple[Any, Any]] | None
+    labels: str
+    rare_classes: str
+    n_classes: int | None
+    progress: bool
 
 
 @dataclass(frozen=True)

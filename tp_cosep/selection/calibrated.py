@@ -1,0 +1,186 @@
+"""Statistics of a model: collected by ``fit``, kept in files, held by a selector."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tp_cosep.calibration.collect import collect, estimate_memory, weight_shapes
+from tp_cosep.calibration.io import load_statistics, save_statistics
+from tp_cosep.calibration.memory import MemoryEstimate
+from tp_cosep.calibration.statistics import Statistics, StatisticsSpec
+from tp_cosep.errors import NotFittedError
+from tp_cosep.graph.heads import attention_heads
+from tp_cosep.graph.tracing import check_plain, resolve_layers
+from tp_cosep.utils.data import CalibrationData, DataOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+__all__ = ["Calibrated"]
+
+
+class Calibrated(ABC):
+    """Collects the statistics that its spec requires, and holds them.
+
+    Args:
+        num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them in
+            :meth:`fit`.
+
+    Attributes:
+        statistics: What was collected of the model; empty before :meth:`fit`.
+    """
+
+    def __init__(self, num_heads: dict[nn.Module, int] | None) -> None:
+        self.num_heads: dict[nn.Module, int] = num_heads if num_heads is not None else {}
+        self.statistics = Statistics()
+        self._given_heads = num_heads
+
+    @property
+    @abstractmethod
+    def _spec(self) -> StatisticsSpec:
+        """Which statistics are required."""
+
+    def fit(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        layers: Iterable[str] | None = None,
+        ignored_layers: Iterable[Any] = (),
+        num_heads: Mapping[nn.Module, int] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
+        **data_options: Unpack[DataOptions],
+    ) -> Self:
+        """Collect statistics of a model on calibration data, in one pass and in eval mode.
+
+        Mode, weights, buffers and gradients stay as they are, also after an exception. Statistics of an earlier call
+        are replaced; they are kept if this one fails.
+
+        Args:
+            model: The model. Inputs are moved to its device, and floating inputs are cast to its floating type if it has
+                just one.
+            loader: Batches ``(inputs, labels)``; inputs a tensor, a tuple of arguments or a dict of keyword arguments;
+                labels integers ≥ 0, one per sample.
+            layers: Names of the layers to observe. By default those of groups that can be pruned, which a trace on the
+                first samples shows.
+            ignored_layers: Groups that contain one of these (modules, names or types) are left out, as by the pruner.
+            num_heads: Number of heads by attention layer, in place of the selector's own.
+            checkpoint: A file that keeps the pass on the way. An interrupted pass goes on from it, behind the batches
+                that it has seen, so the loader has to give the same ones in the same order; a finished one is not
+                repeated. Delete the file to collect again.
+            checkpoint_every: Batches between two writes of it; after half a minute there is one in any case.
+            **data_options: How batches are read: ``target_fn``, ``labels``, ``rare_classes``, ``n_classes``,
+                ``progress``, see :class:`tp_cosep.utils.data.CalibrationData`.
+
+        Returns:
+            The selector itself.
+
+        Raises:
+            InputError: If the loader, the labels or the activations cannot be used.
+        """
+        check_plain(model)
+        self.num_heads = self._heads_of(model) if num_heads is None else dict(num_heads)
+        self._hold(
+            collect(
+                model,
+                CalibrationData(loader, **data_options),
+                self._spec,
+                layers=layers,
+                ignored=resolve_layers(model, ignored_layers, "ignored_layers"),
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+            )
+        )
+        return self
+
+    def _heads_of(self, model: nn.Module) -> dict[nn.Module, int]:
+        """Number of heads by attention layer: those that were given, or those that are found by name."""
+        return attention_heads(model) if self._given_heads is None else dict(self._given_heads)
+
+    def _hold(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+
+    def memory_estimate(
+        self, model: nn.Module, example_inputs: Any, n_classes: int, *, ignored_layers: Iterable[Any] = ()
+    ) -> MemoryEstimate:
+        """What :meth:`fit` and a selection take, found by a trace and a run on a few samples.
+
+        Args:
+            model: The model.
+            example_inputs: As the model gets them, of the size of the calibration data; the batch may be small.
+            n_classes: Number of classes.
+            ignored_layers: As for :meth:`fit`.
+
+        Returns:
+            Bytes; :meth:`fit` refuses to begin if ``measuring`` is more than ``memory_budget``.
+        """
+        check_plain(model, may_be_empty=True)
+        ignored = resolve_layers(model, ignored_layers, "ignored_layers")
+        # It may be another model than the fitted one, or that one after pruning.
+        spec = replace(self._spec, num_heads=self._heads_of(model))
+        return estimate_memory(model, example_inputs, spec, n_classes, ignored)
+
+    def save_statistics(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistics to a file, from which :meth:`load_statistics` takes them without data.
+
+        Args:
+            path: Of the file, of safetensors; an existing one is replaced when the new one is complete. Of several
+                processes one is to write, they hold the same.
+
+        Raises:
+            NotFittedError: Before :meth:`fit`.
+        """
+        self.check_fitted()
+        save_statistics(path, {"measured": self._spec.facts()}, self.statistics)
+
+    def load_statistics(
+        self, path: str | os.PathLike[str], model: nn.Module, *, n_classes: int | None = None
+    ) -> Self:
+        """Take the statistics that a selector with the same options collected of the same model, instead of :meth:`fit`.
+
+        Options that only decide what is selected, such as ``knee`` or ``n_keep``, may differ.
+
+        Args:
+            path: Of the file.
+            model: The model, as it was when it was observed.
+            n_classes: If given, the number of classes that must have been seen.
+
+        Returns:
+            The selector itself.
+
+        Raises:
+            InputError: If the file is damaged, none of statistics, or of another model, another number of classes or
+                other options; the selector is as it was.
+        """
+        check_plain(model)
+        statistics = load_statistics(path, {"measured": self._spec.facts()}, model, n_classes)
+        statistics.weight_shapes = weight_shapes(model, statistics.moments)
+        self.num_heads = self._heads_of(model)
+        self._hold(statistics)
+        return self
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that selections are made by, in the order in which they ran."""
+        return self.statistics.layers
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are statistics."""
+        return bool(self.layers)
+
+    def check_fitted(self) -> None:
+        """Refuse to select before :meth:`fit`.
+
+        Raises:
+            NotFittedError: If there are no statistics.
+        """
+        if not self.is_fitted:
+            raise NotFittedError(f"{type(self).__name__}: no data seen yet; call fit(model, loader) first.")
