@@ -17,7 +17,7 @@ from tp_cosep.calibration.class_observer import measured_layers
 from tp_cosep.compensation.compensator import Compensator
 from tp_cosep.compensation.recovery import Recovery
 from tp_cosep.errors import InputError, PruningError
-from tp_cosep.graph.editing import group_of, pruned
+from tp_cosep.graph.editing import build_group, prune_group
 from tp_cosep.graph.groups import side_of
 from tp_cosep.graph.heads import attention_heads, head_parameters
 from tp_cosep.graph.structure import describe_inputs, structure_of, versions
@@ -363,11 +363,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             gone = list(group[0].idxs if idxs is None else idxs)
             going = group
             if idxs is not None:
-                going = group_of(self.DG, group[0].dep.target.module, group_plan.side, gone, group_plan.heads)
+                going = build_group(self.DG, group[0].dep.target.module, group_plan.side, gone, group_plan.heads)
             self._recovery.before(going)
             if self.verify and not group_plan.heads:
                 self._check.expect_without(going)
-            pruned(self.model, lambda: native(idxs, record_history), n_now, gone, group_plan.heads)
+            prune_group(self.model, lambda: native(idxs, record_history), n_now, gone, group_plan.heads)
             self._follow_heads(group_plan)
             # A caller who collects the groups first prunes those that are recorded as left out already.
             self.plan = replace(self.plan, groups=tuple(g for g in self.plan if g is not left))
@@ -419,7 +419,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._left.append(group_plan)
                 continue
             layer = self.model.get_submodule(group_plan.name)
-            group = group_of(self.DG, layer, group_plan.side, group_plan.selection.prune_idxs, group_plan.heads)
+            group = build_group(self.DG, layer, group_plan.side, group_plan.selection.prune_idxs, group_plan.heads)
             if self.DG.check_pruning_group(group):
                 self._pending[self._key(group)] = group_plan
                 yield group

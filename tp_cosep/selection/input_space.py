@@ -54,7 +54,7 @@ def consumers_of(view: GroupView, moments: Mapping[str, InputStatistics], space:
     """
     found = []
     for member, covariance, measured, components in _parts(view, moments, space):
-        maps = measured.patches.maps(member.layer.weight)  # type: ignore[arg-type]
+        maps = measured.patches.weight_matrix(member.layer.weight)  # type: ignore[arg-type]
         n = maps.shape[1]
         precisions = _precisions(measured, covariance, space, n)
         for i, w in enumerate(maps):
