@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from tp_cosep.pruning.plan import PruningPlan
     from tp_cosep.pruning.pruner import CoSePPruner
     from tp_cosep.pruning.saving import load, save
+    from tp_cosep.selection.attention import AttentionMapSelector
     from tp_cosep.selection.cosep import CoSePSelector
+    from tp_cosep.selection.reconstruction import ReconstructionSelector
     from tp_cosep.selection.result import GroupPlan
+    from tp_cosep.selection.selector import Selector
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionMapSelector",
     "ChannelSelection",
     "ClassMoments",
     "CoSePError",
@@ -44,7 +48,9 @@ __all__ = [
     "Preview",
     "PruningError",
     "PruningPlan",
+    "ReconstructionSelector",
     "Refit",
+    "Selector",
     "TradeOff",
     "attention_heads",
     "load",
@@ -54,6 +60,7 @@ __all__ = [
 
 # Names are looked up when they are first asked for, so that ``tp-cosep --help`` need not wait for torch.
 _MODULE_OF = {
+    "AttentionMapSelector": "selection.attention",
     "ChannelSelection": "functional.selection",
     "ClassMoments": "functional.class_moments",
     "CoSePError": "errors",
@@ -69,7 +76,9 @@ _MODULE_OF = {
     "Preview": "pruning.budget",
     "PruningError": "errors",
     "PruningPlan": "pruning.plan",
+    "ReconstructionSelector": "selection.reconstruction",
     "Refit": "compensation.refit",
+    "Selector": "selection.selector",
     "TradeOff": "pruning.budget",
     "attention_heads": "graph.heads",
     "load": "pruning.saving",

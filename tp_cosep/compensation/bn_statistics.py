@@ -1,4 +1,4 @@
-"""Estimating the statistics of BatchNorm layers anew, for the activations that they see now."""
+"""BatchNorm re-estimation: running statistics of the activations that the layers have after pruning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tp_cosep.errors import InputError
-from tp_cosep.utils.data import BatchAdapter, check_loader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.utils.data import CalibrationData, check_loader, evaluating, run_model
 from tp_cosep.utils.distributed import agreed, averaged
 from tp_cosep.utils.snapshot import restored_on_error
 
@@ -24,27 +24,26 @@ def recalibrate(
     target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
     progress: bool = True,
 ) -> int:
-    """Replace the running statistics of all BatchNorm layers by averages over the batches of a loader.
+    """Re-estimate the running statistics of all BatchNorm layers, as averages over the batches of a loader.
 
-    Pruning and refitting change what reaches a normalisation; its running mean and variance are then those of
-    another model. Every layer sees here what it sees in training: activations normalised by the statistics of
-    their batch. The averages are cumulative, every batch counting once, whatever the layers' momentum is.
-    Use batches as large as those of the training.
+    Pruning and refitting change the activations that a BatchNorm normalises, so that its running mean and variance
+    no longer fit. As in training, activations are normalised by the statistics of their batch. The averages are
+    cumulative with equal weight for every batch, independent of the layers' momentum. Use the batch size of training.
 
     Args:
-        model: The model; weights, momentum and modes stay as they are, and dropout is off.
+        model: The model; weights, momentum and modes are unchanged, and dropout is off.
         loader: Batches of inputs, or of inputs and labels.
         target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        Number of layers that were estimated; 0, and nothing is run, if the model has none that keep statistics. A layer
-        that no batch reached keeps those that it has.
+        Number of layers that were re-estimated; 0, without a pass over the data, if no layer tracks statistics. A
+        layer that no batch reaches keeps its statistics.
 
     Raises:
-        InputError: If the loader gives no batch, a batch has a single value per channel, or the statistics come
-            out NaN or infinite; the old ones stay.
-        ValueError: Whatever else of that type the model raises.
+        InputError: If the loader gives no batch, a batch has a single value per channel, or the new statistics are NaN
+            or infinite; the model then keeps its statistics.
+        ValueError: If the model itself raises one.
 
     Example:
         >>> model = nn.BatchNorm1d(1)
@@ -57,7 +56,7 @@ def recalibrate(
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if not norms:
         return 0
-    adapter = BatchAdapter(model, target_fn, predicted=True)
+    data = CalibrationData(loader, target_fn, progress=progress)
     momenta = {m: m.momentum for m in norms.values()}
     before = {m: {n: x.clone() for n, x in m.named_buffers(recurse=False)} for m in norms.values()}
     with restored_on_error(model), evaluating(model):
@@ -66,7 +65,7 @@ def recalibrate(
                 m.reset_running_stats()
                 m.momentum = None  # a cumulative average
                 m.training = True
-            n_batches = agreed(lambda: _run_all(model, loader, adapter, progress=progress))
+            n_batches = agreed(lambda: _run_all(model, data))
         finally:
             for m, momentum in momenta.items():
                 m.momentum = momentum
@@ -77,8 +76,8 @@ def recalibrate(
             statistics = [x for x in (m.running_mean, m.running_var) if x is not None]
             if not all(bool(torch.isfinite(x).all()) for x in statistics):
                 raise InputError(
-                    f"layer {name!r}: its statistics came out NaN or infinite; check the inputs and the weights, or "
-                    "give it batches of more than one value per channel."
+                    f"layer {name!r}: its statistics came out NaN or infinite; check the inputs and the weights, and "
+                    "use batches with more than one value per channel."
                 )
     return len(reached)
 
@@ -86,7 +85,7 @@ def recalibrate(
 def _reached(
     norms: Mapping[str, _BatchNorm], before: Mapping[_BatchNorm, Mapping[str, Tensor]], n_batches: int
 ) -> dict[str, _BatchNorm]:
-    """Those that saw batches, in some process; their statistics become those of all, and others get theirs back."""
+    """The layers that batches reached in any process, with the average of all processes; others are restored."""
     reached = {}
     for name, m in norms.items():
         tracked = m.num_batches_tracked
@@ -102,13 +101,10 @@ def _reached(
     return reached
 
 
-def _run_all(model: nn.Module, loader: Iterable[Any], adapter: BatchAdapter, *, progress: bool) -> int:
-    """Run a model on all batches; returns the number of those that were not empty."""
+def _run_all(model: nn.Module, data: CalibrationData) -> int:
+    """Run a model on all batches; returns the number of batches with samples."""
     n_batches = 0
-    for i, batch in enumerate(progress_bar(loader, loader, "BatchNorm statistics", shown=progress)):
-        inputs = adapter.split(batch, i)[0]
-        if n_samples(inputs) == 0:
-            continue
+    for i, inputs, _ in data.batches(data.adapter(model), "BatchNorm statistics"):
         try:
             run_model(model, inputs)
         except ValueError as error:
@@ -116,7 +112,7 @@ def _run_all(model: nn.Module, loader: Iterable[Any], adapter: BatchAdapter, *, 
                 raise
             raise InputError(
                 f"batch {i}: expected more than one value per channel for every BatchNorm, got a single one "
-                f"({error}); use larger batches, and drop a last one of a single sample."
+                f"({error}); use larger batches, and drop a last batch of a single sample."
             ) from error
         n_batches += 1
     return n_batches

@@ -1,8 +1,8 @@
-"""Refitting one layer that reads, and putting the result into the model."""
+"""Refitting one consumer, and writing the solution into the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,23 +13,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tp_cosep.functional.least_squares import LinearFit, refit_to_kept, refit_to_others
 from tp_cosep.functional.second_moments import SecondMoments
 from tp_cosep.graph.editing import add_biases
+from tp_cosep.graph.groups import DependencyGraph
 from tp_cosep.graph.patches import Patches, n_outputs
 
-__all__ = ["ConsumerState", "Solution", "apply", "refit_to_original", "refit_without"]
+__all__ = ["ConsumerState", "Refit", "Solution", "apply", "refit_to_original", "refit_without"]
 
 
 @dataclass(frozen=True)
 class Refit:
-    """What became of one layer that read channels of a group.
+    """The record of one consumer of a pruned group.
 
     Attributes:
-        name: The layer.
-        n_removed: Inputs that it lost.
-        error: The share of what these inputs contributed to its outputs that could not be made up for, in
-            [0, 1], estimated on data that was not fitted to; in sequential mode the share of its outputs that is
-            lost. ``None`` if it was left alone.
-        ridge: The ridge strength that was chosen, the largest of all channel groups.
-        reason: Why it was left alone.
+        name: Name of the layer.
+        n_removed: Number of inputs that it lost.
+        error: Share of the removed inputs' contribution to its outputs that is not compensated, in [0, 1], estimated
+            on held-out data; in sequential mode the share of its outputs that is lost. ``None`` if it was not
+            refitted.
+        ridge: The selected ridge strength, the largest of all channel groups; ``None`` if it was not refitted.
+        reason: Why it was not refitted; empty if it was.
     """
 
     name: str
@@ -41,16 +42,16 @@ class Refit:
 
 @dataclass(frozen=True)
 class ConsumerState:
-    """A layer that reads, and what is known of it.
+    """A consumer as pruned so far, with the moments of its inputs.
 
     Attributes:
-        name: Its name.
-        patches: How it reads.
-        moments: Of the features that it has left.
-        inputs: Original indices of the channels that it has left.
-        outputs: Original indices of its outputs that are left.
-        losing_inputs: Positions in ``inputs`` of what a group is about to remove.
-        losing_outputs: Positions in ``outputs``, likewise.
+        name: Name of the layer.
+        patches: Patches of its input.
+        moments: Second moments of the features that it still has, measured in the unpruned model.
+        inputs: Original indices of the input channels that it still has.
+        outputs: Original indices of the output channels that it still has.
+        losing_inputs: Positions in ``inputs`` that a group is about to remove.
+        losing_outputs: Positions in ``outputs`` that a group is about to remove.
     """
 
     name: str
@@ -62,127 +63,134 @@ class ConsumerState:
     losing_outputs: frozenset[int] = field(default_factory=frozenset)
 
     @classmethod
-    def whole(cls, name: str, patches: Patches) -> ConsumerState:
-        """A layer that has lost nothing, and of which nothing is known yet."""
+    def unpruned(cls, name: str, patches: Patches) -> ConsumerState:
+        """An unpruned layer, without any data yet."""
         device = next(patches.layer.parameters()).device
         moments = SecondMoments(patches.n_features, device)
         return cls(name, patches, moments, torch.arange(patches.n_channels), torch.arange(n_outputs(patches.layer)))
 
-    def staying(self) -> Tensor:
-        """Positions in ``inputs`` of what stays."""
-        return torch.tensor([i for i in range(len(self.inputs)) if i not in self.losing_inputs], dtype=torch.int64)
+    def kept_inputs(self) -> Tensor:
+        """Positions in ``inputs`` that are kept."""
+        return _without(self.losing_inputs, len(self.inputs))
 
     def settled(self) -> ConsumerState:
-        """What it is after the group was pruned, or was not: the layer itself shows it."""
+        """The state after the last group, whether it was pruned or not, which the layer's sizes tell."""
         inputs, outputs, moments = self.inputs, self.outputs, self.moments
-        staying = self.staying()
-        if self.losing_inputs and self.patches.n_channels == len(staying):
-            inputs, moments = inputs[staying], moments.of(self.patches.features_of(staying))
-        left = torch.tensor([i for i in range(len(outputs)) if i not in self.losing_outputs], dtype=torch.int64)
-        if self.losing_outputs and n_outputs(self.patches.layer) == len(left):
-            outputs = outputs[left]
+        kept = self.kept_inputs()
+        if self.losing_inputs and self.patches.n_channels == len(kept):
+            inputs, moments = inputs[kept], moments.of(self.patches.features_of(kept))
+        kept = _without(self.losing_outputs, len(outputs))
+        if self.losing_outputs and n_outputs(self.patches.layer) == len(kept):
+            outputs = outputs[kept]
         return ConsumerState(self.name, self.patches, moments, inputs, outputs)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """New weights of a layer.
+    """New weights of a consumer.
 
     Attributes:
-        known: The layer.
-        maps: Its weights, see :mod:`tp_cosep.graph.patches`.
-        constant: ``[outputs]``, what its outputs have to have added.
-        fits: One per channel group.
-        original: The layer of the unpruned model that it was fitted to, if it was.
+        consumer: The consumer.
+        matrix: Its new weight matrix, see :mod:`tp_cosep.graph.patches`; zero for the removed inputs.
+        constant: ``[outputs]``, to be added to its outputs.
+        fits: The regressions, one per channel group.
+        original: The layer of the unpruned model that it was fitted to; ``None`` in one-shot mode.
     """
 
-    known: ConsumerState
-    maps: Tensor
+    consumer: ConsumerState
+    matrix: Tensor
     constant: Tensor
     fits: Sequence[LinearFit]
     original: nn.Module | None = None
 
     @property
     def refit(self) -> Refit:
-        """For the record."""
+        """The record of the refit."""
         lost, energy = sum(fit.lost for fit in self.fits), sum(fit.energy for fit in self.fits)
         error = min(lost / energy, 1.0) if energy > 0 else 0.0
-        n_removed = len(self.known.losing_inputs) * self.known.patches.repeat
-        return Refit(self.known.name, n_removed, error, max(fit.ridge for fit in self.fits))
+        n_removed = len(self.consumer.losing_inputs) * self.consumer.patches.repeat
+        return Refit(self.consumer.name, n_removed, error, max(fit.ridge for fit in self.fits))
 
 
-def refit_without(known: ConsumerState, ridge: float | None) -> Solution:
-    """Fit a layer to its own outputs, from what it keeps of its inputs.
+def refit_without(consumer: ConsumerState, ridge: float | None) -> Solution:
+    """Fit a consumer to its own outputs, from its kept inputs.
+
+    Args:
+        consumer: The consumer, with the inputs that it is about to lose.
+        ridge: Ridge strength; ``None`` to select it.
 
     Returns:
-        Weights that are zero where inputs go.
+        The solution, with zero weights for the removed inputs.
     """
-    patches = known.patches
-    maps = patches.maps(_weight(patches.layer))
-    n_local = maps.shape[1]
-    gone = patches.features_of(sorted(known.losing_inputs)).to(maps.device)
+    patches = consumer.patches
+    matrix = patches.weight_matrix(_weight(patches.layer))
+    n_local = matrix.shape[1]
+    removed = patches.features_of(sorted(consumer.losing_inputs)).to(matrix.device)
     constants, fits = [], []
     for i in range(patches.groups):
         block = torch.arange(i * n_local, (i + 1) * n_local)
-        here = gone[(gone >= block[0]) & (gone <= block[-1])] - i * n_local
-        folds = known.moments.of(block).folds
-        maps[i], constant, fit = refit_to_kept(maps[i], folds, here, constant=patches.takes_constant, ridge=ridge)
+        here = removed[(removed >= block[0]) & (removed <= block[-1])] - i * n_local
+        folds = consumer.moments.of(block).folds
+        matrix[i], constant, fit = refit_to_kept(matrix[i], folds, here, constant=patches.takes_constant, ridge=ridge)
         constants.append(constant)
         fits.append(fit)
-    return Solution(known, maps, torch.cat(constants), fits)
+    return Solution(consumer, matrix, torch.cat(constants), fits)
 
 
 def refit_to_original(
-    known: ConsumerState, original: nn.Module, sums: Sequence[SecondMoments], ridge: float | None
+    consumer: ConsumerState, original: nn.Module, sums: Sequence[SecondMoments], ridge: float | None
 ) -> Solution:
-    """Fit a layer of a pruned model to the outputs of the original one, from what it sees in the pruned model.
+    """Fit a consumer in the pruned model to its outputs in the original one, from its inputs in the pruned model.
 
     Args:
-        known: The layer.
+        consumer: The consumer, with the inputs that it is about to lose.
         original: The same layer of the unpruned model.
-        sums: For every channel group moments of rows (original features, features that stay).
-        ridge: The strength, if it is given.
+        sums: For every channel group the moments of rows (original features, kept features).
+        ridge: Ridge strength; ``None`` to select it.
 
     Returns:
-        Weights that are zero where inputs go; the constant is what is to be added to the original's.
+        The solution, with zero weights for the removed inputs; its constant adds to the original's.
     """
-    patches = known.patches
-    maps0, maps = patches.maps(_weight(original)), torch.zeros_like(patches.maps(_weight(patches.layer)))
-    staying = patches.features_of(known.staying()).to(maps.device).chunk(patches.groups)
-    outputs = known.outputs.to(maps.device).chunk(patches.groups)
-    n_features, n_out = maps.shape[1], maps0.shape[2]
+    patches = consumer.patches
+    matrix0 = patches.weight_matrix(_weight(original))
+    matrix = torch.zeros_like(patches.weight_matrix(_weight(patches.layer)))
+    kept = patches.features_of(consumer.kept_inputs()).to(matrix.device).chunk(patches.groups)
+    outputs = consumer.outputs.to(matrix.device).chunk(patches.groups)
+    n_features, n_out = matrix.shape[1], matrix0.shape[2]
     constants, fits = [], []
     for i, moments in enumerate(sums):
         new, constant, fit = refit_to_others(
-            maps0[i][:, outputs[i] - i * n_out], moments.folds, constant=patches.takes_constant, ridge=ridge
+            matrix0[i][:, outputs[i] - i * n_out], moments.folds, constant=patches.takes_constant, ridge=ridge
         )
-        maps[i, staying[i] - i * n_features] = new
+        matrix[i, kept[i] - i * n_features] = new
         constants.append(constant)
         fits.append(fit)
-    return Solution(known, maps, torch.cat(constants), fits, original)
+    return Solution(consumer, matrix, torch.cat(constants), fits, original)
 
 
-def apply(solution: Solution, model: nn.Module, graph: Any, original_norm: dict[nn.Module, nn.Module]) -> bool:
-    """Write new weights into a layer, and its constant into its bias or the running mean of a BatchNorm behind it.
+def apply(
+    solution: Solution, model: nn.Module, graph: DependencyGraph, originals: Mapping[nn.Module, nn.Module]
+) -> bool:
+    """Write new weights into a layer, and its constant into its bias or the running mean of the BatchNorm after it.
 
     Args:
-        solution: The weights.
+        solution: The new weights.
         model: The model that the layer is part of.
-        graph: A dependency graph of it.
-        original_norm: Layers of the unpruned model by those of this one; looked at if the layer was fitted to it.
+        graph: A dependency graph of the model.
+        originals: Layers of the unpruned model by those of this one; used in sequential mode only.
 
     Returns:
-        Whether the layer had to be given a bias.
+        Whether a bias was added to the layer.
     """
-    known = solution.known
-    layer: Any = known.patches.layer
-    _weight(layer).copy_(known.patches.weight(solution.maps, _weight(layer)))
-    norm: Any = None if layer.bias is not None else _norm_behind(graph, layer)
+    consumer = solution.consumer
+    layer: Any = consumer.patches.layer
+    _weight(layer).copy_(consumer.patches.weight_from_matrix(solution.matrix, _weight(layer)))
+    norm: Any = None if layer.bias is not None else _norm_after(graph, layer)
     if solution.original is not None:
-        outputs = known.outputs.to(solution.maps.device)
+        outputs = consumer.outputs.to(solution.matrix.device)
         if norm is not None:
             for name in ("running_mean", "running_var"):
-                getattr(norm, name).copy_(getattr(original_norm[norm], name)[outputs])
+                getattr(norm, name).copy_(getattr(originals[norm], name)[outputs])
         elif layer.bias is not None:
             bias: Any = solution.original.bias
             layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias[outputs])
@@ -192,9 +200,13 @@ def apply(solution: Solution, model: nn.Module, graph: Any, original_norm: dict[
     is_new = layer.bias is None
     if is_new and not solution.constant.any():
         return False
-    add_biases(model, [known.name])
+    add_biases(model, [consumer.name])
     layer.bias.add_(solution.constant.to(layer.bias.dtype))
     return is_new
+
+
+def _without(removed: Set[int], n: int) -> Tensor:
+    return torch.tensor([i for i in range(n) if i not in removed], dtype=torch.int64)
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -202,10 +214,10 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _norm_behind(graph: Any, layer: nn.Module) -> _BatchNorm | None:
-    """A BatchNorm with running statistics that is all that follows a layer, and that nothing else precedes."""
-    behind = graph.module2node[layer].outputs
-    if len(behind) != 1 or len(behind[0].inputs) != 1:
+def _norm_after(graph: DependencyGraph, layer: nn.Module) -> _BatchNorm | None:
+    """The BatchNorm with running statistics that is a layer's only consumer, and has no other input."""
+    after = graph.module2node[layer].outputs
+    if len(after) != 1 or len(after[0].inputs) != 1:
         return None
-    norm = behind[0].module
+    norm = after[0].module
     return norm if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None

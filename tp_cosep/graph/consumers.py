@@ -1,8 +1,8 @@
-"""The layers of a model that read prunable channels by weights, and their inputs while the model runs."""
+"""Consumers: the layers with weights that read prunable channels, and samples of their inputs while the model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.graph.groups import GroupView, Member, prunable_groups, read_group
+from tp_cosep.graph.groups import DependencyGroup, GroupView, Member, prunable_groups, read_group
 from tp_cosep.graph.patches import Patches, patches_of
 from tp_cosep.graph.tracing import ROOT_TYPES, trace
+from tp_cosep.utils.sampling import PositionSampler
 
-__all__ = ["affordable", "find_consumers", "named", "on_inputs", "patches_of_consumers", "readable_groups"]
+__all__ = [
+    "affordable",
+    "find_consumers",
+    "named",
+    "on_inputs",
+    "patches_of_consumers",
+    "readable_groups",
+    "sampling_inputs",
+]
 
-# Positions per sample that are measured by default: a kernel's neighbours tell little that is new.
+# Positions per sample that are measured by default: neighbouring positions of a map are strongly correlated.
 _FEWEST_POSITIONS, _MOST_POSITIONS = 3, 12
 
 
@@ -28,33 +37,34 @@ def find_consumers(
     ignored: Iterable[nn.Module] = (),
     **trace_options: Any,
 ) -> dict[str, Patches]:
-    """How every layer reads that reads channels of a group and can be refitted.
+    """Trace a model and find all consumers of its groups that can be refitted.
 
     Args:
-        model: A model.
-        example_inputs: For tracing.
-        max_features: Taps of kernels, and positions of flattened maps, have features of their own up to this many.
-        ignored: Groups that contain one of these are left out.
-        **trace_options: As for ``DependencyGraph.build_dependency``.
+        model: The model.
+        example_inputs: Inputs for tracing.
+        max_features: Kernel positions, and positions of flattened maps, are features of their own in layers with at
+            most this many features.
+        ignored: Layers whose groups are left out.
+        **trace_options: Options of ``DependencyGraph.build_dependency``.
 
     Returns:
-        Readings by layer name.
+        Patches by layer name.
     """
     graph = trace(model, example_inputs, **trace_options)
     views = [view for _, view in readable_groups(prunable_groups(graph, ignored, (*ROOT_TYPES, nn.Embedding)))]
     return patches_of_consumers(views, max_features=max_features)
 
 
-def readable_groups(groups: Iterable[Any]) -> Iterator[tuple[Any, GroupView]]:
-    """Groups with what there is to know of them, without those that cannot be read.
+def readable_groups(groups: Iterable[DependencyGroup]) -> Iterator[tuple[DependencyGroup, GroupView]]:
+    """Groups with their views, without those that :func:`read_group` refuses.
 
-    Whoever is to prune such a group is told why not.
+    Its error is for whoever prunes such a group; measuring the others does not depend on it.
 
     Args:
-        groups: Of a trace.
+        groups: Groups of one graph.
 
     Yields:
-        The groups in turn.
+        A group and its view.
     """
     for group in groups:
         try:
@@ -65,7 +75,16 @@ def readable_groups(groups: Iterable[Any]) -> Iterator[tuple[Any, GroupView]]:
 
 
 def patches_of_consumers(views: Iterable[GroupView], *, max_features: int) -> dict[str, Patches]:
-    """How the readers of groups read, by layer name, as for :func:`find_consumers`."""
+    """Patches of the groups' consumers that can be refitted.
+
+    Args:
+        views: Views of the groups.
+        max_features: Kernel positions, and positions of flattened maps, are features of their own in layers with at
+            most this many features.
+
+    Returns:
+        Patches by layer name, in the order of the groups.
+    """
     found: dict[str, Patches] = {}
     for view in views:
         for member in view.consumers:
@@ -82,7 +101,7 @@ def patches_of_consumers(views: Iterable[GroupView], *, max_features: int) -> di
 
 
 def _repeat(member: Member) -> int:
-    """Inputs of a linear layer that belong to one channel and lie next to each other; 1 if they do not."""
+    """Consecutive inputs of a linear layer per channel (a flattened map); 1 if they are not arranged like that."""
     n = len(member.rows)
     if not isinstance(member.layer, nn.Linear) or n != member.n_channels:
         return 1
@@ -94,12 +113,12 @@ def _repeat(member: Member) -> int:
 def affordable(patches: Patches, shape: torch.Size) -> int:
     """Positions per sample whose second moments cost a third of the layer's own products, within 3 … 12.
 
-    A position costs n² / 2 products in double precision, as much as n² in single. With what it takes to gather them,
-    all that is measured costs 0.1 to 0.7 forward passes (``benchmarks/refit.py``).
+    A position costs n² / 2 products in double precision, as much as n² in single. Gathering the rows included, all
+    measurements together cost 0.1 to 0.7 forward passes (``benchmarks/refit.py``).
 
     Args:
-        patches: How the layer reads.
-        shape: Of its input.
+        patches: Patches of the layer.
+        shape: Shape of its input.
 
     Returns:
         Number of positions.
@@ -110,7 +129,7 @@ def affordable(patches: Patches, shape: torch.Size) -> int:
 
 @contextmanager
 def on_inputs(layers: Iterable[nn.Module], take: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Call ``take(layer, input)`` whenever one of some layers is called."""
+    """Call ``take(layer, input)`` before every forward pass of the given layers."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         take(layer, args[0] if args else kwargs["input"])
@@ -126,8 +145,43 @@ def on_inputs(layers: Iterable[nn.Module], take: Callable[[nn.Module, Tensor], N
 
 
 @contextmanager
+def sampling_inputs(
+    consumers: Mapping[str, Patches],
+    positions: PositionSampler,
+    take: Callable[[str, Tensor], None],
+    *,
+    max_positions: int | None = None,
+    sized_by: Mapping[str, Patches] | None = None,
+) -> Iterator[None]:
+    """Sample rows of the consumers' inputs while the model runs on one batch.
+
+    Args:
+        consumers: Patches by layer name.
+        positions: Samples the positions of the batch.
+        take: ``take(name, rows)`` is called before every forward pass of a consumer, with rows
+            ``[rows, features]`` float64.
+        max_positions: Positions per sample, at most; by default as many as are :func:`affordable`.
+        sized_by: Patches by layer name that determine how many are affordable; by default those of ``consumers``.
+
+    Yields:
+        Nothing; run the model inside.
+    """
+    names = {patches.layer: name for name, patches in consumers.items()}
+    sizes = consumers if sized_by is None else sized_by
+
+    def sample(layer: nn.Module, x: Tensor) -> None:
+        name = names[layer]
+        with named(name):
+            n = max_positions or affordable(sizes[name], x.shape)
+            take(name, consumers[name].sampler(x.shape, n, positions.for_layer(name))(x))
+
+    with on_inputs(names, sample):
+        yield
+
+
+@contextmanager
 def named(name: str) -> Iterator[None]:
-    """Say in errors which layer they are about."""
+    """Prefix an :class:`InputError` with the layer that it is about."""
     try:
         yield
     except InputError as error:

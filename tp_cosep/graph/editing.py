@@ -1,4 +1,4 @@
-"""Removing channels from a group and telling the modules around what has changed."""
+"""Editing a model: building groups, pruning them, and updating the attributes of modules that state their sizes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import torch
 from torch import nn
 
 from tp_cosep.errors import InputError
+from tp_cosep.graph.groups import DependencyGraph, DependencyGroup
 from tp_cosep.graph.heads import head_parameters, update_owners
 from tp_cosep.graph.patches import n_outputs, patches_of
 from tp_cosep.graph.tracing import frozen_kept
 from tp_cosep.graph.tying import kept_tied
 
-__all__ = ["add_biases", "group_of", "pruned"]
+__all__ = ["add_biases", "build_group", "prune_group"]
 
 
-def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads: Mapping[str, tuple[int, int]]) -> Any:
-    """The group that removes channels of a layer.
+def build_group(
+    graph: DependencyGraph, layer: nn.Module, side: str, idxs: Iterable[int], heads: Mapping[str, tuple[int, int]]
+) -> DependencyGroup:
+    """Build the group that removes channels of a layer.
 
     Args:
         graph: A dependency graph.
         layer: The root.
-        side: ``"out"`` or ``"in"``: which of its channels.
+        side: The side of the root that is pruned, ``"out"`` or ``"in"``.
         idxs: The channels to remove.
-        heads: Heads before and after by attention layer, see :class:`tp_cosep.GroupPlan`. Keys and values that
-            several query heads share stay whole where heads go.
+        heads: Number of heads before and after by attention layer, see :class:`tp_cosep.GroupPlan`. Where heads are
+            pruned, keys and values that several query heads share are kept whole.
 
     Returns:
         The group.
@@ -35,7 +38,7 @@ def group_of(graph: Any, layer: nn.Module, side: str, idxs: Iterable[int], heads
     prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
     group = graph.get_pruning_group(layer, prune, list(idxs))
     for i, (dep, found) in enumerate(group):
-        if len(set(found)) < len(found):  # once for every head that shares a key: they would count several times
+        if len(set(found)) < len(found):  # listed once per query head that shares a key, but removed once
             group[i] = (dep, sorted(set(found)))
     if any(before != after for before, after in heads.values()):
         names = graph._module2name
@@ -50,7 +53,7 @@ def add_biases(model: nn.Module, names: Iterable[str]) -> None:
     """Give layers a bias of zeros.
 
     Raises:
-        InputError: If a layer is missing, or is no convolution or linear layer.
+        InputError: If a layer is missing, or is neither a convolution nor a linear layer.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -64,27 +67,27 @@ def add_biases(model: nn.Module, names: Iterable[str]) -> None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(n_outputs(layer)), layer.weight.requires_grad)
 
 
-def pruned(
+def prune_group(
     model: nn.Module,
     prune: Callable[[], object],
     n_channels: int,
-    gone: Iterable[int],
+    prune_idxs: Iterable[int],
     heads: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Call ``prune()``, keep frozen parameters frozen and tied ones tied, and tell attention modules of their sizes.
+    """Prune a group; frozen parameters stay frozen, tied ones tied, and attention modules get their new sizes.
 
     Args:
         model: The model.
-        prune: Prunes a group of it.
-        n_channels: Channels of the group's root before.
-        gone: Those of them that it removes.
-        heads: Heads before and after, by attention layer.
+        prune: Removes the group's channels, such as the ``prune`` of a ``tp.Group``.
+        n_channels: Number of channels of the group's root before.
+        prune_idxs: The root's channels that it removes.
+        heads: Number of heads before and after by attention layer; empty if the group has none.
     """
     with frozen_kept(model), kept_tied(model):
         prune()
         if not heads:
             return
-        kept = sorted(set(range(n_channels)) - set(gone))
+        kept = sorted(set(range(n_channels)) - set(prune_idxs))
         n_before, n_after = (max(numbers) for numbers in zip(*heads.values(), strict=True))
         sizes = n_channels // n_before, len(kept) // n_after
         if n_before != n_after:
@@ -95,6 +98,7 @@ def pruned(
 
 
 def _prune_head_parameters(model: nn.Module, heads: Mapping[str, tuple[int, int]], kept: list[int]) -> None:
+    """Remove the entries of pruned heads from parameters with one entry per head."""
     layers = {model.get_submodule(name): before for name, (before, _) in heads.items()}
     for name, dim in head_parameters(model, layers).items():
         path, _, attribute = name.rpartition(".")

@@ -1,17 +1,16 @@
-"""Reading a Torch-Pruning group: which layers make and read its channels, and what can be chosen among them.
+"""Views of Torch-Pruning groups: the producers and consumers of a group's channels, and the components to select from.
 
-A group is pruned along one dimension, its root's. What is chosen are *components*. Mostly that is a channel. The
-pruner averages scores over *channel groups* (grouped convolution, GroupNorm, attention heads), so that each of
-them keeps as many channels; what can be chosen there is a *slot*, the channels at one position of every channel
-group. Channels that Torch-Pruning removes together because a ``chunk`` or ``split`` joined them (gated
-units) are one component too. And where heads are dropped whole, a component is a head.
+A group is pruned along one dimension, that of its root. Selection is among *components*, usually single channels.
+Pruners average scores over *channel groups* (grouped convolution, GroupNorm, attention heads) so that all of them
+keep the same number of channels; a component is then a *slot*, the channels at one position of every channel group.
+Channels that Torch-Pruning removes together since a ``chunk`` or ``split`` joined them (gated units) are one
+component, too. Where whole heads are pruned, a component is a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,12 @@ from torch_pruning.dependency.index_mapping import _ConcatIndexMapping, _SliceIn
 from torch_pruning.ops import OPTYPE
 
 from tp_cosep.errors import InputError
+from tp_cosep.graph.protocols import DependencyGraph, DependencyGroup
 from tp_cosep.utils.data import described
 
 __all__ = [
+    "DependencyGraph",
+    "DependencyGroup",
     "GroupView",
     "Member",
     "full_group",
@@ -43,10 +45,10 @@ class Member:
     Attributes:
         name: The module's name in the model.
         layer: The module.
-        n_channels: Its channels, on the side that the group is on.
-        rows: ``[m]`` int64, ascending: channels of this layer that belong to the group.
-        channels: ``[m]`` int64, the channel of the root that each of them goes with.
-        components: ``[m]`` int64, the component of each of them; one component may have several rows.
+        n_channels: Number of its channels, on the side that the group is on.
+        rows: ``[m]`` int64, ascending: the channels of this layer that belong to the group.
+        channels: ``[m]`` int64, the root channel of each row.
+        components: ``[m]`` int64, the component of each row; a component may have several rows.
     """
 
     name: str
@@ -59,19 +61,18 @@ class Member:
 
 @dataclass(frozen=True)
 class GroupView:
-    """What selection has to know of a group.
+    """A group as selection sees it.
 
     Attributes:
         name: Name of the root module.
-        root: The root module; the pruner takes ratios by it.
-        side: ``"out"`` or ``"in"``: which channels of the root.
+        root: The root module; pruning ratios are given by it.
+        side: Side of the root that is pruned: its ``"out"`` or its ``"in"`` channels.
         component_of: ``[n_channels]`` int64, the component of every channel of the root.
         n_channel_groups: Number of channel groups; 1 if there are none.
-        producers: The layers that lose output channels, in the group's order: those that create them, and
-            normalisations behind.
-        consumers: The layers that read the channels: those that lose input channels, and depthwise ones.
-        unit: ``"channel"``, or ``"head"`` if components are whole attention heads. A component's profile joins
-            those of its channels, or, for a head, is their mean.
+        producers: The layers that lose output channels, in the group's order, and the normalisations that follow them.
+        consumers: The layers that lose input channels, depthwise convolutions included.
+        unit: ``"channel"``, or ``"head"`` if components are whole attention heads. A component's profile
+            concatenates those of its channels; a head's is their mean.
     """
 
     name: str
@@ -85,12 +86,12 @@ class GroupView:
 
     @property
     def n_channels(self) -> int:
-        """Prunable indices of the root."""
+        """Number of channels of the root."""
         return len(self.component_of)
 
     @property
     def n_components(self) -> int:
-        """Number of components to choose from."""
+        """Number of components to select from."""
         return int(self.component_of.max()) + 1
 
     def observed(self, observe: str) -> tuple[Member, ...]:
@@ -98,22 +99,22 @@ class GroupView:
         return self.producers if observe == "outputs" else self.consumers
 
     def channels_of(self, components: Iterable[int]) -> list[int]:
-        """Root channels of some components, ascending."""
-        wanted = torch.tensor([*components], dtype=torch.int64)
-        found: list[int] = torch.isin(self.component_of, wanted).nonzero()[:, 0].tolist()
-        return found
+        """Root channels of the given components, ascending."""
+        selected = torch.tensor([*components], dtype=torch.int64)
+        channels: list[int] = torch.isin(self.component_of, selected).nonzero()[:, 0].tolist()
+        return channels
 
 
-def graph_of(group: Any) -> Any:
-    """The graph that a group was traced in.
+def graph_of(group: DependencyGroup) -> DependencyGraph:
+    """The dependency graph of a group.
 
     Returns:
-        A ``DependencyGraph``.
+        The graph.
 
     Raises:
-        InputError: If there is none, or it is no group.
+        InputError: If the argument is no group, or a group made by hand.
     """
-    graph = getattr(group, "_DG", None)
+    graph: DependencyGraph | None = getattr(group, "_DG", None)
     if graph is None:
         came = "one made by hand" if isinstance(group, Group) else described(group)
         raise InputError(
@@ -122,21 +123,20 @@ def graph_of(group: Any) -> Any:
     return graph
 
 
-def module_names(group: Any) -> Mapping[nn.Module, str]:
-    """Names of all modules of the model that a group was traced in.
+def module_names(group: DependencyGroup) -> Mapping[nn.Module, str]:
+    """Names of all modules of a group's model.
 
     Returns:
         Name by module.
 
     Raises:
-        InputError: If the group does not know its model.
+        InputError: If the argument is no group, or a group made by hand.
     """
-    names: Mapping[nn.Module, str] = graph_of(group)._module2name
-    return names
+    return graph_of(group)._module2name
 
 
-def full_group(group: Any) -> Any:
-    """The group with all channels of its root: groups may be asked for with a part of them."""
+def full_group(group: DependencyGroup) -> DependencyGroup:
+    """The group with all channels of its root, for a group with any of them."""
     graph = graph_of(group)
     dep = group[0].dep
     get = graph.get_out_channels if graph.is_out_channel_pruning_fn(dep.handler) else graph.get_in_channels
@@ -147,16 +147,15 @@ def full_group(group: Any) -> Any:
 
 
 def prunable_groups(
-    graph: Any, ignored_layers: Iterable[nn.Module], root_module_types: Iterable[type]
-) -> Iterable[Any]:
-    """All groups that a pruner with these ``ignored_layers`` and ``root_module_types`` would visit."""
+    graph: DependencyGraph, ignored_layers: Iterable[nn.Module], root_module_types: Iterable[type]
+) -> Iterable[DependencyGroup]:
+    """All groups that a pruner with these ``ignored_layers`` and ``root_module_types`` visits."""
     ignored = [m for layer in ignored_layers if isinstance(layer, nn.Module) for m in layer.modules()]
-    groups: Iterable[Any] = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(root_module_types))
-    return groups
+    return graph.get_all_groups(ignored_layers=ignored, root_module_types=list(root_module_types))
 
 
-def is_output(group: Any) -> bool:
-    """Whether something that loses channels has nothing behind it but the caller of the model."""
+def is_output(group: DependencyGroup) -> bool:
+    """Whether the model returns channels of the group: one of its producers has no downstream layer."""
     return any(
         dep.target.type == OPTYPE.OUTPUT or not dep.target.outputs
         for dep, _ in group
@@ -164,32 +163,33 @@ def is_output(group: Any) -> bool:
     )
 
 
-def side_of(group: Any) -> str:
-    """Which channels of its root a group removes: ``"out"`` or ``"in"``."""
+def side_of(group: DependencyGroup) -> str:
+    """The side of its root that a group prunes: ``"out"`` or ``"in"``."""
     return "out" if group._DG.is_out_channel_pruning_fn(group[0].dep.handler) else "in"
 
 
 def read_group(
-    group: Any,
+    group: DependencyGroup,
     in_channel_groups: Mapping[nn.Module, int] | None = None,
     out_channel_groups: Mapping[nn.Module, int] | None = None,
     n_heads: int | None = None,
 ) -> GroupView:
-    """Find the layers that create and read a group's channels.
+    """View a group: its producers, its consumers, and how their channels correspond.
 
     Args:
-        group: A ``tp.Group``; one with a part of the channels stands for the whole one.
-        in_channel_groups: Channel groups that a pruner was told of, by layer, beside those that
-            convolutions, GroupNorms and attention layers have by themselves.
-        out_channel_groups: Likewise for outputs.
-        n_heads: Choose among that many attention heads, each a block of consecutive channels of the root.
+        group: A ``tp.Group``; one with some of the root's channels stands for all of them.
+        in_channel_groups: User-specified channel groups of inputs by layer, besides those of convolutions, GroupNorms
+            and attention layers.
+        out_channel_groups: User-specified channel groups of outputs by layer.
+        n_heads: Number of attention heads to select from, each a block of consecutive channels of the root; by
+            default the selection is among channels.
 
     Returns:
-        The group's layers and how their channels correspond.
+        The view.
 
     Raises:
-        InputError: If the number of channels is not a multiple of the number of channel groups or heads, or
-            a layer has fewer channels than the group wants to remove there.
+        InputError: If the number of channels is not a multiple of the number of channel groups or heads, or a layer
+            has fewer channels than the group removes from it.
     """
     names = module_names(group)
     group = full_group(group)
@@ -214,7 +214,7 @@ def read_group(
         member = _member(group, layer, names[layer], idxs, group[i].root_idxs, component_of, is_out=is_out)
         if is_out:
             producers.append(member)
-        if is_in and not isinstance(layer, nn.Embedding):  # what an embedding reads are numbers of words
+        if is_in and not isinstance(layer, nn.Embedding):  # an embedding's inputs are indices of words
             consumers.append(member)
     unit = "channel" if n_heads is None else "head"
     name = names.get(root, "?")
@@ -227,7 +227,14 @@ def _check_divides(n: int, n_parts: int, name: str, what: str) -> None:
 
 
 def _member(
-    group: Any, layer: nn.Module, name: str, idxs: Any, root_idxs: Any, component_of: Tensor, *, is_out: bool
+    group: DependencyGroup,
+    layer: nn.Module,
+    name: str,
+    idxs: Sequence[int],
+    root_idxs: Sequence[int | None],
+    component_of: Tensor,
+    *,
+    is_out: bool,
 ) -> Member:
     graph = group._DG
     name = getattr(graph, "_param_to_name", {}).get(layer, name) if isinstance(layer, nn.Parameter) else name
@@ -246,14 +253,16 @@ def _check_within(highest: int, n: int, name: str) -> None:
         raise InputError(
             f"layer {name!r}: expected {highest + 1} channels or more, as the layers joined with it have, got {n}: "
             "something is broadcast between them, or reshaped in a way that Torch-Pruning misreads; put one of them "
-            "into ignored_layers, or let CoSePPruner leave such groups alone with on_failure='skip'."
+            "into ignored_layers, or let CoSePPruner skip such groups with on_failure='skip'."
         )
 
 
 def _n_channel_groups(
-    group: Any, in_channel_groups: Mapping[nn.Module, int], out_channel_groups: Mapping[nn.Module, int]
+    group: DependencyGroup,
+    in_channel_groups: Mapping[nn.Module, int],
+    out_channel_groups: Mapping[nn.Module, int],
 ) -> tuple[int, nn.Module]:
-    """The largest number of channel groups that a layer of the group has, and that layer."""
+    """The largest number of channel groups of the group's layers, and the layer that has it."""
     graph, n_groups, whose = group._DG, 1, group[0].dep.target.module
     for dep, _ in group:
         layer = dep.target.module
@@ -266,9 +275,9 @@ def _n_channel_groups(
     return n_groups, whose
 
 
-def _own_channel_groups(graph: Any, layer: nn.Module, *, is_out: bool) -> int:
+def _own_channel_groups(graph: DependencyGraph, layer: nn.Module, *, is_out: bool) -> int:
     if isinstance(layer, nn.MultiheadAttention):
-        return int(layer.num_heads)  # its heads are blocks of the embedding: each has to lose as much
+        return int(layer.num_heads)  # its heads are blocks of the embedding, all of which lose the same number
     pruner = graph.get_pruner_of_module(layer)
     is_depthwise = getattr(layer, "groups", 1) == getattr(layer, "out_channels", None)
     if pruner is None or is_depthwise:
@@ -277,11 +286,11 @@ def _own_channel_groups(graph: Any, layer: nn.Module, *, is_out: bool) -> int:
     return n
 
 
-def _joined(group: Any, component_of: Tensor) -> Tensor:
-    """Merge the components of channels that Torch-Pruning cannot remove apart, numbered in order of appearance.
+def _joined(group: DependencyGroup, component_of: Tensor) -> Tensor:
+    """Merge the components of channels that Torch-Pruning removes together only, numbered in order of appearance.
 
-    A group of all channels does not show which of them belong together; groups of some of them do: they
-    contain more of the root than was asked for.
+    The group of all channels does not show which of them are joined. A group of some of them does: it contains more
+    channels of the root than requested.
 
     Returns:
         ``[channels]``, the component of every channel of the root.
@@ -290,7 +299,7 @@ def _joined(group: Any, component_of: Tensor) -> Tensor:
         return component_of
     n = len(component_of)
     generator = torch.Generator().manual_seed(0)
-    # Any joint channels are on different sides of a random half with probability ½; what a chunk joins are dozens.
+    # A random half separates two joined channels with probability ½, and a chunk joins dozens of pairs.
     halves = (range(n // 2), torch.randperm(n, generator=generator)[: n // 2].sort().values.tolist())
     if all(_removed_with(group, half) == set(half) for half in halves):
         return component_of
@@ -305,8 +314,8 @@ def _joined(group: Any, component_of: Tensor) -> Tensor:
     return joined
 
 
-def _may_join(group: Any) -> bool:
-    """Whether something in a group cuts channels apart or takes a concatenation back, so that paths may rejoin."""
+def _may_join(group: DependencyGroup) -> bool:
+    """Whether a group splits or slices channels, or reverses a concatenation, so that its paths may join channels."""
     for dep, _ in group:
         for mapping in dep.index_mapping:
             is_cut = isinstance(mapping, (_SplitIndexMapping, _SliceIndexMapping))
@@ -315,8 +324,8 @@ def _may_join(group: Any) -> bool:
     return False
 
 
-def _removed_with(group: Any, channels: Iterable[int]) -> set[int]:
-    """Channels of the root that go when some of them go."""
+def _removed_with(group: DependencyGroup, channels: Iterable[int]) -> set[int]:
+    """Channels of the root that are removed with the given ones."""
     dep, n = group[0].dep, len(group[0].idxs)
     removed = set(group._DG.get_pruning_group(dep.target.module, dep.handler, list(channels))[0].idxs)
     _check_within(max(removed), n, module_names(group).get(dep.target.module, "?"))
@@ -324,7 +333,7 @@ def _removed_with(group: Any, channels: Iterable[int]) -> set[int]:
 
 
 def l1_norms(view: GroupView) -> Tensor:
-    """L1 norm of the weights that create each component, summed over the members.
+    """L1 norm of the weights that produce each component, summed over the producers.
 
     Returns:
         ``[components]`` float64, on the CPU.

@@ -1,15 +1,16 @@
-"""Attention heads: which layers have how many, and what their modules have to be told when some of them went.
+"""Attention heads: finding them, and updating the attributes that state their number and size after pruning.
 
-Torch-Pruning removes the channels of attention layers; how many heads of which size these make is written in
-plain attributes of the module around them, under names that differ between libraries.
+Torch-Pruning removes the channels of attention layers. The number and size of the heads are plain attributes of the
+module around them, under names that differ between libraries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import nn
+
+from tp_cosep.graph.protocols import DependencyGraph, DependencyGroup
 
 __all__ = [
     "attention_groups",
@@ -34,18 +35,18 @@ _FUSED_KEY_VALUE = ("kv", "to_kv", "kv_proj")
 
 
 def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
-    """The layers of a model that make queries, keys and values, and their numbers of heads, for ``num_heads=``.
+    """Find the query, key and value layers of a model and their numbers of heads, for ``num_heads=``.
 
-    Found by the names that timm, Transformers and similar code use: a child called ``qkv``, or ``query``,
-    ``key`` and ``value``, ``q_proj`` … of a module with a number of heads or a head size. Look at what it
-    returns if yours have other names.
+    They are recognised by the names that timm, Transformers and similar code use: a child called ``qkv``, or
+    ``query``, ``key`` and ``value``, ``q_proj`` … of a module with a number of heads or a head size. Check the result
+    for models with other names.
 
     Args:
         model: Any module.
 
     Returns:
-        Number of heads by layer; empty if none is found. Torch's own ``MultiheadAttention`` is not in it:
-        it knows its heads itself.
+        Number of heads by layer; empty if none is found. Torch's ``MultiheadAttention`` is not included, since
+        Torch-Pruning reads its number of heads itself.
 
     Example:
         >>> class Attention(nn.Module):
@@ -80,7 +81,7 @@ def _number(owner: nn.Module, names: Iterable[str]) -> int | None:
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
-def attention_layers_of(group: Any, num_heads: Mapping[nn.Module, int]) -> list[nn.Module]:
+def attention_layers_of(group: DependencyGroup, num_heads: Mapping[nn.Module, int]) -> list[nn.Module]:
     """The attention layers that lose output channels with a group."""
     graph = group._DG
     return [
@@ -88,23 +89,23 @@ def attention_layers_of(group: Any, num_heads: Mapping[nn.Module, int]) -> list[
     ]
 
 
-def heads_of(group: Any, num_heads: Mapping[nn.Module, int]) -> tuple[int, int]:
-    """Query heads of a group, and how many key-value heads they share; 0, 0 where it has none."""
+def heads_of(group: DependencyGroup, num_heads: Mapping[nn.Module, int]) -> tuple[int, int]:
+    """Numbers of query heads and of key-value heads of a group; 0, 0 if it has none."""
     numbers = [num_heads[layer] for layer in attention_layers_of(group, num_heads)]
     return (max(numbers), min(numbers)) if numbers else (0, 0)
 
 
 def head_parameters(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> dict[str, int]:
-    """Parameters with one entry per head, such as tables of relative positions or temperatures.
+    """Find parameters with one entry per head, such as tables of relative positions or temperatures.
 
-    Torch-Pruning takes their heads for channels; they have to be kept out of its groups, and follow the heads.
+    Torch-Pruning mistakes their heads for channels; they have to be kept out of its groups and pruned with the heads.
 
     Args:
         model: The model.
         num_heads: Number of heads by attention layer.
 
     Returns:
-        The dimension that counts the heads, by parameter name.
+        Dimension of the heads by parameter name.
     """
     names = {m: name for name, m in model.named_modules()}
     numbers: dict[str, int] = {}
@@ -115,7 +116,7 @@ def head_parameters(model: nn.Module, num_heads: Mapping[nn.Module, int]) -> dic
     for path, n in numbers.items():
         for inner, module in model.get_submodule(path).named_modules():
             if type(module).__module__.startswith("torch.nn."):
-                continue  # a layer, whose parameters Torch-Pruning knows
+                continue  # Torch-Pruning handles the parameters of layers
             for name, p in module.named_parameters(recurse=False):
                 sizes = [i for i, size in enumerate(p.shape) if size > 1]
                 if n > 1 and sizes and p.shape[sizes[-1]] == n:
@@ -128,13 +129,12 @@ def update_owners(
 ) -> None:
     """Write new numbers of heads and head sizes into the modules that own attention layers.
 
-    An attribute is changed only if its name is known and its value is what it has to be for the layer before
-    pruning.
+    An attribute is changed only if its name is known and its value is that of the layer before pruning.
 
     Args:
         model: The model.
-        before: Number of heads and head size of each attention layer, by name, before pruning.
-        after: The same after it.
+        before: Number of heads and head size by attention layer before pruning.
+        after: Number of heads and head size by attention layer after pruning.
     """
     owners: dict[str, list[str]] = {}
     for name in before:
@@ -155,25 +155,35 @@ def _numbers(query: tuple[int, int], shared: tuple[int, int]) -> tuple[int, int,
     return n_heads, head_dim, n_heads * head_dim, shared[0], n_heads // max(shared[0], 1)
 
 
-def rerooted(group: Any, num_heads: Mapping[nn.Module, int], root_module_types: Iterable[type]) -> Any:
-    """An attention group seen from the layer that reads it, as the stock pruner takes such groups.
+def rerooted(
+    group: DependencyGroup, num_heads: Mapping[nn.Module, int], root_module_types: Iterable[type]
+) -> DependencyGroup | None:
+    """An attention group with its consumer as root, as in Torch-Pruning's own pruner.
 
-    There a channel is one dimension of one head, while a fused layer has three channels for it.
+    A channel of the consumer is one dimension of one head, for which a fused layer has three channels.
+
+    Args:
+        group: Any group.
+        num_heads: Number of heads by attention layer.
+        root_module_types: Types of layers that may be a root.
 
     Returns:
-        The group of that layer's inputs; ``None`` if there is no such layer. Any other group as it is.
+        The group of the consumer's inputs; ``None`` if there is no consumer. A group without attention layers is
+        returned unchanged.
     """
     if not attention_layers_of(group, num_heads):
         return group
     graph, types = group._DG, tuple(root_module_types)
-    found = None
+    found: DependencyGroup | None = None
     for dep, idxs in group:
         if isinstance(dep.target.module, types) and graph.is_in_channel_pruning_fn(dep.handler):
             found = graph.get_pruning_group(dep.target.module, dep.handler, idxs)
     return found
 
 
-def attention_groups(graph: Any, num_heads: Mapping[nn.Module, int], root_module_types: Iterable[type]) -> list[Any]:
+def attention_groups(
+    graph: DependencyGraph, num_heads: Mapping[nn.Module, int], root_module_types: Iterable[type]
+) -> list[DependencyGroup]:
     """All attention groups of a graph, rerooted, in the order of ``num_heads``."""
     found, seen = [], set[nn.Module]()
     for layer in num_heads:
@@ -182,7 +192,7 @@ def attention_groups(graph: Any, num_heads: Mapping[nn.Module, int], root_module
         prune = graph.get_pruner_of_module(layer).prune_out_channels
         group = graph.get_pruning_group(layer, prune, list(range(graph.get_out_channels(layer))))
         seen.update(attention_layers_of(group, num_heads))
-        group = rerooted(group, num_heads, root_module_types)
-        if group is not None:
-            found.append(group)
+        from_consumer = rerooted(group, num_heads, root_module_types)
+        if from_consumer is not None:
+            found.append(from_consumer)
     return found

@@ -1,9 +1,9 @@
-"""What a convolution or a linear layer reads, as rows of features, and its weights in the same order.
+"""Patches (im2col): the inputs of a convolution or linear layer as rows of features, and its weights as matrices.
 
-Contract: features are ``[channel, observe]`` in row-major order, over the channels of one channel group; maps
-are ``[groups, features, outputs, positions]``. With *taps together* a feature is a channel, and the kernel's taps
-are positions at which the same features are read with other weights; with taps apart every tap of every channel
-is a feature.
+Contract: features are ``[channel, kernel position]`` in row-major order, over the channels of one channel group; a
+*weight matrix* is ``[groups, features, outputs, positions]``. Per position, every kernel position of every channel is
+a feature, and ``positions`` is 1. Otherwise a feature is a channel, and the kernel positions are positions at which
+the same features are multiplied by different weights.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Patches", "has_computed_weight", "n_outputs", "patches_of", "weight_
 
 @dataclass(frozen=True)
 class Patches:
-    """How a layer reads its input.
+    """The im2col description of a layer's input.
 
     Attributes:
-        layer: The layer.
-        per_position: Whether every tap of a kernel has features of its own.
-        repeat: Inputs of a linear layer that belong to one channel, next to each other (a flattened map).
+        layer: A convolution or linear layer.
+        per_position: Whether every kernel position of a channel is a feature of its own.
+        repeat: Number of consecutive inputs of a linear layer per channel (a flattened map); 1 otherwise.
     """
 
     layer: nn.Module
@@ -39,41 +39,41 @@ class Patches:
 
     @property
     def groups(self) -> int:
-        """Channel groups of a grouped convolution."""
+        """Number of channel groups of a grouped convolution; 1 otherwise."""
         return int(getattr(self.layer, "groups", 1))
 
     @property
     def is_transposed(self) -> bool:
-        """Whether it is a transposed convolution."""
+        """Whether the layer is a transposed convolution."""
         return bool(getattr(self.layer, "transposed", False))
 
     @property
     def n_channels(self) -> int:
-        """Channels that the layer reads, in all channel groups."""
+        """Number of input channels, over all channel groups."""
         layer = self.layer
         n: int = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features // self.repeat  # type: ignore
         return n
 
     @property
     def features_per_channel(self) -> int:
-        """Features of one channel."""
+        """Number of features per channel."""
         return prod(self.layer.kernel_size) if self.per_position else 1  # type: ignore[arg-type]
 
     @property
     def n_features(self) -> int:
-        """Features, in all channel groups."""
+        """Number of features, over all channel groups."""
         return self.n_channels * self.features_per_channel
 
     @property
     def n_features_per_position(self) -> int:
-        """Features if the taps of kernels and the positions of flattened maps have their own."""
+        """Number of features if kernel positions, and positions of flattened maps, are features of their own."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return layer.in_features
         return self.n_channels * (1 if self.is_transposed else prod(layer.kernel_size))  # type: ignore[arg-type]
 
     def n_products(self, shape: torch.Size) -> int:
-        """Products that the layer takes for one sample of an input of some shape."""
+        """Number of products that the layer computes per sample of an input of the given shape."""
         if isinstance(self.layer, nn.Linear):
             n_positions = prod(shape[1:-1])
         elif self.is_transposed:
@@ -84,60 +84,59 @@ class Patches:
 
     @property
     def takes_constant(self) -> bool:
-        """Whether a constant in an input is a constant in the output: not where kernels overlap by turns."""
+        """Whether a constant input gives a constant output: not if kernels overlap unevenly, as transposed ones do."""
         return not self.is_transposed
 
     def features_of(self, channels: Sequence[int] | Tensor) -> Tensor:
-        """Features of some channels, ascending by channel."""
+        """Features of the given channels, in their order."""
         q = self.features_per_channel
         channels = torch.as_tensor(channels, dtype=torch.int64)
         return (channels[:, None] * q + torch.arange(q)).flatten()
 
-    def maps(self, weight: Tensor) -> Tensor:
-        """Weights as ``[groups, features, outputs per group, positions]`` float64, a copy."""
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """The layer's weight as ``[groups, features, outputs per group, positions]`` float64, a copy."""
         w = weight.detach().to(torch.float64)
         if isinstance(self.layer, nn.Linear):
             w = _split(w, 1, self.repeat)
-        w = w.flatten(2).reshape(
-            self.groups, -1, *w.flatten(2).shape[1:]
-        )  # [groups, outputs, channels, taps], or transposed
+        w = w.flatten(2)
+        w = w.reshape(self.groups, -1, *w.shape[1:])  # [groups, outputs, channels, kernel positions], or transposed
         w = w if self.is_transposed else w.transpose(1, 2)
         if not self.per_position:
             return w.clone()
         return w.transpose(2, 3).flatten(1, 2).unsqueeze(3).clone()
 
-    def weight(self, maps: Tensor, like: Tensor) -> Tensor:
-        """The inverse of :meth:`maps`, in shape and type of ``like``."""
+    def weight_from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`weight_matrix`, with the shape and dtype of ``like``."""
         if self.per_position:
-            maps = _split(maps[..., 0], 1, self.features_per_channel).transpose(2, 3)
-        w = maps if self.is_transposed else maps.transpose(1, 2)
+            matrix = _split(matrix[..., 0], 1, self.features_per_channel).transpose(2, 3)
+        w = matrix if self.is_transposed else matrix.transpose(1, 2)
         return w.flatten(0, 1).reshape(like.shape).to(like.dtype)
 
     def sampler(self, shape: torch.Size, n: int, sample: SamplePositions) -> _Sampler:
-        """Draw what is to be read of an input.
+        """Sample the positions of an input.
 
         Args:
-            shape: Of the layer's input.
-            n: Rows per sample, at most; all there are if these are fewer.
-            sample: Draws positions, see :class:`tp_cosep.utils.sampling.PositionSampler`.
+            shape: Shape of the layer's input.
+            n: Rows per sample; if there are no more than that, all of them.
+            sample: Samples the positions, see :class:`tp_cosep.utils.sampling.PositionSampler`.
 
         Returns:
-            A function of the input that gives the rows, ``[rows, features of all channel groups]``.
+            A function from the input to its rows, ``[rows, features of all channel groups]`` float64.
         """
         if isinstance(self.layer, nn.Linear):
-            return _of_rows(shape, self.repeat, n, sample)
-        return _of_maps(self, shape, n, sample)
+            return _sample_rows(shape, self.repeat, n, sample)
+        return _sample_maps(self, shape, n, sample)
 
 
 @dataclass(frozen=True)
 class _Sampler:
-    """Positions of an input that are read: ``x[sample, :, position]``, or zero.
+    """Gathers sampled positions of an input: ``x[sample, :, position]``, or zero outside of the map.
 
     Attributes:
-        positions: ``[samples, rows per sample, kernel_positions]``.
-        repeat: Of a linear layer: inputs that belong to one channel; 0 for a convolution.
-        inside: ``[samples, rows per sample, kernel_positions]``, where they are within the map; ``None`` if all are.
-        padding: For padding with other values than zeros: the arguments of ``pad``.
+        positions: ``[samples, rows per sample, kernel positions]``.
+        repeat: Number of consecutive inputs of a linear layer per channel; 0 for a convolution.
+        inside: ``[samples, rows per sample, kernel positions]``, whether a position is in the map; ``None`` if all are.
+        padding: Arguments of ``pad``, if padding is with other values than zeros.
     """
 
     positions: Tensor
@@ -146,7 +145,7 @@ class _Sampler:
     padding: tuple[list[int], str] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rows ``[rows, channels × kernel_positions]`` float64 of an input."""
+        """Rows ``[rows, channels × kernel positions]`` float64 of an input."""
         n_samples, n, n_kernel_positions = self.positions.shape
         if self.padding is not None:
             x = pad(x, *self.padding)
@@ -158,7 +157,7 @@ class _Sampler:
         n_places, n_channels = x.shape[1:]
         places = self.positions.to(x.device).flatten(1)
         if x.is_contiguous():
-            # Channels last: a place is one piece of memory.
+            # Channels last: a position is contiguous in memory.
             places = places + torch.arange(n_samples, device=x.device)[:, None] * n_places
             taken = x.flatten(0, 1).index_select(0, places.flatten())
         else:
@@ -171,32 +170,32 @@ class _Sampler:
 
 
 def _split(x: Tensor, dim: int, size: int) -> Tensor:
-    """Make two dimensions of one, the second of a given size."""
+    """Split a dimension into two, the second of the given size."""
     return x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
 
 
-def _of_rows(shape: torch.Size, repeat: int, n: int, sample: SamplePositions) -> _Sampler:
-    """Of a linear layer's input ``[samples, ..., features]``."""
+def _sample_rows(shape: torch.Size, repeat: int, n: int, sample: SamplePositions) -> _Sampler:
+    """Sample rows of a linear layer's input, ``[samples, ..., features]``."""
     n_samples = shape[0] if len(shape) > 1 else 1
     n_rows = prod(shape[:-1]) // max(n_samples, 1)
-    return _Sampler(_drawn(n_samples, n_rows * repeat, n, sample)[..., None], repeat)
+    return _Sampler(_positions(n_samples, n_rows * repeat, n, sample)[..., None], repeat)
 
 
-def _of_maps(patches: Patches, shape: torch.Size, n: int, sample: SamplePositions) -> _Sampler:
-    """Of a convolution's input ``[samples, channels, ...]``: whatever its kernel sees, padding included."""
+def _sample_maps(patches: Patches, shape: torch.Size, n: int, sample: SamplePositions) -> _Sampler:
+    """Sample patches of a convolution's input, ``[samples, channels, ...]``, padding included."""
     conv = patches.layer
     assert isinstance(conv, _ConvNd)
     if patches.is_transposed:
-        return _Sampler(_drawn(shape[0], prod(shape[2:]), n, sample)[..., None], 0)
+        return _Sampler(_positions(shape[0], prod(shape[2:]), n, sample)[..., None], 0)
     sizes, before, n_out = _map_sizes(conv, shape)
     padding = None if conv.padding_mode == "zeros" else (conv._reversed_padding_repeated_twice, conv.padding_mode)
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    kernel_positions = torch.tensor(list(product(*map(range, kernel))))  # [taps, dims]
+    kernel_positions = torch.tensor(list(product(*map(range, kernel))))  # [kernel positions, dims]
     if patches.per_position:
-        out_at = _drawn(shape[0], prod(n_out), n, sample)[..., None]
+        out_at = _positions(shape[0], prod(n_out), n, sample)[..., None]
         kernel_at = torch.arange(len(kernel_positions))[None, None]
     else:
-        pairs = _drawn(shape[0], prod(n_out) * len(kernel_positions), n, sample)[..., None]
+        pairs = _positions(shape[0], prod(n_out) * len(kernel_positions), n, sample)[..., None]
         out_at, kernel_at = pairs // len(kernel_positions), pairs % len(kernel_positions)
     position = torch.zeros_like(out_at + kernel_at)
     inside = torch.ones_like(position, dtype=torch.bool)
@@ -208,12 +207,12 @@ def _of_maps(patches: Patches, shape: torch.Size, n: int, sample: SamplePosition
 
 
 def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int], list[int]]:
-    """Sizes of a convolution's map, what zeros are put before it in each dimension, and sizes of its output.
+    """Sizes of a convolution's input map, zeros padded before it, and sizes of its output map.
 
-    Padding with other values than zeros counts to the map.
+    Padding with other values than zeros is part of the input map.
 
     Returns:
-        Three numbers for every dimension.
+        Three lists, each with one number per dimension.
     """
     assert isinstance(layer, _ConvNd)
     sizes, around = list(shape[2:]), layer._reversed_padding_repeated_twice  # the last dimension first, both sides
@@ -231,17 +230,23 @@ def _map_sizes(layer: nn.Module, shape: torch.Size) -> tuple[list[int], list[int
     return sizes, before, n_out
 
 
-def _drawn(n_samples: int, n_of: int, n: int, sample: SamplePositions) -> Tensor:
-    """Places of the rows of every sample, ``[samples, n]``; all there are if these are fewer."""
+def _positions(n_samples: int, n_of: int, n: int, sample: SamplePositions) -> Tensor:
+    """Sample n of ``n_of`` positions of every sample, ``[samples, n]``; all of them if there are no more than n."""
     return torch.arange(n_of).repeat(n_samples, 1) if n_of <= n else sample(n_samples, n, n_of)
 
 
 def patches_of(layer: nn.Module, *, per_position: bool = False, repeat: int = 1) -> Patches | None:
-    """How a layer reads, if it is one whose weights can be refitted.
+    """The patches of a layer whose weights can be refitted.
+
+    Args:
+        layer: Any layer.
+        per_position: Whether every kernel position of a channel is a feature of its own; not for transposed
+            convolutions.
+        repeat: Number of consecutive inputs of a linear layer per channel (a flattened map).
 
     Returns:
-        ``None`` for layers of other types, for depthwise convolutions, which mix no channels, and for weights that are
-        computed from other parameters (parametrizations, weight norm, masks).
+        The patches; ``None`` for layers of other types, for depthwise convolutions, which mix no channels, and for
+        weights that are computed from other parameters (parametrizations, weight norm, masks).
     """
     if not isinstance(layer, (nn.Linear, _ConvNd)) or has_computed_weight(layer):
         return None
@@ -255,7 +260,7 @@ def patches_of(layer: nn.Module, *, per_position: bool = False, repeat: int = 1)
 
 
 def has_computed_weight(layer: nn.Module) -> bool:
-    """Whether a convolution's or a linear layer's weight is no parameter, but made of others."""
+    """Whether the weight of a convolution or linear layer is computed from other parameters."""
     return isinstance(layer, (nn.Linear, _ConvNd)) and layer._parameters.get("weight") is None
 
 
@@ -266,6 +271,6 @@ def weight_shape(layer: nn.Module) -> torch.Size | None:
 
 
 def n_outputs(layer: nn.Module) -> int:
-    """Output channels of a convolution or a linear layer."""
+    """Number of output channels of a convolution or linear layer."""
     n: int = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features  # type: ignore[assignment]
     return n

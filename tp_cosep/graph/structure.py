@@ -1,8 +1,8 @@
-"""What a model and its inputs are made of, apart from values: how a plan recognises the model that it was made for.
+"""The structure of a model and its inputs, without values: a plan recognises the model that it was made for by it.
 
-The *structure* of a model is the names, types and shapes of what its ``state_dict`` holds. Two models of the same
-architecture have the same one whatever their weights; buffers that are not saved (caches, tables made from the
-configuration) are left out, since they differ between versions of libraries.
+The *structure* of a model is the names, types and shapes of the tensors in its ``state_dict``. Models of one
+architecture have the same structure. Buffers that are not saved (caches, tables computed from the configuration) are
+left out, since they differ between versions of libraries.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def structure_of(model: nn.Module) -> dict[str, str]:
 
 
 def fingerprint_of(structure: Mapping[str, str]) -> str:
-    """A short name for a structure: two are equal if their fingerprints are."""
+    """A hash of a structure, equal for equal structures."""
     return hashlib.blake2b(json.dumps(sorted(structure.items())).encode(), digest_size=16).hexdigest()
 
 
@@ -43,7 +43,7 @@ def check_structure(model: nn.Module, expected: Mapping[str, str]) -> None:
     """Compare a model with the structure that a plan was made for.
 
     Raises:
-        InputError: If they differ; it names the first layer that does.
+        InputError: If they differ; it names the first layer with a difference.
     """
     found = structure_of(model)
     for name in [*expected, *found]:
@@ -57,13 +57,13 @@ def check_structure(model: nn.Module, expected: Mapping[str, str]) -> None:
 
 
 def describe_inputs(inputs: Any) -> Any:
-    """Example inputs without their values, as JSON can hold them.
+    """Describe example inputs by structure, shapes and types, in a form that JSON can hold.
 
     Args:
         inputs: Tensors, numbers, strings and ``None``, in tuples, lists and dicts.
 
     Returns:
-        A description for :func:`zeros_for`, or ``None`` if there is anything else in the inputs.
+        A description for :func:`zeros_for`, or ``None`` if the inputs contain other types.
 
     Example:
         >>> describe_inputs((torch.zeros(1, 3), {"mask": None}))
@@ -76,17 +76,17 @@ def describe_inputs(inputs: Any) -> Any:
 
 
 def zeros_for(description: Any, device: torch.device) -> Any:
-    """Inputs of zeros, as :func:`describe_inputs` described them.
+    """Inputs of zeros with the structure, shapes and types of a description.
 
     Args:
-        description: What it returned.
-        device: Where the tensors go.
+        description: Result of :func:`describe_inputs`.
+        device: Device of the tensors.
 
     Returns:
-        The inputs; tuples have become lists.
+        The inputs, with lists in place of tuples.
 
     Raises:
-        ValueError: If the description is none.
+        ValueError: If the description is invalid.
     """
     if not isinstance(description, dict) or len(description) != 1:
         raise ValueError(f"inputs: expected the description of a tensor, list, dict or value, got {description!r}")
@@ -106,7 +106,7 @@ def zeros_for(description: Any, device: torch.device) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """What a plan was made with."""
+    """The versions of the libraries that determine a plan."""
     from tp_cosep import __version__
 
     return {

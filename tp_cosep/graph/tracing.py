@@ -1,4 +1,4 @@
-"""Tracing a model with Torch-Pruning, and layers as users name them."""
+"""Tracing a model with Torch-Pruning, checks of traceable models, and resolving user-specified layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tp_cosep.errors import InputError, PruningError
+from tp_cosep.graph.protocols import DependencyGraph
 from tp_cosep.utils.data import described, evaluating, run_model
 
 __all__ = [
@@ -30,33 +31,33 @@ __all__ = [
 
 #: Torch-Pruning's default types of root layers.
 ROOT_TYPES: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
-#: What :func:`trace` takes beside a model and its inputs, whoever is told of it.
+#: Options of :func:`trace`, under the names that pruner, selector and compensator share.
 TRACE_OPTIONS = ("forward_fn", "output_transform", "unwrapped_parameters", "customized_pruners")
 
 
 def check_autograd() -> None:
-    """Refuse to work in inference mode.
+    """Refuse inference mode.
 
     Raises:
         InputError: If it is on.
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
-            "torch.inference_mode: expected it to be off, since a model is traced by its gradients, and parameters "
-            "that are made in it cannot be trained; leave it before the call, which keeps no gradients anyway."
+            "torch.inference_mode: expected it to be off, since models are traced through autograd, and parameters "
+            "created in it cannot be trained; leave it before the call, which keeps no gradients anyway."
         )
 
 
 def check_plain(model: nn.Module, *, may_be_empty: bool = False) -> None:
-    """Refuse what cannot be measured and pruned, such as models in wrappers that hold on to their parameters.
+    """Refuse models that cannot be measured and pruned, such as those in wrappers that reference their parameters.
 
     Args:
         model: The model.
-        may_be_empty: Whether shapes are enough: parameters may be on the meta device.
+        may_be_empty: Whether parameters may be on the meta device, since only their shapes are used.
 
     Raises:
-        InputError: If it is no module, or wrapped for parallel training, compiled or sharded, or without weights that
-            can be used; or if inference mode is on.
+        InputError: If the model is no module, or is wrapped for parallel training, compiled or sharded, or its weights
+            are on the meta device or were created in inference mode; or if inference mode is on.
     """
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -95,10 +96,10 @@ def check_plain(model: nn.Module, *, may_be_empty: bool = False) -> None:
 
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[None]:
-    """Let Torch-Pruning trace a model and get the model back as it was, also after an exception.
+    """Prepare a model for a trace, and restore it afterwards, also after an exception.
 
-    It follows the graph that autograd records, in which frozen layers are missing; so everything requires a
-    gradient meanwhile. The hooks that an interrupted trace leaves behind are removed.
+    Torch-Pruning follows the graph that autograd records, in which frozen layers are missing; so all parameters
+    require a gradient during the trace. Hooks that an interrupted trace leaves behind are removed.
     """
     hooks = {m: set(m._forward_hooks) for m in model.modules()}
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
@@ -115,8 +116,13 @@ def tracing(model: nn.Module) -> Iterator[None]:
                 del m._forward_hooks[key]
 
 
-def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
-    """Torch-Pruning's dependency graph of a model, see :func:`tracing` and :func:`trace_options`.
+def trace(model: nn.Module, example_inputs: Any, **options: Any) -> DependencyGraph:
+    """Build Torch-Pruning's dependency graph of a model, see :func:`tracing` and :func:`trace_options`.
+
+    Args:
+        model: The model.
+        example_inputs: Inputs for tracing.
+        **options: Options of ``DependencyGraph.build_dependency``.
 
     Returns:
         A ``tp.DependencyGraph``.
@@ -128,33 +134,34 @@ def trace(model: nn.Module, example_inputs: Any, **options: Any) -> Any:
     check_autograd()
     try:
         with tracing(model):
-            return tp.DependencyGraph().build_dependency(
+            graph: DependencyGraph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=example_inputs, **{**options, **trace_options(options)}
             )
     except Exception as error:
         raise PruningError(cannot_follow(error, model, example_inputs, options.get("forward_fn"))) from error
+    return graph
 
 
 def cannot_follow(
     error: Exception, model: nn.Module, example_inputs: Any, forward_fn: Callable[[nn.Module, Any], Any] | None
 ) -> str:
-    """What to say of an error in a trace: whether it is for the inputs or for Torch-Pruning."""
+    """The message for an error in a trace: whether the inputs do not fit the model, or Torch-Pruning does not."""
     try:
         with evaluating(model):
             (forward_fn or run_model)(model, example_inputs)
         advice = "the model runs on them, so it is one that Torch-Pruning cannot trace"
-    except Exception:  # which is most likely the error that is told
+    except Exception:  # most likely the error that is reported
         advice = "expected inputs that the model takes"
     fixed = f"{type(error).__name__}: {error}"
     return f"example_inputs: Torch-Pruning cannot follow the model on them ({fixed}); {advice}."
 
 
 def trace_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What Torch-Pruning's tracing needs beside the options that were given, or in place of them.
+    """Options of Torch-Pruning's trace that are added to the user-specified ones, or replace them.
 
     Returns:
-        An ``output_transform`` that leaves out what has no gradient (caches, ``None``) if there is none;
-        ``unwrapped_parameters`` as a list of its own, since tracing adds to it.
+        An ``output_transform`` that keeps the outputs with a gradient (no caches, no ``None``), unless one is given;
+        ``unwrapped_parameters`` as a copy, since tracing appends to it.
     """
     changed: dict[str, Any] = {}
     if given.get("output_transform") is None:
@@ -176,7 +183,7 @@ def _with_gradient(outputs: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def frozen_kept(model: nn.Module) -> Iterator[None]:
-    """Keep frozen parameters frozen while pruning replaces them by new ones."""
+    """Keep frozen parameters frozen, although pruning replaces them by new ones."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     yield
     parameters = dict(model.named_parameters())
@@ -185,15 +192,18 @@ def frozen_kept(model: nn.Module) -> Iterator[None]:
 
 
 def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -> list[Any]:
-    """Layers given as modules, parameters, names of these, or module types, as modules and parameters of the model.
+    """Resolve user-specified layers: modules, parameters, their names, or module types.
 
-    A container of the caller's own that holds layers of the model stands for them.
+    Args:
+        model: The model.
+        layers: The layers; a container outside of the model stands for the layers of the model in it.
+        where: Name of the option, for errors.
 
     Returns:
-        Modules and parameters.
+        Modules and parameters of the model.
 
     Raises:
-        InputError: If they are no list, or one of them is not part of the model.
+        InputError: If ``layers`` is no list, or one of them is not part of the model.
     """
     if isinstance(layers, (str, nn.Parameter)) or not isinstance(layers, Iterable | None):
         alone = repr(layers) if isinstance(layers, str) else "layer"
@@ -218,10 +228,14 @@ def resolve_layers(model: nn.Module, layers: Iterable[Any] | None, where: str) -
 
 
 def resolve_ratios(model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[Any, float] | None:
-    """A ``pruning_ratio_dict`` whose keys are layers or tuples of them, given as for :func:`resolve_layers`.
+    """Resolve the keys of a ``pruning_ratio_dict``: layers as in :func:`resolve_layers`, or tuples of them.
+
+    Args:
+        model: The model.
+        ratios: Ratios by layer or tuple of layers.
 
     Returns:
-        The same ratios by module, or ``None`` for ``None``.
+        Ratios by module or tuple of modules; ``None`` for ``None``.
 
     Raises:
         InputError: If a key is not part of the model.

@@ -1,4 +1,4 @@
-"""Parameters that several layers share, such as the table of an embedding that is the output layer's weight too."""
+"""Tied parameters: tensors that several layers share, such as an embedding table that is also the output weight."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["kept_tied", "tied_parameters"]
 
 
 def tied_parameters(model: nn.Module) -> list[list[str]]:
-    """Names of the parameters that are one tensor.
+    """Find tied parameters.
 
     Args:
-        model: The model. A layer that is in it under several names does not count.
+        model: The model. A layer that is registered under several names is one layer, with no tied parameters.
 
     Returns:
-        A list of names for each tensor that several layers have.
+        For each tensor that several layers share, the names of its parameters.
 
     Example:
         >>> model = nn.ModuleDict({"table": nn.Embedding(5, 3), "out": nn.Linear(3, 5, bias=False)})
@@ -36,10 +36,9 @@ def tied_parameters(model: nn.Module) -> list[list[str]]:
 
 @contextmanager
 def kept_tied(model: nn.Module) -> Iterator[None]:
-    """Tie parameters again that pruning replaced one by one.
+    """Tie parameters again after pruning has replaced them one by one.
 
-    Where different channels of them were removed that cannot be done, and a warning says so; the layers compute what
-    they did.
+    If different channels of them were removed they stay apart, with a warning; what the layers compute is not affected.
     """
     tied = tied_parameters(model)
     yield
@@ -54,7 +53,7 @@ def kept_tied(model: nn.Module) -> Iterator[None]:
         else:
             warnings.warn(
                 f"pruning: {' and '.join(map(repr, names))} were one tensor and no longer are, since different "
-                "channels of them were removed, so the model saves less than it seems; put one of these layers into "
-                "ignored_layers to keep them tied.",
+                "channels of them were removed, so fewer parameters are saved than reported; put one of these layers "
+                "into ignored_layers to keep them tied.",
                 stacklevel=2,
             )

@@ -1,8 +1,9 @@
-"""Whether a pruned model computes what the unpruned one computes without the removed channels.
+"""Verification that a pruned model computes what the unpruned one computes without the removed channels.
 
 Torch-Pruning follows channels by shape. Where shapes fit by accident (a shuffle of channels, halves of a ``chunk`` that
-are read in another order, a flattening with channels last), other channels go from a layer than from the one that
-reads it, and nothing fails. Values show it: a channel that is gone and a channel that nobody reads are the same.
+are consumed in another order, a flattening with channels last), it removes different channels from a producer and from
+its consumer, without an error. Values reveal it: a removed channel is equivalent to one with zero weights in all
+consumers.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tp_cosep.errors import PruningError
+from tp_cosep.graph.protocols import DependencyGroup
 from tp_cosep.utils.data import evaluating
 
 __all__ = ["OutputCheck"]
 
-# Layers that treat every channel by itself, or read a weighted sum of channels. Others, such as LayerNorm, look at all
-# channels at once: what they compute without some of them is another thing from what they compute with zeros.
+# Layers that work channel by channel, or on weighted sums of channels. Others, such as LayerNorm, take statistics over
+# all channels, which differ between removed and zero channels.
 _CHANNELWISE = (_ConvNd, nn.Linear, _BatchNorm, _InstanceNorm, nn.PReLU, nn.Embedding, nn.Parameter)
 
-# Outputs may differ by this share of the largest one by rounding.
+# Rounding may change outputs by this share of the largest one.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-_ADVICE = "put this layer into ignored_layers, or leave such groups alone with on_failure='skip'"
+_ADVICE = "put this layer into ignored_layers, or skip such groups with on_failure='skip'"
 
 
 class OutputCheck:
-    """Runs a model on example inputs before and after a group is pruned.
+    """Compares a model's outputs on example inputs before and after a group is pruned.
 
     Args:
         model: The model.
-        run: Calls it on the example inputs.
+        run: Runs the model on the example inputs.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
@@ -47,24 +49,24 @@ class OutputCheck:
         self._without: list[Tensor] = []
 
     def outputs(self) -> list[Tensor]:
-        """The tensors that the model gives in eval mode."""
+        """The tensors among the model's outputs in eval mode."""
         with evaluating(self._model):
             outputs = tp.utils.flatten_as_list(self._run())
         return [t for t in outputs if isinstance(t, Tensor)] if isinstance(outputs, list) else []
 
     def expect_shapes(self) -> None:
-        """Remember the shapes of the outputs: they are to stay."""
+        """Record the shapes of the outputs, which pruning must not change."""
         self._shapes = [tuple(t.shape) for t in self.outputs()]
 
-    def expect_without(self, group: Any) -> None:
-        """Remember the outputs when nobody reads the channels that a group is about to remove."""
+    def expect_without(self, group: DependencyGroup) -> None:
+        """Record the outputs with zero weights for the channels that a group is about to remove."""
         self._without = _outputs_without(group, self.outputs) or []
 
     def __call__(self, name: str) -> None:
-        """Compare the outputs with what was expected, and expect nothing more of the values.
+        """Compare the outputs with the recorded ones; recorded values serve once.
 
         Args:
-            name: The layer whose group was pruned.
+            name: Root of the group that was pruned.
 
         Raises:
             PruningError: If the model does not run, or its outputs have other shapes or values.
@@ -75,8 +77,8 @@ class OutputCheck:
         except Exception as error:
             raise PruningError(
                 f"layer {name!r}: the model no longer runs on example_inputs after its group was pruned "
-                f"({type(error).__name__}: {error}); the model is as it was. If its code has a size of its own written "
-                f"down, pass adapt=, a function that corrects it; else {_ADVICE}."
+                f"({type(error).__name__}: {error}); the model is as it was. If its code contains sizes, pass "
+                f"adapt=, a function that corrects them; else {_ADVICE}."
             ) from error
         shapes = [tuple(t.shape) for t in outputs]
         if shapes != self._shapes:
@@ -89,22 +91,22 @@ class OutputCheck:
             raise PruningError(
                 f"layer {name!r}: after its group was pruned the model does not compute what it computed when nothing "
                 f"read these channels (outputs differ by {difference:.1%} of the largest); Torch-Pruning takes other "
-                "channels from a layer that reads them than from those that create them, as it does behind a shuffle "
-                f"of channels. The model is as it was; {_ADVICE}. If the model looks at all channels at once in "
-                "between, such as by a mean over them, turn this comparison off with verify=False."
+                "channels from a consumer than from the producers, as it does behind a shuffle of channels. The model "
+                f"is as it was; {_ADVICE}. If the model takes statistics over all channels in between, such as their "
+                "mean, turn this comparison off with verify=False."
             )
 
 
-def _outputs_without(group: Any, run: Callable[[], list[Tensor]]) -> list[Tensor] | None:
-    """The outputs of a model in which nobody reads the channels that a group removes.
+def _outputs_without(group: DependencyGroup, run: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+    """The outputs of a model whose consumers have zero weights for the channels that a group removes.
 
     Args:
-        group: A ``tp.Group`` that was not pruned yet.
-        run: Gives the model's outputs.
+        group: A ``tp.Group`` that is not pruned yet.
+        run: Returns the model's outputs.
 
     Returns:
-        The outputs; ``None`` if they could not be compared with those after pruning, since a layer of the group
-        looks at all channels at once or no layer reads them by weights.
+        The outputs; ``None`` if they are not comparable with those after pruning, since a layer of the group takes
+        statistics over all channels, or the group has no consumer with weights.
     """
     graph, reads = group._DG, list[tuple[Tensor, Any]]()
     for dep, idxs in group:
@@ -126,9 +128,9 @@ def _has_weights(layer: nn.Module) -> bool:
 
 
 def _columns(layer: nn.Module, idxs: Sequence[int]) -> Any:
-    """An index of the weights that belong to some input channels."""
+    """Index into a layer's weight of the given input channels."""
     n_groups = getattr(layer, "groups", 1)
-    if n_groups > 1:  # weights know the channels of one channel group; all groups lose the same
+    if n_groups > 1:  # weights have the channels of one channel group; all groups lose the same
         idxs = sorted(idxs)[: len(idxs) // n_groups]
     columns = torch.as_tensor(list(idxs), dtype=torch.int64)
     return columns if getattr(layer, "transposed", False) else (slice(None), columns)
@@ -149,7 +151,7 @@ def _zeroed(parts: Sequence[tuple[Tensor, Any]]) -> Iterator[None]:
 
 
 def _largest_difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference between outputs, as a share of the largest expected one; 0 if nothing compares."""
+    """The largest difference between outputs, as a share of the largest expected one; 0 if none are comparable."""
     shares = [0.0]
     for a, b in zip(outputs, expected, strict=False):
         if a.shape != b.shape or not b.is_floating_point() or not b.numel():

@@ -13,7 +13,7 @@ from torch import nn
 
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.functional.selection import ChannelSelection
-from tp_cosep.graph.editing import add_biases, group_of, pruned
+from tp_cosep.graph.editing import add_biases, build_group, prune_group
 from tp_cosep.graph.structure import check_structure, fingerprint_of
 from tp_cosep.graph.tracing import trace
 from tp_cosep.utils.data import evaluating, run_model
@@ -233,13 +233,13 @@ def _prune(graph: Any, model: nn.Module, group: GroupPlan, selection: ChannelSel
             f"layer {group.name!r}: the plan is for {selection.n_channels} channels, the layer has {n}; "
             "apply it to an unpruned copy of the model it was made for."
         )
-    found = group_of(graph, layer, group.side, selection.prune_idxs, group.heads)
+    found = build_group(graph, layer, group.side, selection.prune_idxs, group.heads)
     if not graph.check_pruning_group(found):
         raise PruningError(
             f"layer {group.name!r}: Torch-Pruning refuses to remove {len(selection.prune_idxs)} channels."
         )
     try:
-        pruned(model, found.prune, n, selection.prune_idxs, group.heads)
+        prune_group(model, found.prune, n, selection.prune_idxs, group.heads)
     except Exception as error:
         raise PruningError(
             f"layer {group.name!r}: Torch-Pruning failed to prune its group ({type(error).__name__}: {error})."

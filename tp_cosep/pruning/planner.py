@@ -20,10 +20,9 @@ from tp_cosep.graph.heads import attention_layers_of, heads_of, rerooted
 from tp_cosep.graph.patches import patches_of
 from tp_cosep.pruning.budget import Budget, counts_for_latency
 from tp_cosep.pruning.plan import PruningPlan
-from tp_cosep.selection.cosep import CoSePSelector, ratio_for
 from tp_cosep.selection.embedding import embed_group
-from tp_cosep.selection.heads import select_heads
 from tp_cosep.selection.result import GroupPlan
+from tp_cosep.selection.selector import Selector, ratio_for
 from tp_cosep.utils.data import device_of
 from tp_cosep.utils.timing import median_times
 
@@ -58,8 +57,8 @@ class Planner:
         self.seen: set[str] = set()
 
     @property
-    def _selector(self) -> CoSePSelector:
-        selector: CoSePSelector = self._pruner.importance
+    def _selector(self) -> Selector:
+        selector: Selector = self._pruner.importance
         return selector
 
     def saved(self) -> Planner:
@@ -266,7 +265,7 @@ class Planner:
         """The entry with a picture of its group, if there is a choice to draw; before anything is pruned."""
         if group_plan.selection is None or not (self._draws and self._pruner.pictures):
             return group_plan
-        return replace(group_plan, embedding=embed_group(self._selector, group, view, group_plan.selection))
+        return replace(group_plan, embedding=embed_group(self._selector.criterion, view, group_plan.selection))
 
     def group_plan(self, group: Any, view: GroupView) -> GroupPlan:
         """The entry of a group before anything is chosen; with a reason if nothing is to be."""
@@ -368,12 +367,12 @@ class Planner:
                 counts, reason = None, ""
         least = [max(1, ceil(k * (1 - p.max_pruning_ratio) - 1e-9)) for k in n]
         found: list[_Choice] = []
-        selections = select_heads(selector, groups, p.num_heads, n_keep=counts)
+        selections = selector.select_heads(groups, p.num_heads, n_keep=counts)
         for group, s, now, fewest in zip(groups, selections, numbers, least, strict=True):
             if s is None:
                 found.append((None, NOT_MEASURED))
             elif now * len(s.keep_idxs) < fewest * s.n_channels:
-                bounded = select_heads(selector, [group], p.num_heads, n_keep=_in_scope(selector, [fewest]))
+                bounded = selector.select_heads([group], p.num_heads, n_keep=_in_scope(selector, [fewest]))
                 found.append((bounded[0], "heads, as few as max_pruning_ratio leaves"))
             else:
                 found.append((s, reason or f"heads, {_in_words(s)}"))
@@ -406,7 +405,7 @@ class _Rows:
                     )
 
 
-def _in_scope(selector: CoSePSelector, each: list[int]) -> int | list[int]:
+def _in_scope(selector: Selector, each: list[int]) -> int | list[int]:
     """How numbers of heads of layers are told to ``select_heads``: one for all of them, or one for each."""
     return sum(each) if selector.scope == "model" else each
 

@@ -17,7 +17,7 @@ from tp_cosep.calibration.class_observer import measured_layers
 from tp_cosep.compensation.compensator import Compensator
 from tp_cosep.compensation.recovery import Recovery
 from tp_cosep.errors import InputError, PruningError
-from tp_cosep.graph.editing import group_of, pruned
+from tp_cosep.graph.editing import build_group, prune_group
 from tp_cosep.graph.groups import side_of
 from tp_cosep.graph.heads import attention_heads, head_parameters
 from tp_cosep.graph.structure import describe_inputs, structure_of, versions
@@ -38,9 +38,8 @@ from tp_cosep.pruning.costs import UNITS, costs_beside, layer_costs
 from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.pruning.planner import NOT_MEASURED, Planner
 from tp_cosep.pruning.settings import check_fit_keywords, check_heads, check_pruner, check_target
-from tp_cosep.selection.cosep import CoSePSelector
-from tp_cosep.selection.heads import with_head_scores
 from tp_cosep.selection.result import GroupPlan
+from tp_cosep.selection.selector import Selector
 from tp_cosep.utils.data import run_model
 from tp_cosep.utils.snapshot import restored_on_error
 
@@ -128,7 +127,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self,
         model: nn.Module,
         example_inputs: Any,
-        importance: CoSePSelector,
+        importance: Selector,
         global_pruning: bool = False,
         pruning_ratio: float | None = None,
         *,
@@ -145,9 +144,9 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         fit_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(importance, CoSePSelector):
+        if not isinstance(importance, Selector):
             raise InputError(
-                f"CoSePPruner: expected a CoSePSelector as importance, got {type(importance).__name__}; a stock pruner "
+                f"CoSePPruner: expected a selector of tp_cosep as importance, got {type(importance).__name__}; a stock pruner "
                 "takes any other."
             )
         check_plain(model)
@@ -157,7 +156,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             global_pruning=global_pruning,
             is_ranked=not automatic and bool(global_pruning or options.get("isomorphic")),
             automatic=automatic,
-            metric=importance.metric,
+            ranks_channels=importance.ranks_channels,
             on_failure=on_failure,
             calls={"fine_tune": fine_tune, "adapt": adapt},
             options=options,
@@ -363,11 +362,11 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             gone = list(group[0].idxs if idxs is None else idxs)
             going = group
             if idxs is not None:
-                going = group_of(self.DG, group[0].dep.target.module, group_plan.side, gone, group_plan.heads)
+                going = build_group(self.DG, group[0].dep.target.module, group_plan.side, gone, group_plan.heads)
             self._recovery.before(going)
             if self.verify and not group_plan.heads:
                 self._check.expect_without(going)
-            pruned(self.model, lambda: native(idxs, record_history), n_now, gone, group_plan.heads)
+            prune_group(self.model, lambda: native(idxs, record_history), n_now, gone, group_plan.heads)
             self._follow_heads(group_plan)
             # A caller who collects the groups first prunes those that are recorded as left out already.
             self.plan = replace(self.plan, groups=tuple(g for g in self.plan if g is not left))
@@ -406,7 +405,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self.target is not None:
             self.planner.allocate_counts()
         # Moments come in the order in which the layers ran.
-        for i, name in enumerate(self.importance.measured):
+        for i, name in enumerate(self.importance.layers):
             if i and self.planner.has_begun:
                 self._fit()
                 self._recovery.measure()
@@ -419,7 +418,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._left.append(group_plan)
                 continue
             layer = self.model.get_submodule(group_plan.name)
-            group = group_of(self.DG, layer, group_plan.side, group_plan.selection.prune_idxs, group_plan.heads)
+            group = build_group(self.DG, layer, group_plan.side, group_plan.selection.prune_idxs, group_plan.heads)
             if self.DG.check_pruning_group(group):
                 self._pending[self._key(group)] = group_plan
                 yield group
@@ -434,15 +433,14 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         Returns:
             ``[channels]``, or ``None`` to leave the group alone.
         """
-        selector: CoSePSelector = self.importance
+        selector: Selector = self.importance
         scores: Tensor | None = None
         try:
             view = self.planner.view(group)
             group_plan = self.planner.group_plan(group, view)
             if not group_plan.reason:
                 selection = selector.select(group, view=view)
-                scores = None if selection is None else selection.scores
-                scores = with_head_scores(selector, group, scores, self.num_heads)
+                scores = selector.scores(group, self.num_heads, selection)
                 reason = "ranked against other layers" if scores is not None else NOT_MEASURED
                 group_plan = self.planner.with_embedding(
                     group, view, replace(group_plan, selection=selection, reason=reason)
@@ -458,7 +456,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return not self.automatic and bool(self.global_pruning or self.isomorphic)
 
     def _fit(self) -> None:
-        selector: CoSePSelector = self.importance
+        selector: Selector = self.importance
         assert self.loader is not None
         if self._names is None:
             self._names = self.planner.measured_layers()

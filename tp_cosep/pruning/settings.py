@@ -9,8 +9,6 @@ from typing import Any
 from torch import nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.functional.attention_distances import ATTENTION_JS
-from tp_cosep.functional.separability import PairMetric
 from tp_cosep.pruning.costs import UNITS
 from tp_cosep.utils.checks import is_count, is_number
 
@@ -23,7 +21,7 @@ def check_pruner(
     global_pruning: bool,
     is_ranked: bool,
     automatic: bool,
-    metric: str | PairMetric,
+    ranks_channels: bool,
     on_failure: str,
     calls: Mapping[str, object],
     options: Mapping[str, Any],
@@ -41,9 +39,9 @@ def check_pruner(
             )
     if pruning_ratio is not None and not (is_number(pruning_ratio) and 0 <= pruning_ratio <= 1):
         raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
-    if is_ranked and metric == ATTENTION_JS:
+    if is_ranked and not ranks_channels:
         raise InputError(
-            "CoSePPruner: metric='attention-js' compares heads only, it cannot rank channels of several layers; "
+            "CoSePPruner: attention maps compare heads only, they cannot rank channels of several layers; "
             "use head_pruning_ratio= without global_pruning or isomorphic."
         )
     if on_failure not in ("raise", "skip"):

@@ -14,7 +14,8 @@ from tp_cosep.errors import InputError
 from tp_cosep.functional.attention_distances import jensen_shannon_distances
 from tp_cosep.functional.kmedoids import BACKENDS
 from tp_cosep.functional.selection import ChannelSelection
-from tp_cosep.graph.groups import DependencyGroup, GroupView
+from tp_cosep.graph.groups import GroupView
+from tp_cosep.graph.protocols import DependencyGroup
 from tp_cosep.selection.criterion import LayerClasses
 from tp_cosep.selection.selector import Selector
 from tp_cosep.utils.checks import check_one_of

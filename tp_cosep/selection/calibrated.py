@@ -140,9 +140,7 @@ class Calibrated(ABC):
         self.check_fitted()
         save_statistics(path, {"measured": self._spec.facts()}, self.statistics)
 
-    def load_statistics(
-        self, path: str | os.PathLike[str], model: nn.Module, *, n_classes: int | None = None
-    ) -> Self:
+    def load_statistics(self, path: str | os.PathLike[str], model: nn.Module, *, n_classes: int | None = None) -> Self:
         """Take the statistics that a selector with the same options collected of the same model, instead of :meth:`fit`.
 
         Options that only decide what is selected, such as ``knee`` or ``n_keep``, may differ.

@@ -11,8 +11,9 @@ from tp_cosep.calibration.statistics import OBSERVED, StatisticsSpec
 from tp_cosep.errors import InputError
 from tp_cosep.functional.kmedoids import BACKENDS
 from tp_cosep.functional.selection import ChannelSelection, select_channels
-from tp_cosep.functional.separability import PairMetric, resolve_metric
-from tp_cosep.graph.groups import DependencyGroup, GroupView
+from tp_cosep.functional.separability import PairMetric, check_metric
+from tp_cosep.graph.groups import GroupView
+from tp_cosep.graph.protocols import DependencyGroup
 from tp_cosep.selection.input_space import consumers_of
 from tp_cosep.selection.representatives import REPRESENTATIVES, Preference, preference_of
 from tp_cosep.selection.selector import Selector
@@ -113,7 +114,7 @@ class CoSePSelector(Selector):
             channel_dims=channel_dims,
         )
         where = type(self).__name__
-        resolve_metric(metric)
+        check_metric(metric)
         check_one_of("observe", observe, OBSERVED, where)
         check_one_of("backend", backend, sorted(BACKENDS), where)
         if not callable(representative) and representative not in REPRESENTATIVES:

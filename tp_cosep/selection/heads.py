@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tp_cosep.errors import InputError
 from tp_cosep.functional.head_selection import heads_of_layer, heads_of_model
 from tp_cosep.functional.selection import ChannelSelection
-from tp_cosep.graph.groups import DependencyGroup, GroupView, read_group, side_of
+from tp_cosep.graph.groups import GroupView, read_group, side_of
 from tp_cosep.graph.heads import attention_groups, attention_layers_of, heads_of
+from tp_cosep.graph.protocols import DependencyGroup
 from tp_cosep.graph.tracing import ROOT_TYPES
 from tp_cosep.selection.criterion import Criterion
 

@@ -219,9 +219,7 @@ def _precisions(of_layer: InputStatistics, covariance: Tensor, class_weight: flo
     return found[1]
 
 
-def correlation_distances(
-    view: GroupView, inputs: Mapping[str, InputStatistics], class_weight: float
-) -> Tensor | None:
+def correlation_distances(view: GroupView, inputs: Mapping[str, InputStatistics], class_weight: float) -> Tensor | None:
     """``1 − |ρ|`` between components, ρ the correlation by C + α B, averaged over consumers.
 
     Where a component has several features of a consumer, |ρ| is the mean over pairs in turn.

@@ -11,7 +11,8 @@ from torch import nn
 from tp_cosep.calibration.statistics import StatisticsSpec
 from tp_cosep.errors import InputError
 from tp_cosep.functional.selection import ChannelSelection, select_by_elimination, select_channels
-from tp_cosep.graph.groups import DependencyGroup, GroupView
+from tp_cosep.graph.groups import GroupView
+from tp_cosep.graph.protocols import DependencyGroup
 from tp_cosep.selection.input_space import InputSpace, Known
 from tp_cosep.selection.selector import Selector
 from tp_cosep.selection.separability_space import SeparabilitySpace

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tp_cosep.errors import InputError
 from tp_cosep.functional.knee import KNEE_RULES
 from tp_cosep.functional.selection import ChannelSelection
-from tp_cosep.graph.groups import DependencyGroup, GroupView, full_group, prunable_groups, read_group
+from tp_cosep.graph.groups import GroupView, full_group, prunable_groups, read_group
 from tp_cosep.graph.heads import rerooted
+from tp_cosep.graph.protocols import DependencyGroup
 from tp_cosep.graph.tracing import ROOT_TYPES, resolve_layers, trace
 from tp_cosep.selection.calibrated import Calibrated
 from tp_cosep.selection.criterion import Criterion
