@@ -98,7 +98,7 @@ def stability(data: str) -> None:
                 halves = []
                 for half in (order[: n // 2], order[n // 2 :]):
                     batches = zip(x[half].split(250), y[half].split(250), strict=True)
-                    halves.append(CoSePSelector(space="separability").fit(net, batches, progress=False).moments)
+                    halves.append(CoSePSelector().fit(net, batches, progress=False).statistics.moments)
                 for layer in list(halves[0])[:-1]:
                     one, two = (counts(distances_from_gram(profile_gram(half[layer]))) for half in halves)
                     width = halves[0][layer].n_components

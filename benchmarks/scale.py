@@ -63,9 +63,9 @@ def collect(size: int, batch: int, n_batches: int, name: str) -> None:
     print("| measured | batch / forward, median | least … most | before the first batch, in forwards |")
     print("| --- | --- | --- | --- |")
     kinds: dict[str, dict[str, Any]] = {
-        'class moments, `space="separability", spatial=1`': {"space": "separability", "spatial": 1},
-        'class moments, `space="separability"` (4 × 4 cells)': {"space": "separability"},
-        'second moments, `space="reconstruction"`': {"space": "reconstruction"},
+        'class moments, `space="separability", spatial=1`': {"kind": "cosep", "spatial": 1},
+        'class moments, `space="separability"` (4 × 4 cells)': {"kind": "cosep"},
+        'second moments, `space="reconstruction"`': {"kind": "reconstruction without classes"},
         "both, the default": {},
     }
     for what, options in kinds.items():
@@ -133,8 +133,8 @@ def select(name: str, n_classes: int, n_pairs: int) -> None:
         f"{n_pairs:,} pairs": {"max_class_pairs": n_pairs},
         "all pairs": {},
     }.items():
-        selector = CoSePSelector(space="separability", spatial=1, **options)  # type: ignore[arg-type]
-        selector.moments = moments
+        selector = CoSePSelector(spatial=1, **options)  # type: ignore[arg-type]
+        selector.statistics.moments = moments
         used = time.process_time()
         found[what] = timed(lambda s=selector: [s.select(group) for group in groups])  # type: ignore[misc]
         used = time.process_time() - used

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import AttentionMapSelector, CoSePPruner, ReconstructionSelector
 from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
@@ -54,9 +54,9 @@ def main(epochs: int = 12) -> dict[str, tuple[list[int], float]]:
     print(f"trained: accuracy {accuracy(net, images):.1%}")
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
     selectors = {
-        "per layer": CoSePSelector(),
-        "over the model": CoSePSelector(scope="model"),
-        "by attention maps": CoSePSelector(metric="attention-js"),
+        "per layer": ReconstructionSelector(),
+        "over the model": ReconstructionSelector(scope="model"),
+        "by attention maps": AttentionMapSelector(),
     }
     results = {}
     for way, selector in selectors.items():

@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, CoSePSelector, ReconstructionSelector
 from tp_cosep.cli.demo import accuracy, train, train_net
 
 
@@ -39,7 +39,7 @@ def main(epochs: int | None = None) -> dict[str, tuple[int, float]]:
         return CoSePPruner(model, example_inputs, selector, pruning_ratio=0.5)
 
     def blended(model: nn.Module) -> tp.pruner.BasePruner:
-        blend = Blend(CoSePSelector().fit(model, calibration), tp.importance.MagnitudeImportance(p=1))
+        blend = Blend(ReconstructionSelector().fit(model, calibration), tp.importance.MagnitudeImportance(p=1))
         return tp.pruner.MetaPruner(model, example_inputs, blend, pruning_ratio=0.5, ignored_layers=[model.head])
 
     results = {}

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 from tp_cosep.cli.demo import load_digits
 
 
@@ -41,7 +41,7 @@ def main(epochs: int = 12) -> dict[str, tuple[list[int], float]]:
         print(f"{stage:10} heads {heads}, {model.num_parameters():,} parameters, accuracy {results[stage][1]:.1%}")
 
     fit_and_report("trained", epochs, 3e-3)
-    selector = CoSePSelector().fit(model, DataLoader(train, 200), target_fn=inputs_and_labels)
+    selector = ReconstructionSelector().fit(model, DataLoader(train, 200), target_fn=inputs_and_labels)
     embeddings = model.vit.embeddings
     CoSePPruner(
         model,

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, PruningPlan
+from tp_cosep import CoSePPruner, PruningPlan, ReconstructionSelector
 from tp_cosep.cli.demo import accuracy, train, train_net
 
 
@@ -19,7 +19,7 @@ def main(epochs: int | None = None) -> PruningPlan:
     pruner = CoSePPruner(
         net,
         images.train_images[:1],
-        importance=CoSePSelector(),
+        importance=ReconstructionSelector(),
         loader=calibration,
         layerwise=True,
         fine_tune=fine_tune,

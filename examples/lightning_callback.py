@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 from tp_cosep.cli.demo import DemoNet, accuracy, load_digits
 
 
@@ -25,7 +25,7 @@ class Prune(lightning.Callback):
             return
         names, optimizer = {p: name for name, p in module.named_parameters()}, trainer.optimizers[0]
         options = {"loader": trainer.train_dataloader, "compensate": True, "recalibrate": True, **self.options}
-        CoSePPruner(module.net, self.example_inputs, CoSePSelector(), **options).step()
+        CoSePPruner(module.net, self.example_inputs, ReconstructionSelector(), **options).step()
         new = dict(module.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [new[names[p]] for p in group["params"]]

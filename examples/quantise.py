@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
@@ -41,7 +41,7 @@ def main(epochs: int = 8) -> dict[str, tuple[int, float]]:
     CoSePPruner(
         model,
         images.train_images[:1],
-        CoSePSelector().fit(model, calibration),
+        ReconstructionSelector().fit(model, calibration),
         target={"params": 0.2},
         loader=calibration,
         compensate=True,

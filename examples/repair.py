@@ -7,7 +7,7 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
-from tp_cosep import Compensator, CoSePSelector, recalibrate
+from tp_cosep import Compensator, CoSePSelector, ReconstructionSelector, recalibrate
 from tp_cosep.cli.demo import accuracy, train_net
 
 
@@ -20,8 +20,8 @@ def main(epochs: int | None = None) -> dict[str, list[float]]:
 
     selections: dict[str, Callable[[nn.Module], Any]] = {
         "L2": lambda model: tp.importance.GroupMagnitudeImportance(p=2),
-        "CoSeP": lambda model: CoSePSelector(space="separability").fit(model, calibration),
-        "joint": lambda model: CoSePSelector().fit(model, calibration),
+        "CoSeP": lambda model: CoSePSelector().fit(model, calibration),
+        "joint": lambda model: ReconstructionSelector().fit(model, calibration),
     }
     results: dict[str, list[float]] = {}
     for name, select in selections.items():

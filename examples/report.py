@@ -20,7 +20,7 @@ def main(epochs: int | None = None, path: str | Path = "report.html") -> Path:
     pruner = CoSePPruner(
         pruned,
         example_inputs,
-        importance=CoSePSelector(space="separability"),  # clusters by the classes that they tell apart
+        importance=CoSePSelector(),  # clusters by the classes that they tell apart
         target={"macs": 0.4},
         loader=calibration,
         compensate=True,

@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, max_pool2d, relu
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 from tp_cosep.cli.demo import load_digits
 
 
@@ -53,7 +53,7 @@ def main(epochs: int = 10) -> dict[str, tuple[float, float]]:
     train_and_report("trained", epochs, 3e-3)
     # Measuring and repair both read the loader's batches.
     options = {"loader": loader, "compensate": True, "fit_options": {"target_fn": image_and_class}}
-    CoSePPruner(model, data.train_images[:1], CoSePSelector(), target={"macs": 0.3}, **options).step()
+    CoSePPruner(model, data.train_images[:1], ReconstructionSelector(), target={"macs": 0.3}, **options).step()
     train_and_report("pruned, repaired", 0, 1e-3)
     train_and_report("fine-tuned", 2, 1e-3)
     return results

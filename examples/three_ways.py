@@ -4,7 +4,7 @@ import copy
 
 import torch_pruning as tp
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 from tp_cosep.cli.demo import accuracy, train, train_net
 
 
@@ -13,7 +13,7 @@ def main(epochs: int | None = None) -> dict[str, tuple[int, float]]:
     net, images = train_net("digits", seed=0, epochs=epochs)
     example_inputs = images.train_images[:1]
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
-    selector = CoSePSelector().fit(net, calibration)
+    selector = ReconstructionSelector().fit(net, calibration)
 
     def stock_at_a_ratio(model):
         return tp.pruner.MetaPruner(

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch.nn.functional import interpolate
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
@@ -37,7 +37,7 @@ def main(name: str = "test_resnet", epochs: int = 3) -> dict[str, tuple[float, f
     pruner = CoSePPruner(
         model,
         example_inputs,
-        CoSePSelector().fit(model, calibration),
+        ReconstructionSelector().fit(model, calibration),
         target={"macs": 0.5},
         loader=calibration,
         compensate=True,

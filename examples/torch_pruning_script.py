@@ -7,7 +7,7 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
-from tp_cosep import CoSePSelector
+from tp_cosep import CoSePSelector, ReconstructionSelector
 from tp_cosep.cli.demo import accuracy, train, train_net
 
 
@@ -23,7 +23,7 @@ def main(epochs: int | None = None, steps: int = 3) -> dict[str, list[tuple[floa
         return tp.importance.GroupMagnitudeImportance(p=2)
 
     def cosep(model: nn.Module) -> Any:
-        return CoSePSelector().fit(model, calibration)
+        return ReconstructionSelector().fit(model, calibration)
 
     def prune_in_steps(make_importance: Callable[[nn.Module], Any]) -> list[tuple[float, float]]:
         model = copy.deepcopy(net)

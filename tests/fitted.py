@@ -1,21 +1,34 @@
 """Selectors fitted to the models of ``models.py``, and what they choose; the costly part is made once per process."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 from models import PRODUCERS, build
 from torch import nn
 
-from tp_cosep import CoSePSelector
+from tp_cosep import CoSePSelector, ReconstructionSelector
 from tp_cosep.graph.tracing import trace
 
 WIDTHS = [10, 12, 64, 96]
 
 
-def fitted(model, x, y, **options):
+#: Selectors by name.
+KINDS = {
+    "cosep": CoSePSelector,
+    "reconstruction": ReconstructionSelector,
+    "reconstruction without classes": partial(ReconstructionSelector, class_weight=0),
+}
+
+
+def make_selector(kind="reconstruction", **options):
+    """A selector of some kind."""
+    return KINDS[kind](**options)
+
+
+def fitted(model, x, y, kind="cosep", **options):
     """A selector that prunes enough of these untrained models to be worth a test."""
-    options = {"space": "separability", "spatial": 2, "knee": "strongest", **options}
-    return CoSePSelector(**options).fit(model, [(x, y)], progress=False)
+    options = {"spatial": 2, "knee": "strongest", **options}
+    return make_selector(kind, **options).fit(model, [(x, y)], progress=False)
 
 
 def group_with(model, x, name):

@@ -3,10 +3,10 @@
 import torch
 
 OPTIONS = [
-    {"space": "separability"},
-    {"space": "joint"},
+    {"kind": "cosep"},
+    {"kind": "reconstruction"},
     {"representative": "reconstruction"},
-    {"space": "reconstruction"},
+    {"kind": "reconstruction without classes"},
 ]
 
 
@@ -15,11 +15,11 @@ def batches(x, y):
 
 
 def assert_same(a, b):
-    assert list(a.moments) == list(b.moments)
-    assert list(a.consumers) == list(b.consumers)
-    for name, m in a.moments.items():
+    assert list(a.statistics.moments) == list(b.statistics.moments)
+    assert list(a.statistics.inputs) == list(b.statistics.inputs)
+    for name, m in a.statistics.moments.items():
         for field in ("classes", "count", "mean", "m2"):
-            assert torch.equal(getattr(m, field), getattr(b.moments[name], field))
-    for name, m in a.consumers.items():
-        torch.testing.assert_close(m.covariance, b.consumers[name].covariance, rtol=1e-12, atol=1e-12)
-        assert torch.equal(m.between_classes, b.consumers[name].between_classes)
+            assert torch.equal(getattr(m, field), getattr(b.statistics.moments[name], field))
+    for name, m in a.statistics.inputs.items():
+        torch.testing.assert_close(m.covariance, b.statistics.inputs[name].covariance, rtol=1e-12, atol=1e-12)
+        assert torch.equal(m.between_classes, b.statistics.inputs[name].between_classes)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from models import build
 from torch import nn
 
-from tp_cosep import Compensator, CoSePPruner, CoSePSelector, recalibrate
+from tp_cosep import Compensator, CoSePPruner, ReconstructionSelector, recalibrate
 
 
 class ViT(nn.Module):
@@ -52,7 +52,7 @@ def shard(x, y, rank, world, how):
 def fit(kind, how, rank, world, options):
     model, x, y = data(kind)
     batches = shard(x, y, rank, world, how)
-    selector = CoSePSelector(spatial=2, **options).fit(model, batches, progress=False)
+    selector = ReconstructionSelector(spatial=2, **options).fit(model, batches, progress=False)
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
     compensator = Compensator(model, x[:1]).fit(batches, progress=False)
     seconds = {r.name: r.moments.folds.sum(0) for r in compensator._consumers.values()}
@@ -67,9 +67,9 @@ def fit(kind, how, rank, world, options):
         "repaired": model.state_dict(),
         "recalibrated": again.state_dict(),
         "seconds": seconds,
-        "moments": {n: (m.classes, m.count, m.mean, m.m2) for n, m in selector.moments.items()},
-        "covariances": {n: m.covariance for n, m in selector.consumers.items()},
-        "between": {n: m.between_classes for n, m in selector.consumers.items()},
+        "moments": {n: (m.classes, m.count, m.mean, m.m2) for n, m in selector.statistics.moments.items()},
+        "covariances": {n: m.covariance for n, m in selector.statistics.inputs.items()},
+        "between": {n: m.between_classes for n, m in selector.statistics.inputs.items()},
     }
 
 
@@ -85,7 +85,7 @@ def main():
             os._exit(7)
         if how == "fails":
             model, x, y = data(kind)
-            CoSePSelector().fit(model, [(x, y if rank == 0 else y.float())], progress=False)
+            ReconstructionSelector().fit(model, [(x, y if rank == 0 else y.float())], progress=False)
         result = fit(kind, how, rank, world, {"space": space})
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)

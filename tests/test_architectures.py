@@ -13,7 +13,7 @@ from matrix import check, fit, prune
 from models import assert_untouched, fingerprint
 from photos import crops, missing, mobilenet_v2, n_right, photographs
 
-from tp_cosep import CoSePPruner, CoSePSelector, PruningError
+from tp_cosep import CoSePPruner, PruningError, ReconstructionSelector
 
 RECORDS = json.loads((Path(__file__).parent.parent / "benchmarks" / "architectures.json").read_text(encoding="utf-8"))
 TIMM = [
@@ -96,7 +96,7 @@ def test_what_cannot_be_pruned_is_still_so_and_stays_as_it_was(key):
     model, x = architecture.build().eval(), torch.randn(4, 3, architecture.size, architecture.size)
     before = fingerprint(model)
     with pytest.warns(UserWarning, match="Torch-Pruning cannot trace the model"):
-        selector = CoSePSelector(spatial=1).fit(model, [(x, torch.arange(4) % 2)], progress=False)
+        selector = ReconstructionSelector(spatial=1).fit(model, [(x, torch.arange(4) % 2)], progress=False)
     with pytest.raises(
         PruningError, match=r"cannot follow the model on them \((ZeroDivision|Type)Error: .*the model runs"
     ):
@@ -108,7 +108,9 @@ def test_what_cannot_be_pruned_is_still_so_and_stays_as_it_was(key):
 def test_real_weights_on_real_photographs():
     model, (images, labels) = mobilenet_v2(), photographs()
     assert n_right(model, images, labels) == 18
-    selector = CoSePSelector(spatial=1).fit(model, [crops(images[i : i + 10], labels[i : i + 10], 3) for i in (0, 10)])
+    selector = ReconstructionSelector(spatial=1).fit(
+        model, [crops(images[i : i + 10], labels[i : i + 10], 3) for i in (0, 10)]
+    )
     architecture = Architecture("mobilenet_v2", "torchvision", mobilenet_v2, 224)
     for ratio in (None, 0.25):
         outcome = prune(architecture, model, selector, images[:4], ratio)

@@ -8,7 +8,15 @@ from fitted import fitted, widths
 from models import assert_untouched, build, fingerprint
 from torch import nn
 
-from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, PruningError, recalibrate
+from tp_cosep import (
+    Compensator,
+    CoSePPruner,
+    CoSePSelector,
+    InputError,
+    PruningError,
+    ReconstructionSelector,
+    recalibrate,
+)
 from tp_cosep.graph.tracing import trace
 
 
@@ -30,7 +38,7 @@ def test_layers_that_are_no_list(which):
     }[which]
     for use in (
         lambda: CoSePPruner(model, x[:1], selector, ignored_layers=layers),
-        lambda: CoSePSelector().fit(model, [(x, y)], ignored_layers=layers),
+        lambda: ReconstructionSelector().fit(model, [(x, y)], ignored_layers=layers),
         lambda: selector.pruning_ratio_dict(model, x[:1], layers),
     ):
         assert_refused(use, f"ignored_layers: expected a list of layers, {message}")
@@ -40,12 +48,16 @@ def test_things_that_are_no_model_and_no_loader():
     model, x, y = build("vgg", 10)
     selector = fitted(model, x, y)
     no_model = "model: expected an nn.Module, got "
-    assert_refused(lambda: CoSePSelector().fit(None, [(x, y)]), f"{no_model}None; the model is the first argument")
-    assert_refused(lambda: CoSePSelector().fit([(x, y)], model), f"{no_model}a list of 1")
+    assert_refused(
+        lambda: ReconstructionSelector().fit(None, [(x, y)]), f"{no_model}None; the model is the first argument"
+    )
+    assert_refused(lambda: ReconstructionSelector().fit([(x, y)], model), f"{no_model}a list of 1")
     assert_refused(lambda: CoSePPruner("m", x[:1], selector), f"{no_model}the string 'm'")
     no_loader = "expected a loader that gives batches, got "
-    assert_refused(lambda: CoSePSelector().fit(model, 5), f"fit: {no_loader}5; pass a DataLoader or a list of batches")
-    assert_refused(lambda: CoSePSelector().fit(model, None), f"fit: {no_loader}None")
+    assert_refused(
+        lambda: ReconstructionSelector().fit(model, 5), f"fit: {no_loader}5; pass a DataLoader or a list of batches"
+    )
+    assert_refused(lambda: ReconstructionSelector().fit(model, None), f"fit: {no_loader}None")
     assert_refused(lambda: CoSePPruner(model, x[:1], selector, loader=5), f"CoSePPruner: {no_loader}5")
     assert_refused(lambda: recalibrate(model, model.conv1), f"recalibrate: {no_loader}a Conv2d")
     for mode in ("one-shot", "sequential"):
@@ -73,7 +85,7 @@ def test_example_inputs_that_the_model_does_not_take(inputs):
 @pytest.mark.parametrize("space", ["joint", "class-means", "separability", "reconstruction", "correlation"])
 def test_a_single_class(space):
     model, x, y = build("vgg", 10)
-    selector = CoSePSelector(space=space)
+    selector = CoSePSelector(kind=kind)
     if space in ("reconstruction", "correlation"):
         assert selector.fit(model, [(x, 0 * y)]).is_fitted
         return
@@ -85,7 +97,7 @@ def test_a_model_without_values():
     model, x, y = build("vgg", 10)
     selector, model = fitted(model, x, y), model.to("meta")
     message = "model: expected weights with values, got 'conv1.weight' on the meta device; load the weights first"
-    assert_refused(lambda: CoSePSelector().fit(model, [(x, y)]), message)
+    assert_refused(lambda: ReconstructionSelector().fit(model, [(x, y)]), message)
     assert_refused(lambda: CoSePPruner(model, x[:1], selector), message)
     assert selector.memory_estimate(model, x[:2], 4).total > 0
 
@@ -93,7 +105,7 @@ def test_a_model_without_values():
 def test_a_lazy_model():
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 4))
     _, x, y = build("vgg", 10)
-    assert CoSePSelector().fit(model, [(x, y)]).is_fitted
+    assert ReconstructionSelector().fit(model, [(x, y)]).is_fitted
 
 
 def test_inference_mode():
@@ -102,7 +114,7 @@ def test_inference_mode():
     pruner, before = CoSePPruner(model, x[:1], selector), fingerprint(model)
     with torch.inference_mode():
         for use in (
-            lambda: CoSePSelector().fit(model, [(x, y)]),
+            lambda: ReconstructionSelector().fit(model, [(x, y)]),
             lambda: CoSePPruner(model, x[:1], selector),
             lambda: trace(model, x[:1]),
             pruner.step,
@@ -111,15 +123,15 @@ def test_inference_mode():
         made, _, _ = build("vgg", 10)
     assert_untouched(model, before)
     message = "model: expected weights that can have gradients, got 'conv1.weight', which was made under"
-    assert_refused(lambda: CoSePSelector().fit(made, [(x, y)]), message)
+    assert_refused(lambda: ReconstructionSelector().fit(made, [(x, y)]), message)
 
 
 def test_autocast_changes_nothing():
     model, x, y = build("vgg", 10)
     twin, _, _ = build("vgg", 10)
-    CoSePPruner(twin, x[:1], fitted(twin, x, y, space="joint"), pruning_ratio=0.5).step()
+    CoSePPruner(twin, x[:1], fitted(twin, x, y, kind="reconstruction"), pruning_ratio=0.5).step()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        CoSePPruner(model, x[:1], fitted(model, x, y, space="joint"), pruning_ratio=0.5).step()
+        CoSePPruner(model, x[:1], fitted(model, x, y, kind="reconstruction"), pruning_ratio=0.5).step()
         assert model(x[:1]).dtype == torch.bfloat16
     assert widths(model) == widths(twin)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -110,7 +110,7 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "cosep, as published": lambda model, batches: CoSePSelector.published().fit(model, batches, progress=False),
     "class-means": _selector(space="class-means"),
     "reconstruction": _selector(space="reconstruction"),
-    "joint": _selector(space="joint"),
+    "joint": _selector(kind="reconstruction"),
 }
 #: Selections over all layers together: channels are ranked for one ratio.
 GLOBAL = {"l2, global": "l2", "lamp, global": "lamp", "bn-scale, global": "bn-scale", "taylor, global": "taylor"}
@@ -130,8 +130,8 @@ VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "cosep, Hellinger": _selector(metric="hellinger"),
     "cosep, Wasserstein": _selector(metric="wasserstein"),
     "cosep, labels predicted": _selector(labels="predicted", space="separability"),
-    "joint, labels predicted": _selector(labels="predicted", space="joint"),
-    "joint, 1 cell": _selector(spatial=1, space="joint"),
+    "joint, labels predicted": _selector(labels="predicted", kind="reconstruction"),
+    "joint, 1 cell": _selector(spatial=1, kind="reconstruction"),
     "joint, k-medoids": _selector(space="joint", method="k-medoids"),
     "class-means, k-medoids": _selector(space="class-means", method="k-medoids"),
     "correlation, column subset": _selector(space="correlation", method="column-subset"),

@@ -11,9 +11,9 @@ from scipy.spatial.distance import jensenshannon
 from torch import nn
 from torch.nn import functional as F
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError
+from tp_cosep import AttentionMapSelector, CoSePPruner, InputError
 from tp_cosep.calibration.attention_maps import collect_attention
-from tp_cosep.functional.attention_distances import ATTENTION_JS, jensen_shannon_distances
+from tp_cosep.functional.attention_distances import jensen_shannon_distances
 from tp_cosep.graph.heads import attention_heads
 
 LENGTH = 6
@@ -279,7 +279,7 @@ def test_a_model_without_heads():
     model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
     x, _ = vectors()
     with pytest.raises(InputError, match="compares attention heads, found none by name; pass num_heads="):
-        CoSePSelector(metric=ATTENTION_JS).fit(model, [x], progress=False)
+        AttentionMapSelector().fit(model, [x], progress=False)
 
 
 def alike(model, of):
@@ -300,7 +300,7 @@ def test_heads_of_equal_maps_are_pruned_without_labels(scope):
     before = copy.deepcopy(model)
     options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5}
     # Batches of inputs alone.
-    pruner = CoSePPruner(model, x[:2], CoSePSelector(metric=ATTENTION_JS, scope=scope), loader=[x], **options)
+    pruner = CoSePPruner(model, x[:2], AttentionMapSelector(scope=scope), loader=[x], **options)
     pruner.step()
     group_plans = [e for e in pruner.plan if e.unit == "head"]
     assert len(group_plans) == 2
@@ -320,7 +320,7 @@ def test_heads_of_equal_maps_are_pruned_without_labels(scope):
 def test_the_knee_of_equal_maps():
     model, (x, _) = built(explicit(nn.Softmax(-1)), num_heads=9)
     alike(model, [h % 3 for h in range(9)])
-    selector = CoSePSelector(metric=ATTENTION_JS, knee="strongest").fit(model, [x], progress=False)
+    selector = AttentionMapSelector(knee="strongest").fit(model, [x], progress=False)
     CoSePPruner(model, x[:2], selector, prune_num_heads=True, prune_head_dims=False).step()
     assert model.layers[0].num_heads == 3
 
@@ -328,7 +328,7 @@ def test_the_knee_of_equal_maps():
 @pytest.mark.parametrize("given", [False, True])
 def test_maps_are_measured_anew_in_every_step(given):
     model, (x, _) = built(fused(), fused())
-    selector = CoSePSelector(metric=ATTENTION_JS, num_heads=attention_heads(model) if given else None)
+    selector = AttentionMapSelector(num_heads=attention_heads(model) if given else None)
     options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5, "iterative_steps": 2}
     pruner = CoSePPruner(model, x[:2], selector, loader=[x], num_heads=selector.num_heads or None, **options)
     for n in (3, 2):
@@ -339,7 +339,7 @@ def test_maps_are_measured_anew_in_every_step(given):
 def test_maps_of_heads_that_share_keys_and_values():
     model, (x, _) = built(explicit_grouped, kv_heads=2)
     options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5}
-    pruner = CoSePPruner(model, x[:2], CoSePSelector(metric=ATTENTION_JS), loader=[x], **options)
+    pruner = CoSePPruner(model, x[:2], AttentionMapSelector(), loader=[x], **options)
     pruner.step()
     (group_plan,) = [e for e in pruner.plan if e.unit == "head"]
     assert sorted(i // 6 for i in group_plan.selection.keep_idxs[::3]) == [0, 1]
@@ -350,7 +350,7 @@ def test_maps_of_heads_that_share_keys_and_values():
 @pytest.mark.parametrize("metric_scope", ["layer", "model"])
 def test_maps_of_heads_that_are_gone(metric_scope):
     model, (x, _) = built(fused(), fused())
-    selector = CoSePSelector(metric=ATTENTION_JS, scope=metric_scope).fit(model, [x], progress=False)
+    selector = AttentionMapSelector(scope=metric_scope).fit(model, [x], progress=False)
     options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5}
     CoSePPruner(model, x[:2], selector, **options).step()
     before = fingerprint(model)
@@ -364,9 +364,9 @@ def test_maps_of_heads_that_are_gone(metric_scope):
 
 def test_what_was_measured_is_listed():
     model, (x, _) = built(fused())
-    selector = CoSePSelector(metric=ATTENTION_JS)
+    selector = AttentionMapSelector()
     assert not selector.is_fitted
     selector.fit(model, [x], progress=False)
     assert selector.is_fitted
-    assert selector.measured == [f"layers.0.{n}_proj" for n in "qkv"]
-    assert selector.moments == {}
+    assert selector.layers == [f"layers.0.{n}_proj" for n in "qkv"]
+    assert selector.statistics.moments == {}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from two_pass import assert_two_pass
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, CoSePSelector, ReconstructionSelector
 from tp_cosep.calibration.batch_dim import Layout, find_layout, to_samples
 from tp_cosep.calibration.class_observer import collect_moments
 from tp_cosep.errors import InputError
@@ -271,7 +271,7 @@ def test_layers_by_name_and_by_a_function_of_the_first_inputs():
         torch.testing.assert_close(moments[names[0]].mean, everything[names[0]].mean)
     assert list(collect(model, batches, layers=named)) == ["fc2"]
     assert [len(inputs) for inputs in seen] == [30]
-    assert list(CoSePSelector().fit(model, [(x, y)], layers=["fc2"], progress=False).measured) == ["fc3"]
+    assert list(ReconstructionSelector().fit(model, [(x, y)], layers=["fc2"], progress=False).layers) == ["fc3"]
 
 
 class Detour(nn.Module):
@@ -292,7 +292,7 @@ class Detour(nn.Module):
 def test_layers_in_no_group_are_not_measured_but_listed():
     model, (x, y) = initialise(Detour()), images(24)
     selector = fitted(model, x, y)
-    assert selector.measured == ["conv1", "conv2", "head"]
+    assert selector.layers == ["conv1", "conv2", "head"]
     aside = model.aside.weight
     pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5)
     pruner.step()
@@ -313,10 +313,10 @@ def test_ignored_layers_are_not_measured_but_listed(how):
         "type": [nn.Linear, model.conv1, model.conv2],
     }[how]
     options = {"ignored_layers": ignored, "progress": False}
-    selector = CoSePSelector(space="separability", spatial=2).fit(model, [(x, y)], **options)
-    assert CoSePSelector(spatial=2).fit(model, [(x, y)], **options).measured == ["conv4", "head"]
+    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], **options)
+    assert ReconstructionSelector(spatial=2).fit(model, [(x, y)], **options).layers == ["conv4", "head"]
     # conv2 is added to the stem: both make the same channels. The head reads those of conv4.
-    assert set(selector.measured) - {"head"} == {"conv3", "conv4", "shortcut"}
+    assert set(selector.layers) - {"head"} == {"conv3", "conv4", "shortcut"}
     pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, ignored_layers=ignored)
     pruner.step()
     for name in ("stem", "conv1", "conv2", "head"):
@@ -334,12 +334,12 @@ def test_a_model_that_cannot_be_traced_is_measured_whole():
     before = fingerprint(model)
     message = r"fit: Torch-Pruning cannot trace the model on the first batch \(\w+: .*\); every layer is measured"
     with pytest.warns(UserWarning, match=message):
-        selector = CoSePSelector().fit(model, [(x, y)], progress=False)
-    assert selector.measured == ["0", "2", "5"]
+        selector = ReconstructionSelector().fit(model, [(x, y)], progress=False)
+    assert selector.layers == ["0", "2", "5"]
     assert_untouched(model, before)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert CoSePSelector(space="separability").fit(model, [(x, y)], layers=["0"], progress=False).measured == ["0"]
+        assert CoSePSelector().fit(model, [(x, y)], layers=["0"], progress=False).layers == ["0"]
     with pytest.raises(RuntimeError, match="numpy"):
         CoSePPruner(model, x[:2], selector)
     assert_untouched(model, before)

@@ -10,7 +10,7 @@ import torch
 SCRIPT = Path(__file__).parents[1] / "processes.py"
 
 
-def run(tmp_path, world, kind, how, space="joint"):
+def run(tmp_path, world, kind, how, kind="reconstruction"):
     """Exit codes and outputs of all processes, and what those saved that went well."""
     out, store = tmp_path / f"result{world}", tmp_path / f"store{world}"
     started = [

@@ -7,7 +7,7 @@ from models import assert_untouched, build, fingerprint
 from moment_helpers import OPTIONS, assert_same, batches
 from safetensors.torch import save_file
 
-from tp_cosep import CoSePSelector, InputError
+from tp_cosep import CoSePSelector, InputError, ReconstructionSelector
 from tp_cosep.utils.files import read_safetensors, write_safetensors
 
 
@@ -28,9 +28,11 @@ def test_slow_batches_are_kept_by_the_clock(tmp_path, monkeypatch):
     for seconds, is_kept in ((30, False), (0, True)):
         monkeypatch.setattr("tp_cosep.calibration.io._SECONDS", seconds)
         with pytest.raises(KeyboardInterrupt):
-            CoSePSelector().fit(model, Interrupted(given, 3), checkpoint=path, progress=False)
+            ReconstructionSelector().fit(model, Interrupted(given, 3), checkpoint=path, progress=False)
         assert path.is_file() == is_kept
-    again, whole = (CoSePSelector().fit(model, given, progress=False, **keep) for keep in ({"checkpoint": path}, {}))
+    again, whole = (
+        ReconstructionSelector().fit(model, given, progress=False, **keep) for keep in ({"checkpoint": path}, {})
+    )
     assert_same(again, whole)
 
 
@@ -70,7 +72,7 @@ def test_a_pass_goes_on_where_it_was_interrupted(tmp_path, options, n):
 def kept(tmp_path):
     model, x, y = build("vgg", 12)
     path = tmp_path / "kept"
-    CoSePSelector(spatial=2).fit(model, batches(x, y), checkpoint=path, progress=False)
+    ReconstructionSelector(spatial=2).fit(model, batches(x, y), checkpoint=path, progress=False)
     return model, x, y, path
 
 
@@ -132,8 +134,8 @@ def test_a_write_that_fails_leaves_the_old_file(kept, monkeypatch, tmp_path):
     monkeypatch.setattr("tp_cosep.calibration.io.os.replace", full)
     more = batches(torch.cat([x, x]), torch.cat([y, y]))
     with pytest.raises(OSError, match="no space"):
-        CoSePSelector(spatial=2).fit(model, more, checkpoint=path, checkpoint_every=1, progress=False)
+        ReconstructionSelector(spatial=2).fit(model, more, checkpoint=path, checkpoint_every=1, progress=False)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
     with pytest.raises(InputError, match="expected an existing folder"):
-        CoSePSelector().fit(copy.deepcopy(model), more, checkpoint=tmp_path / "no" / "where", progress=False)
+        ReconstructionSelector().fit(copy.deepcopy(model), more, checkpoint=tmp_path / "no" / "where", progress=False)

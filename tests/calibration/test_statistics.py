@@ -8,7 +8,14 @@ from moment_helpers import OPTIONS, assert_same, batches
 from processes import data
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError
+from tp_cosep import (
+    AttentionMapSelector,
+    CoSePPruner,
+    CoSePSelector,
+    InputError,
+    NotFittedError,
+    ReconstructionSelector,
+)
 from tp_cosep.utils.files import write_safetensors
 
 
@@ -20,8 +27,8 @@ def fitted(model, x, y, **options):
 def test_saved_moments_come_back(tmp_path, options):
     model, x, y = build("resnet", 12)
     before, path = fitted(model, x, y, **options), tmp_path / "moments.safetensors"
-    before.save_moments(path)
-    after = CoSePSelector(**options).load_moments(path, copy.deepcopy(model), n_classes=before_classes(before))
+    before.save_statistics(path)
+    after = CoSePSelector(**options).load_statistics(path, copy.deepcopy(model), n_classes=before_classes(before))
     assert_same(after, before)
     assert before.measured == after.measured
     CoSePPruner(model, x[:1], importance=after).step()  # layers are those of the model that was given
@@ -30,60 +37,60 @@ def test_saved_moments_come_back(tmp_path, options):
 
 
 def before_classes(selector):
-    tables = [*selector.moments.values(), *(m.classes for m in selector.consumers.values())]
+    tables = [*selector.statistics.moments.values(), *(m.classes for m in selector.statistics.inputs.values())]
     return max(m.n_classes for m in tables)
 
 
 def test_saved_attention_maps_come_back(tmp_path):
     model = nn.ModuleDict({"q": nn.Linear(4, 4)})
-    selector = CoSePSelector(metric="attention-js")
-    selector.attention = {"q": torch.rand(2, 2)}
+    selector = AttentionMapSelector()
+    selector.statistics.attention = {"q": torch.rand(2, 2)}
     selector._hold(model, {}, {})
-    selector.save_moments(tmp_path / "maps")
-    again = CoSePSelector(metric="attention-js").load_moments(tmp_path / "maps", model)
-    assert torch.equal(again.attention["q"], selector.attention["q"])
+    selector.save_statistics(tmp_path / "maps")
+    again = AttentionMapSelector().load_statistics(tmp_path / "maps", model)
+    assert torch.equal(again.statistics.attention["q"], selector.statistics.attention["q"])
 
 
 def test_moments_of_something_else_are_refused(tmp_path):
     model, x, y = build("vgg", 10)
     path = tmp_path / "moments"
-    fitted(model, x, y).save_moments(path)
+    fitted(model, x, y).save_statistics(path)
     whole = path.read_bytes()
-    fresh = CoSePSelector()
+    fresh = ReconstructionSelector()
     for other, options, expected in (
         (build("vgg", 10, seed=1)[0], {}, "the model has other weights"),
         (build("vgg", 12)[0], {}, "the model has other weights"),
         (model, {"n_classes": 7}, "expected 7 classes, got 4"),
     ):
         with pytest.raises(InputError, match=expected):
-            fresh.load_moments(path, other, **options)
-    for options in ({"space": "separability"}, {"spatial": 2}, {"space": "reconstruction"}):
+            fresh.load_statistics(path, other, **options)
+    for options in ({"kind": "cosep"}, {"spatial": 2}, {"kind": "reconstruction without classes"}):
         with pytest.raises(InputError, match="measured was"):
-            CoSePSelector(**options).load_moments(path, model)
+            CoSePSelector(**options).load_statistics(path, model)
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     for damaged in (whole[:-7], whole[:middle], flipped, b"", b"{}" * 40):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="damaged, or no file of moments"):
-            fresh.load_moments(path, model)
+            fresh.load_statistics(path, model)
     with pytest.raises(InputError, match="found none"):
-        fresh.load_moments(tmp_path / "nothing", model)
+        fresh.load_statistics(tmp_path / "nothing", model)
     assert not fresh.is_fitted
 
 
 def test_a_checkpoint_is_not_taken_for_moments(tmp_path):
     model, x, y = build("vgg", 10)
     path = tmp_path / "checkpoint"
-    CoSePSelector().fit(model, batches(x, y), checkpoint=path, progress=False)
+    ReconstructionSelector().fit(model, batches(x, y), checkpoint=path, progress=False)
     with pytest.raises(InputError, match=r"moments .*checkpoint"):
-        CoSePSelector().load_moments(path, model)
+        ReconstructionSelector().load_statistics(path, model)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     model, x, y = build("vgg", 10)
     path = tmp_path / "moments"
     selector = fitted(model, x, y)
-    selector.save_moments(path)
+    selector.save_statistics(path)
     whole = path.read_bytes()
 
     def torn(tensors, target, metadata):
@@ -92,7 +99,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tp_cosep.utils.files.save_file", torn)
     with pytest.raises(OSError, match="disk full"):
-        selector.save_moments(path)
+        selector.save_statistics(path)
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
 
@@ -100,11 +107,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_header_is_all_that_is_trusted(tmp_path):
     model, x, y = build("vgg", 10)
     path = tmp_path / "moments"
-    fitted(model, x, y).save_moments(path)
+    fitted(model, x, y).save_statistics(path)
     document = {"format": "tp_cosep.statistics", "version": 99}
     write_safetensors(path, {"x": torch.zeros(1)}, document)
     with pytest.raises(InputError, match="expected version 1, got 99"):
-        CoSePSelector().load_moments(path, model)
+        ReconstructionSelector().load_statistics(path, model)
 
 
 def test_an_estimate_is_of_the_model_that_it_is_given():
@@ -112,7 +119,7 @@ def test_an_estimate_is_of_the_model_that_it_is_given():
     torch.manual_seed(0)
     (model, x, y), (other, *_) = data("vit"), data("vit")
     selector = fitted(model, x, y)
-    expected = CoSePSelector().memory_estimate(other, x[:2], 4)
+    expected = ReconstructionSelector().memory_estimate(other, x[:2], 4)
     assert selector.memory_estimate(other, x[:2], 4) == expected
     CoSePPruner(model, x[:1], selector, pruning_ratio=0.5).step()
     assert selector.memory_estimate(model, x[:2], 4).class_moments < expected.class_moments
@@ -120,20 +127,18 @@ def test_an_estimate_is_of_the_model_that_it_is_given():
 
 def test_nothing_to_save_before_fit(tmp_path):
     with pytest.raises(NotFittedError):
-        CoSePSelector().save_moments(tmp_path / "moments")
+        ReconstructionSelector().save_statistics(tmp_path / "moments")
 
 
-@pytest.mark.parametrize(
-    "options", [*OPTIONS, {"observe": "inputs"}, {"space": "separability", "spatial": None}], ids=str
-)
+@pytest.mark.parametrize("options", [*OPTIONS, {"observe": "inputs"}, {"kind": "cosep", "spatial": None}], ids=str)
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_estimated_moments_take_what_was_said(options, name):
     model, x, y = build(name, 12)
     needed = CoSePSelector(**options).memory_estimate(model, x[:2], int(y.max()) + 1)
     selector = fitted(model, x, y, **options)
-    tables = [*selector.moments.values(), *(m.classes for m in selector.consumers.values())]
+    tables = [*selector.statistics.moments.values(), *(m.classes for m in selector.statistics.inputs.values())]
     assert needed.class_moments == sum(m.mean.nbytes + m.m2.nbytes for m in tables)
-    assert needed.second_moments == sum(2 * m.second.folds.nbytes for m in selector.consumers.values())
+    assert needed.second_moments == sum(2 * m.second.folds.nbytes for m in selector.statistics.inputs.values())
     assert needed.total == needed.class_moments + needed.second_moments + needed.selection
     assert f"{needed.total / 2**20:,.0f} MiB" in str(needed)
 
@@ -141,8 +146,8 @@ def test_estimated_moments_take_what_was_said(options, name):
 def test_what_does_not_fit_is_refused_before_it_is_measured():
     model, x, y = build("vgg", 10)
     y = y * 100
-    needed = CoSePSelector(space="separability").memory_estimate(model, x, 301)
-    fewer = CoSePSelector(space="separability", spatial=3).memory_estimate(model, x, 301)
+    needed = CoSePSelector().memory_estimate(model, x, 301)
+    fewer = CoSePSelector(spatial=3).memory_estimate(model, x, 301)
     n_large = 0
 
     def count(_, args, __):
@@ -151,9 +156,9 @@ def test_what_does_not_fit_is_refused_before_it_is_measured():
 
     model.conv1.register_forward_hook(count)
     with pytest.raises(InputError, match=r"moments of 301 classes, 0 for .*; set spatial=3, which fits.* or layers=\."):
-        CoSePSelector(space="separability", memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
+        CoSePSelector(memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
     assert n_large == 0
-    CoSePSelector(space="separability", spatial=3, memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
-    CoSePSelector(space="separability", memory_budget=needed.measuring).fit(model, [(x, y)], progress=False)
+    CoSePSelector(spatial=3, memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
+    CoSePSelector(memory_budget=needed.measuring).fit(model, [(x, y)], progress=False)
     with pytest.raises(InputError, match="next to no memory"):
-        CoSePSelector(metric="attention-js").memory_estimate(model, x, 4)
+        AttentionMapSelector().memory_estimate(model, x, 4)

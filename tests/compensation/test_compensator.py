@@ -11,7 +11,15 @@ from models import Lambda, assert_untouched, build, fingerprint, images, initial
 from torch import nn
 from torch.nn import functional as F
 
-from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, NotFittedError, PruningPlan, recalibrate
+from tp_cosep import (
+    Compensator,
+    CoSePPruner,
+    InputError,
+    NotFittedError,
+    PruningPlan,
+    ReconstructionSelector,
+    recalibrate,
+)
 from tp_cosep.compensation.options import MODES
 
 
@@ -339,10 +347,10 @@ def test_the_pruner_does_it_by_itself(kind, mode):
     model, x, y = build(kind, 12)
     by_hand = copy.deepcopy(model)
     options = {"pruning_ratio": 0.5, "loader": [(x, y)], "fit_options": {"progress": False}}
-    pruner = CoSePPruner(model, x[:1], CoSePSelector(spatial=2), compensate=mode, **options)
+    pruner = CoSePPruner(model, x[:1], ReconstructionSelector(spatial=2), compensate=mode, **options)
     pruner.step()
     compensator = Compensator(by_hand, x[:1], mode=mode).fit([(x, y)], progress=False)
-    other = CoSePPruner(by_hand, x[:1], CoSePSelector(spatial=2), **options)
+    other = CoSePPruner(by_hand, x[:1], ReconstructionSelector(spatial=2), **options)
     for group in other.step(interactive=True):
         compensator(group)
         group.prune()
@@ -363,7 +371,7 @@ def test_a_plan_remembers_new_biases(tmp_path):
     pruner = CoSePPruner(
         model,
         x[:1],
-        CoSePSelector(spatial=2),
+        ReconstructionSelector(spatial=2),
         pruning_ratio=0.5,
         loader=[(x, y)],
         compensate=True,
@@ -386,7 +394,7 @@ def test_fine_tuning_makes_it_measure_anew():
     fit = compensator.fit
     compensator.fit = lambda *args, **options: measured.append(model.conv1.out_channels) or fit(*args, **options)
     pruner = CoSePPruner(
-        model, x[:1], CoSePSelector(spatial=2), pruning_ratio=0.5, loader=[(x, y)], compensate=compensator,
+        model, x[:1], ReconstructionSelector(spatial=2), pruning_ratio=0.5, loader=[(x, y)], compensate=compensator,
         layerwise=True, recalibrate=True, fine_tune=lambda m: m.conv2.weight.data.mul_(1.1), ignored_layers=["head"],
         fit_options={"progress": False},
     )  # fmt: skip
@@ -402,7 +410,13 @@ def test_a_failure_later_on_puts_everything_back():
         raise RuntimeError("no")
 
     pruner = CoSePPruner(
-        model, x[:1], CoSePSelector(spatial=2), pruning_ratio=0.5, loader=[(x, y)], compensate=True, fine_tune=fail
+        model,
+        x[:1],
+        ReconstructionSelector(spatial=2),
+        pruning_ratio=0.5,
+        loader=[(x, y)],
+        compensate=True,
+        fine_tune=fail,
     )
     with pytest.raises(RuntimeError, match="no"):
         pruner.step()
@@ -416,7 +430,7 @@ def test_a_failure_later_on_puts_everything_back():
 
 def test_pruner_options():
     model, x, y = build("vgg", 12)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     for options, message in (
         ({"compensate": True}, "pass loader="),
         ({"compensate": "now", "loader": [(x, y)]}, "expected mode"),

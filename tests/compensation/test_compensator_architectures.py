@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 
 
 class Encoder(nn.Module):
@@ -47,7 +47,7 @@ def test_repaired_outputs_are_nearer(name):
     errors = {}
     for mode in (False, "sequential"):
         pruned = copy.deepcopy(model)
-        selector = CoSePSelector(space="joint").fit(pruned, [(x, y)], progress=False)
+        selector = ReconstructionSelector().fit(pruned, [(x, y)], progress=False)
         pruner = CoSePPruner(
             pruned,
             x[:2],

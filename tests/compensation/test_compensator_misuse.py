@@ -10,7 +10,7 @@ from models import assert_untouched, build, fingerprint
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, recalibrate
+from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, ReconstructionSelector, recalibrate
 from tp_cosep.compensation.options import MODES
 from tp_cosep.utils.data import run_model
 
@@ -73,7 +73,7 @@ def test_statistics_do_not_see_empty_batches():
 @pytest.mark.parametrize(("then", "message"), [(list, "gave none this time"), (fail, "OSError: disk")])
 def test_data_that_cannot_be_read_again_is_not_held_against_groups(on_failure, then, message):
     model, x, y = build("vgg", 12)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     before = fingerprint(model)
     pruner = CoSePPruner(
         model,
@@ -176,7 +176,7 @@ def test_what_is_no_group_is_refused(call):
     if call is Compensator.__call__:
         fitted = Compensator(model, x[:1]).fit([x], progress=False)
     else:
-        fitted = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+        fitted = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     for group, came in ((None, "None"), ([1, 2], "a list of 2")):
         with pytest.raises(InputError, match=f"expected a group of a DependencyGraph .* got {came}"):
             call(fitted, group)
@@ -185,7 +185,7 @@ def test_what_is_no_group_is_refused(call):
 @pytest.mark.parametrize(("options", "message"), [({"targetfn": 3}, r"\['targetfn'\]"), (3, "map keywords .* got 3")])
 def test_unknown_fit_options_are_refused_also_if_nothing_is_to_be_fitted(options, message):
     model, x, y = build("vgg", 12)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     with pytest.raises(InputError, match=f"fit_options.*{message}"):
         CoSePPruner(model, x[:1], selector, fit_options=options)
 

@@ -12,7 +12,7 @@ from fitted import group_with
 from models import assert_same_state, initialise, seeded, vectors
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError
+from tp_cosep import CoSePPruner, InputError, NotFittedError, ReconstructionSelector
 from tp_cosep.functional.class_moments import ClassMoments
 from tp_cosep.functional.head_selection import heads_of_layer, heads_of_model
 from tp_cosep.functional.selection import select_channels
@@ -219,7 +219,7 @@ def test_a_single_class_tells_nothing_apart():
 def measured(scope="layer", **options):
     model, (x, y) = initialise(Transformer(**{"fused": True, **options})), vectors(shape=(5, 20))
     num_heads = attention_heads(model)
-    selector = CoSePSelector(spatial=2, num_heads=num_heads, scope=scope).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2, num_heads=num_heads, scope=scope).fit(model, [(x, y)], progress=False)
     return model, x, selector, num_heads
 
 
@@ -286,7 +286,7 @@ def test_global_pruning_with_heads_is_that_of_the_stock_pruner(scope, with_dims)
     pruner = CoSePPruner(model, x[:1], selector, **ignored, **options)
     pruner.step()
     copied_heads = attention_heads(copied)
-    of_original = CoSePSelector(spatial=2, num_heads=copied_heads, scope=scope)
+    of_original = ReconstructionSelector(spatial=2, num_heads=copied_heads, scope=scope)
     of_original.fit(copied, [vectors(shape=(5, 20))], progress=False)
     stock(copied, x, of_original, copied_heads, **options).step()
     assert_same_state(model.state_dict(), copied.state_dict())
@@ -320,11 +320,11 @@ def test_scores_of_attention_rank_heads_by_their_means_and_dimensions_by_theirs(
 
 def test_heads_of_a_layer_that_was_not_measured():
     model, x, selector, num_heads = measured()
-    fresh = CoSePSelector(num_heads=num_heads)
+    fresh = ReconstructionSelector(num_heads=num_heads)
     groups = attention_groups(trace(model, x[:1]), num_heads, ROOT_TYPES)
     assert isinstance(groups[0][0].dep.target.module, nn.Linear)
     with pytest.raises(NotFittedError, match=r"call fit\(model, loader\) first"):
         select_heads(fresh, groups, num_heads)
-    del selector.moments["layers.1.qkv"]
+    del selector.statistics.moments["layers.1.qkv"]
     with pytest.raises(InputError, match=r"layer 'layers\.1\.qkv': expected class moments, got none"):
         select_heads(selector, groups, num_heads)

@@ -225,7 +225,7 @@ def test_moments_of_one_member_are_missing(layer, prune):
     model, x, y = build("resnet", 10)
     with_example(model, x)
     selector = fitted(model, x, y)
-    del selector.moments[layer]
+    del selector.statistics.moments[layer]
     message = f"layer '{layer}': expected class moments, got none: .*ignored_layers or fit again"
     assert_refused(model, message, lambda: prune(model, x[:1], selector))
 
@@ -243,7 +243,7 @@ def test_moments_of_one_member_are_of_another_width(layer, prune):
     model, x, y = build("resnet", 10)
     with_example(model, x)
     selector = fitted(model, x, y)
-    selector.moments[layer] = selector.moments["conv3"]
+    selector.statistics.moments[layer] = selector.statistics.moments["conv3"]
     message = f"layer '{layer}': class moments cover 12 channels, the layer has 10; call fit\\(\\) again"
     assert_refused(model, message, lambda: prune(model, x[:1], selector))
 
@@ -252,7 +252,7 @@ def test_moments_of_one_reader_are_missing():
     model, x, y = build("resnet", 10)
     with_example(model, x)
     selector = fitted(model, x, y, observe="inputs")
-    del selector.moments["conv3"]
+    del selector.statistics.moments["conv3"]
     pruner = CoSePPruner(model, x[:1], selector)
     assert_refused(model, "layer 'conv3': expected class moments, got none", pruner.step)
 

@@ -104,7 +104,7 @@ def distances_by_hand(selector, channels):
     """D² = Σ ‖x_i − x_j‖² / d over the rows that a component has in the measured layers."""
     squared = torch.zeros(channels.n, channels.n, dtype=torch.float64)
     for layer, rows in channels.measured.items():
-        x = profiles(selector.moments[layer])
+        x = profiles(selector.statistics.moments[layer])
         for i in range(channels.n):
             for j in range(channels.n):
                 a, b = rows(i), rows(j)
@@ -712,9 +712,9 @@ def test_readers_measure_what_addition_and_activation_make_of_the_channels():
         c = F.relu(model.bn3(model.conv3(a1)))
         d = F.relu(model.bn4(model.conv4(c)) + model.bn5(model.shortcut(a1))).mean((2, 3))
     read = {"stem": x, "conv1": a0, "conv2": b, "conv3": a1, "shortcut": a1, "conv4": c, "head": d}
-    assert set(selector.measured) == set(read)
+    assert set(selector.layers) == set(read)
     for name, tensor in read.items():
-        assert_two_pass(selector.moments[name], tensor.numpy(), y, 2)
+        assert_two_pass(selector.statistics.moments[name], tensor.numpy(), y, 2)
 
 
 def joined_halves(net, x):

@@ -11,7 +11,15 @@ from models import assert_same_state, assert_untouched, fingerprint, images, ini
 from torch import nn
 from torch.nn import functional as F
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningError, PruningPlan
+from tp_cosep import (
+    AttentionMapSelector,
+    CoSePPruner,
+    CoSePSelector,
+    InputError,
+    PruningError,
+    PruningPlan,
+    ReconstructionSelector,
+)
 from tp_cosep.functional.separability import profiles
 from tp_cosep.graph.groups import read_group
 from tp_cosep.graph.heads import attention_groups, attention_heads, head_parameters, heads_of, update_owners
@@ -113,7 +121,7 @@ def made(name):
     """A model with random weights, data for it, and a selector that measured it."""
     model, x, y = BUILDERS[name]()
     initialise_parameters(model)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     return model, x, y, selector
 
 
@@ -241,7 +249,7 @@ def test_attention_whose_projection_is_not_called_is_left_alone_and_listed(make,
     model, x, y = make()
     initialise_parameters(model)
     before = {n: p.shape for n, p in model.named_parameters()}
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     pruner = head_pruner(model, x, selector, ignored_layers=ignored)
     pruner.step()
     assert {n: p.shape for n, p in model.named_parameters()} == before
@@ -254,7 +262,7 @@ def test_attention_that_writes_its_width_down_is_refused_and_stays_whole():
     # timm's BEiT reshapes to the width of the model, so a head less does not fit.
     model, x, y = timm_beit(qkv_bias=False)
     initialise_parameters(model)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     before = fingerprint(model)
     with pytest.raises(PruningError, match="no longer runs on example_inputs"):
         head_pruner(model, x, selector).step()
@@ -317,7 +325,7 @@ def test_torchs_own_attention_loses_the_same_dimensions_of_every_head(tmp_path):
     model = torchvision.models.VisionTransformer(image_size=8, patch_size=4, **options)
     initialise(model)
     (x, y), before, again = images(), copy.deepcopy(model), copy.deepcopy(model)
-    selector = CoSePSelector(space="separability", spatial=2).fit(model, [(x, y)], progress=False)
+    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
     pruner = CoSePPruner(model, x[:2], selector, pruning_ratio=0.5, adapt=adapt)
     pruner.step()
     group_plan = next(
@@ -358,7 +366,7 @@ def test_a_ratio_of_heads_is_rounded_up_and_leaves_one(ratio, left):
 def test_the_knee_decides_how_many_heads_stay():
     model, x, y = transformer(n_layers=1, num_heads=9, head_dim=3, fused=True)
     plant_copies(model.layers[0], [h % 3 for h in range(9)])
-    selector = CoSePSelector(spatial=2, knee="strongest").fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2, knee="strongest").fit(model, [(x, y)], progress=False)
     pruner = head_pruner(model, x, selector, pruning_ratio=None, head_pruning_ratio=0.0)
     pruner.step()
     (group_plan,) = head_entries(pruner.plan)
@@ -373,7 +381,7 @@ def test_iterative_steps_reach_the_heads_asked_for(name, ratio):
     model, x, y, _ = made(name)
     before = copy.deepcopy(model)
     options = {"loader": [(x, y)], "iterative_steps": 2, "fit_options": {"progress": False}}
-    pruner = head_pruner(model, x, CoSePSelector(spatial=2), head_pruning_ratio=ratio, **options)
+    pruner = head_pruner(model, x, ReconstructionSelector(spatial=2), head_pruning_ratio=ratio, **options)
     left = []
     for _ in range(2):
         pruner.step()
@@ -401,7 +409,7 @@ def test_heads_of_the_whole_model_in_one_space(name):
 
 def test_layers_of_different_resolution_compare_in_a_single_cell():
     model, x, y, _ = made("shrinking")
-    selector = CoSePSelector(spatial=1, scope="model").fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=1, scope="model").fit(model, [(x, y)], progress=False)
     head_pruner(model, x, selector).step()
     assert sum(layer.num_heads for layer in model.layers) == 4
 
@@ -442,7 +450,7 @@ def test_all_heads_stay_without_a_ratio_of_their_own():
 )
 def test_layers_that_have_no_space_in_common(name, message):
     model, x, y, selector = made(name)
-    selector = CoSePSelector(spatial=4, scope="model").fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=4, scope="model").fit(model, [(x, y)], progress=False)
     before = fingerprint(model)
     with pytest.raises(InputError, match=message):
         head_pruner(model, x, selector, name).step()
@@ -486,7 +494,7 @@ def attention_group(model, x, i=0):
 
 def head_distances(model, x, y):
     group, numbers = attention_group(model, x)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     return selector.space.head_distances([read_group(group, n_heads=heads_of(group, numbers)[0])])
 
 
@@ -499,8 +507,8 @@ def plant_copies(attention, of):
 
 def test_the_profile_of_a_head_is_the_mean_of_its_dimensions_in_every_projection():
     model, x, y = transformer(n_layers=1, fused=True)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
-    of_dims = profiles(selector.moments["layers.0.qkv"]).unflatten(0, (3, 4, 6))
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    of_dims = profiles(selector.statistics.moments["layers.0.qkv"]).unflatten(0, (3, 4, 6))
     means = sum(of_dims[:, :, d] for d in range(6)) / 6
     expected = torch.zeros(4, 4, dtype=torch.float64)
     for i in range(4):
@@ -548,7 +556,7 @@ def test_one_of_every_pair_of_like_heads_stays(of):
     distances = head_distances(model, x, y)
     alike = torch.tensor(of)[:, None] == torch.tensor(of)
     assert torch.equal(distances < 1e-6, alike)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     pruner = head_pruner(model, x, selector)
     pruner.step()
     assert {of[h] for h in kept_heads(head_entries(pruner.plan)[0])[0]} == set(of)
@@ -594,7 +602,7 @@ def test_dimensions_of_heads_that_share_keys_and_values_go_with_theirs(heads_too
 def test_a_ratio_of_heads_that_share_keys_means_what_it_means_to_the_stock_pruner(ratio):
     model, x, y = transformer(n_layers=1, num_heads=8, kv_heads=2, head_dim=3)
     twin = copy.deepcopy(model)
-    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
     head_pruner(model, x, selector, head_pruning_ratio=ratio).step()
     numbers = attention_heads(twin)
     options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": ratio, "num_heads": numbers}
@@ -612,7 +620,7 @@ def test_layer_after_layer(scope, with_dims):
     before = copy.deepcopy(model)
     options = {"loader": [(x, y)], "layerwise": True, "fit_options": {"progress": False}, "prune_head_dims": with_dims}
     ratios = dict.fromkeys(attention_heads(model), 0.5)
-    selector = CoSePSelector(spatial=2, scope=scope)
+    selector = ReconstructionSelector(spatial=2, scope=scope)
     pruner = head_pruner(model, x, selector, pruning_ratio_dict=ratios, **options)
     pruner.step()
     assert [layer.num_heads for layer in model.layers] == [2, 2]
@@ -626,7 +634,7 @@ def test_heads_and_dimensions_of_several_steps():
     before = copy.deepcopy(model)
     options = {"loader": [(x, y)], "iterative_steps": 3, "fit_options": {"progress": False}, "prune_head_dims": True}
     ratios = dict.fromkeys(attention_heads(model), 0.5)
-    pruner = head_pruner(model, x, CoSePSelector(spatial=2), pruning_ratio_dict=ratios, **options)
+    pruner = head_pruner(model, x, ReconstructionSelector(spatial=2), pruning_ratio_dict=ratios, **options)
     for n_heads, head_dim in ((3, 5), (2, 4), (2, 3)):
         pruner.step()
         assert {(layer.num_heads, layer.head_dim) for layer in model.layers} == {(n_heads, head_dim)}
@@ -792,7 +800,7 @@ def test_attention_groups_are_pruned_before_the_next_is_asked_for():
         pruner = CoSePPruner(
             model,
             x[:1],
-            CoSePSelector(spatial=1).fit(model, [(x, y)], progress=False),
+            ReconstructionSelector(spatial=1).fit(model, [(x, y)], progress=False),
             pruning_ratio=0.5,
             prune_num_heads=True,
             head_pruning_ratio=0.5,
@@ -808,6 +816,6 @@ def test_attention_groups_are_pruned_before_the_next_is_asked_for():
 def test_what_cannot_be_ranked_or_taken_apart_is_refused():
     model, x = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval(), torch.randn(4, 5, 16)
     with pytest.raises(InputError, match="got a MultiheadAttention"):
-        CoSePPruner(model, x, CoSePSelector(), num_heads={model.self_attn: 4})
+        CoSePPruner(model, x, ReconstructionSelector(), num_heads={model.self_attn: 4})
     with pytest.raises(InputError, match="compares heads only"):
-        CoSePPruner(model, x, CoSePSelector(metric="attention-js"), pruning_ratio=0.5, global_pruning=True)
+        CoSePPruner(model, x, AttentionMapSelector(), pruning_ratio=0.5, global_pruning=True)

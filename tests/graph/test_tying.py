@@ -8,7 +8,7 @@ from models import assert_same_state
 from torch import nn
 
 import tp_cosep
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, ReconstructionSelector
 from tp_cosep.graph.tying import tied_parameters
 
 
@@ -59,7 +59,7 @@ def test_which_parameters_are_tied():
 def test_a_table_stays_the_output_layers_weight(refit, tmp_path):
     model, (x, y) = made(Language), words()
     whole = sum(p.numel() for p in model.parameters())
-    selector = CoSePSelector().fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector().fit(model, [(x, y)], progress=False)
     pruner = CoSePPruner(
         model,
         x[:1],
@@ -87,7 +87,7 @@ def test_a_table_stays_the_output_layers_weight(refit, tmp_path):
 def test_what_cannot_stay_tied_is_said():
     model, x = made(Twice), torch.randn(60, 9, generator=torch.Generator().manual_seed(1))
     y = torch.arange(60) % 4
-    selector = CoSePSelector(n_keep=6).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(n_keep=6).fit(model, [(x, y)], progress=False)
     zeroed = copy.deepcopy(model)
     pruner = CoSePPruner(model, x[:1], selector)
     with pytest.warns(UserWarning, match=r"pruning: 'a\.weight' and 'b\.weight' were one tensor and no longer are"):

@@ -9,7 +9,7 @@ from fitted import fitted, group_with, widths
 from models import KINDS, PRODUCERS, assert_untouched, build, fingerprint
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError
+from tp_cosep import CoSePPruner, CoSePSelector, InputError, ReconstructionSelector
 from tp_cosep.graph.groups import read_group
 from tp_cosep.pruning.allocation import allocate
 from tp_cosep.pruning.costs import Costs, measure_costs
@@ -149,12 +149,12 @@ def test_allocation_in_steps_and_its_bounds():
     assert Costs([], 0).total == 0
 
 
-@pytest.mark.parametrize("space", ["joint", "separability"])
+@pytest.mark.parametrize("kind", ["reconstruction", "cosep"])
 @pytest.mark.parametrize("unit", COUNTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruner_meets_a_target(kind, unit, space):
     model, x, y = build(kind, 21 if kind == "mlp" else 24)
-    selector = fitted(model, x, y, space=space)
+    selector = fitted(model, x, y, kind=kind)
     whole = COUNTS[unit](model, x)
     for target, share in (({unit: 0.6}, 0.6), ({unit: 0.3 * whole}, 0.3)):
         pruned = copy.deepcopy(model)
@@ -172,7 +172,7 @@ def test_pruner_meets_a_target(kind, unit, space):
 
 def test_target_with_other_options():
     model, x, y = build("vgg", 24)
-    whole, selector = macs_by_hooks(model, x), fitted(model, x, y, space="joint")
+    whole, selector = macs_by_hooks(model, x), fitted(model, x, y, kind="reconstruction")
     fixed = copy.deepcopy(model)
     CoSePPruner(fixed, x[:1], selector, target={"macs": 0.25}, pruning_ratio_dict={fixed.conv2: 0.75}).step()
     assert fixed.conv2.out_channels == 6
@@ -186,14 +186,14 @@ def test_target_with_other_options():
     assert min(n for name, n in widths(guarded).items() if name != "head") >= 15 * 24 // 25
     options = {"loader": [(x, y)], "fit_options": {"progress": False}, "target": {"macs": 0.4}}
     gradual = copy.deepcopy(model)
-    pruner, shares = CoSePPruner(gradual, x[:1], CoSePSelector(), iterative_steps=3, **options), []
+    pruner, shares = CoSePPruner(gradual, x[:1], ReconstructionSelector(), iterative_steps=3, **options), []
     for _ in range(3):
         pruner.step()
         shares.append(macs_by_hooks(gradual, x) / whole)
     assert shares == pytest.approx([0.8, 0.6, 0.4], abs=0.04)
     assert max(shares[2] - 0.4, 0) == 0
     one_by_one = copy.deepcopy(model)
-    CoSePPruner(one_by_one, x[:1], CoSePSelector(), layerwise=True, **options).step()
+    CoSePPruner(one_by_one, x[:1], ReconstructionSelector(), layerwise=True, **options).step()
     assert 0.36 < macs_by_hooks(one_by_one, x) / whole <= 0.4
 
 
@@ -224,7 +224,7 @@ def test_refusals():
 def test_a_stock_count_is_close():
     model, x, y = build("resnet", 24)
     whole = tp.utils.count_ops_and_params(model, x[:1])[0]
-    CoSePPruner(model, x[:1], fitted(model, x, y, space="joint"), target={"macs": 0.5}).step()
+    CoSePPruner(model, x[:1], fitted(model, x, y, kind="reconstruction"), target={"macs": 0.5}).step()
     assert tp.utils.count_ops_and_params(model, x[:1])[0] / whole == pytest.approx(0.5, abs=0.05)
 
 
@@ -250,7 +250,9 @@ def test_recurrent_layers_count_and_keep_their_outputs():
         assert costs.total == whole
         costs.remove(0, 4)
         assert costs.total == pytest.approx(whole - 4 * per_channel)
-    pruner = CoSePPruner(model, x[:1], CoSePSelector().fit(model, [(x, y)], progress=False), target={"macs": 0.7})
+    pruner = CoSePPruner(
+        model, x[:1], ReconstructionSelector().fit(model, [(x, y)], progress=False), target={"macs": 0.7}
+    )
     pruner.step()
     assert (model.lstm.hidden_size, model.lstm.input_size) == (8, model.stem.out_features)
     assert model.stem.out_features < 24
@@ -260,7 +262,7 @@ def test_recurrent_layers_count_and_keep_their_outputs():
 
 def test_a_target_that_is_missed_is_said_to_be():
     model, x, y = build("vgg", 24)
-    pruner = CoSePPruner(model, x[:1], fitted(model, x, y, space="joint"), target={"macs": 0.5})
+    pruner = CoSePPruner(model, x[:1], fitted(model, x, y, kind="reconstruction"), target={"macs": 0.5})
 
     def prune_one():
         for group in pruner.step(interactive=True):
@@ -275,7 +277,9 @@ def test_a_target_that_is_missed_is_said_to_be():
 def test_a_target_that_asks_for_nothing_is_said_to_do_so(unit):
     model, x, y = build("vgg", 24)
     before = sum(p.numel() for p in model.parameters())
-    pruner = CoSePPruner(model, x[:1], fitted(model, x, y, space="joint"), target={unit: 1e12}, iterative_steps=2)
+    pruner = CoSePPruner(
+        model, x[:1], fitted(model, x, y, kind="reconstruction"), target={unit: 1e12}, iterative_steps=2
+    )
     message = rf"step: the target of 1e\+12 {unit} asks for nothing, the model is at [\d.e+]+; shares are below 1"
     with pytest.warns(UserWarning, match=message) as found:
         pruner.step()
@@ -319,7 +323,7 @@ def test_layers_of_the_users_own_count_and_are_credited(share):
     layers = nn.Linear(16, 32), nn.ReLU(), Own(32, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5)
     model, x, y = nn.Sequential(*layers), torch.randn(80, 16), torch.arange(80) % 5
     whole = sum(p.numel() for p in model.parameters())
-    selector = CoSePSelector(space="separability", channel_dims={Own: -1}).fit(model, [(x, y)], progress=False)
+    selector = CoSePSelector(channel_dims={Own: -1}).fit(model, [(x, y)], progress=False)
     CoSePPruner(
         model,
         x[:2],

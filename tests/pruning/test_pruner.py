@@ -7,7 +7,7 @@ from fitted import WIDTHS, fitted, group_with, kept_of, prepared, widths
 from models import KINDS, PRODUCERS, assert_same_state, build, images, initialise, pruned_state
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector
+from tp_cosep import CoSePPruner, CoSePSelector, ReconstructionSelector
 from tp_cosep.functional.kmedoids import k_medoids
 from tp_cosep.graph.groups import read_group
 
@@ -79,7 +79,9 @@ def test_a_ratio_keeps_the_k_medoids_solution_of_that_size(kind, width, ratio):
 @pytest.mark.parametrize("n", [3, 7, 10, 33])
 def test_the_count_of_every_ratio_is_exact(n):
     x = torch.randn(30, 4)
-    selector = CoSePSelector().fit(nn.Sequential(nn.Linear(4, n), nn.Linear(n, 3)), [(x, torch.arange(30) % 3)])
+    selector = ReconstructionSelector().fit(
+        nn.Sequential(nn.Linear(4, n), nn.Linear(n, 3)), [(x, torch.arange(30) % 3)]
+    )
     for ratio in [0.0, 0.05, 1 / 3, 0.5, 0.7, 0.9, 0.99, 1.0, *(k / n for k in range(0, n, 7))]:
         model = nn.Sequential(nn.Linear(4, n), nn.Linear(n, 3))
         CoSePPruner(model, x[:1], selector, pruning_ratio=ratio).step()
@@ -107,7 +109,7 @@ def test_layerwise_is_fit_select_prune_and_tune_one_group_after_another(kind, wi
             nudge(twin)
             twin_widths.append(widths(twin))
     seen = []
-    selector = CoSePSelector(space="separability", spatial=2, knee="strongest")
+    selector = CoSePSelector(spatial=2, knee="strongest")
     pruner = CoSePPruner(
         model,
         x[:1],
@@ -138,8 +140,8 @@ def test_without_layerwise_fine_tune_runs_once_at_the_end():
 def test_a_selector_that_saw_no_data_is_fitted_from_the_loader():
     model, x, y = build("vgg", 10)
     twin = copy.deepcopy(model)
-    CoSePPruner(model, x[:1], CoSePSelector(), loader=[(x, y)], fit_options={"progress": False}).step()
-    CoSePPruner(twin, x[:1], CoSePSelector().fit(twin, [(x, y)])).step()
+    CoSePPruner(model, x[:1], ReconstructionSelector(), loader=[(x, y)], fit_options={"progress": False}).step()
+    CoSePPruner(twin, x[:1], ReconstructionSelector().fit(twin, [(x, y)])).step()
     assert_same_state(model.state_dict(), twin.state_dict())
 
 

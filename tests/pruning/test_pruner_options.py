@@ -18,7 +18,7 @@ from models import (
 )
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError
+from tp_cosep import CoSePPruner, CoSePSelector, InputError, NotFittedError, ReconstructionSelector
 from tp_cosep.graph.tracing import trace
 
 
@@ -168,7 +168,7 @@ def test_iterative_steps_reach_the_counts_of_a_single_step(kind, width, ratio):
     model, x, y = build(kind, width)
     once, before = copy.deepcopy(model), widths(model)
     CoSePPruner(once, x[:1], fitted(once, x, y), pruning_ratio=ratio).step()
-    selector = CoSePSelector(space="separability", spatial=2, knee="strongest")
+    selector = CoSePSelector(spatial=2, knee="strongest")
     options = {"loader": [(x, y)], "fit_options": {"progress": False}, "iterative_steps": 3}
     pruner, history = CoSePPruner(model, x[:1], selector, pruning_ratio=ratio, **options), [before]
     for _ in range(3):
@@ -186,11 +186,11 @@ def test_iterative_steps_reach_the_counts_of_a_single_step(kind, width, ratio):
     assert told_by_plan(pruner.plan).items() >= {n: w for n, w in widths(model).items() if n != "head"}.items()
 
 
-@pytest.mark.parametrize("space", ["joint", "separability"])
+@pytest.mark.parametrize("kind", ["reconstruction", "cosep"])
 @pytest.mark.parametrize("how", [{}, {"target": {"macs": 0.4}}, {"pruning_ratio": 0.5}], ids=str)
 def test_iterative_steps_without_a_loader_ask_for_one(space, how):
     model, x, y = build("vgg", 12)
-    selector = fitted(model, x, y, space=space)
+    selector = fitted(model, x, y, kind=kind)
     pruner = CoSePPruner(model, x[:1], selector, iterative_steps=2, **how)
     pruner.step()
     before = fingerprint(model)
@@ -318,7 +318,7 @@ def test_options_that_contradict_each_other(options, message):
     model, x, _ = build("mlp", 10)
     before = fingerprint(model)
     with pytest.raises(InputError, match=f"CoSePPruner: {message}"):
-        CoSePPruner(model, x[:1], **{"importance": CoSePSelector(), **options})
+        CoSePPruner(model, x[:1], **{"importance": ReconstructionSelector(), **options})
     assert_untouched(model, before)
 
 
@@ -334,7 +334,9 @@ def assert_step_refused(pruner, error, message):
 
 def test_an_unfitted_selector():
     model, x, _ = build("mlp", 10)
-    assert_step_refused(CoSePPruner(model, x[:1], CoSePSelector()), NotFittedError, r"call fit\(model, loader\) first")
+    assert_step_refused(
+        CoSePPruner(model, x[:1], ReconstructionSelector()), NotFittedError, r"call fit\(model, loader\) first"
+    )
 
 
 @pytest.mark.parametrize("layerwise", [True, False])
@@ -351,14 +353,16 @@ def test_an_unfitted_selector():
 )
 def test_data_that_cannot_be_used(loader, message, layerwise):
     model, x, y = build("mlp", 10)
-    selector = CoSePSelector(space="separability")
+    selector = CoSePSelector()
     pruner = CoSePPruner(model, x[:1], selector, loader=loader(x, y), layerwise=layerwise)
     assert_step_refused(pruner, InputError, message)
 
 
 def test_a_generator_is_too_short_for_layerwise():
     model, x, y = build("mlp", 10)
-    pruner = CoSePPruner(model, x[:1], CoSePSelector(), pruning_ratio=0.5, loader=iter([(x, y)]), layerwise=True)
+    pruner = CoSePPruner(
+        model, x[:1], ReconstructionSelector(), pruning_ratio=0.5, loader=iter([(x, y)]), layerwise=True
+    )
     assert_step_refused(pruner, InputError, "a generator can be read only once")
 
 
@@ -424,7 +428,7 @@ def test_numbers_out_of_range(options, message):
 @pytest.mark.parametrize("on_failure", ["raise", "skip"])
 def test_data_that_repair_cannot_read_is_no_failure_of_a_group(on_failure):
     model, x, y = build("vgg", 10)
-    before, selector = fingerprint(model), fitted(model, x, y, space="joint")
+    before, selector = fingerprint(model), fitted(model, x, y, kind="reconstruction")
     options = {"on_failure": on_failure, "compensate": True, "fit_options": {"progress": False}}
     for loader, error, message in (
         ([], InputError, "expected at least one batch"),

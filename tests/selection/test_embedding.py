@@ -13,7 +13,7 @@ from models import build, images, initialise, vectors
 from torch import nn
 from torch.nn import functional as F
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningPlan
+from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningPlan, ReconstructionSelector
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.pruning.costs import layer_costs
 from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components, plane
@@ -103,7 +103,7 @@ class TestPairs:
         model = initialise(nn.Sequential(*layers))
         with torch.no_grad():
             read = model[:4](x)
-        pruner = CoSePPruner(model, x[:1], CoSePSelector().fit(model, [(x, y)]), pruning_ratio=0.5)
+        pruner = CoSePPruner(model, x[:1], ReconstructionSelector().fit(model, [(x, y)]), pruning_ratio=0.5)
         pruner.step()
         group_plan = pruner.plan.groups[0]
         assert len(group_plan.selection.medoids) == 5
@@ -154,7 +154,9 @@ class TestPruner:
         model, x, y = build("resnet", 12)
         for pictures in (True, False):
             pruned = copy.deepcopy(model)
-            pruner = CoSePPruner(pruned, x[:1], CoSePSelector().fit(model, [(x, y)]), pictures=pictures, **options)
+            pruner = CoSePPruner(
+                pruned, x[:1], ReconstructionSelector().fit(model, [(x, y)]), pictures=pictures, **options
+            )
             pruner.step()
             assert {e.embedding is not None for e in pruner.plan if e.selection} == {pictures}
             assert all(e.embedding is None for e in pruner.plan if not e.selection)
@@ -285,7 +287,7 @@ def test_a_plan_without_pictures_and_costs_still_loads(plan_file):
 
 def test_heads_are_components():
     model, x, y = transformer(fused=True)
-    selector = CoSePSelector().fit(model, [(x, y)])
+    selector = ReconstructionSelector().fit(model, [(x, y)])
     pruner = CoSePPruner(
         model, x[:1], selector, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=0.5, pruning_ratio=0.0
     )

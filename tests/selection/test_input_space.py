@@ -8,7 +8,7 @@ from fitted import group_with
 from models import KINDS, PRODUCERS, assert_untouched, build, fingerprint
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError
+from tp_cosep import CoSePPruner, CoSePSelector, InputError, ReconstructionSelector
 from tp_cosep.functional.elimination import Elimination, backward_elimination
 from tp_cosep.functional.selection import select_by_elimination
 from tp_cosep.graph.groups import read_group
@@ -44,7 +44,7 @@ def expected_covariances(model, name, x, y):
 
 def measured(model, x, y, **options):
     batches = [(x[:13], y[:13]), (x[13:], y[13:])]
-    return CoSePSelector(space="joint", spatial=2).fit(model, batches, progress=False, **options).consumers
+    return ReconstructionSelector(spatial=2).fit(model, batches, progress=False, **options).statistics.inputs
 
 
 @pytest.mark.parametrize(("kind", "name"), [("vgg", "conv2"), ("resnet", "conv3"), ("mlp", "fc2")])
@@ -99,7 +99,7 @@ def test_selection_is_what_elimination_leaves(space):
     for channels, names in PRODUCERS["resnet"].items():
         group = group_with(model, x, names[0])
         view = read_group(group)
-        elimination = backward_elimination(consumers_of(view, selector.consumers, space), view.n_components)
+        elimination = backward_elimination(consumers_of(view, selector.statistics.inputs, space), view.n_components)
         for k in (1, 5, view.n_components):
             selection = selector.select(group, n_keep=k)
             assert selection.keep_idxs == tuple(sorted(elimination.order[-k:].tolist())), channels
@@ -112,7 +112,7 @@ def test_of_copies_one_stays(space):
     model, x, y = build("vgg", 12)
     with torch.no_grad():
         model.conv2.weight[6:], model.conv2.bias[6:] = 2.5 * model.conv2.weight[:6], 2.5 * model.conv2.bias[:6]
-    selector = CoSePSelector(space=space).fit(model, [(x, y)], progress=False)
+    selector = CoSePSelector(kind=kind).fit(model, [(x, y)], progress=False)
     selection = selector.select(group_with(model, x, "conv2"), n_keep=6)
     assert sorted(i % 6 for i in selection.keep_idxs) == [*range(6)]
     # What goes is said to be represented by its copy.
@@ -123,7 +123,7 @@ def test_of_copies_one_stays(space):
 def test_a_cluster_keeps_what_reconstructs_best():
     model, x, y = build("resnet", 12)
     options = {"spatial": 2, "keep_ratio": 0.5}
-    plain = CoSePSelector(space="separability", **options).fit(model, [(x, y)], progress=False)
+    plain = CoSePSelector(**options).fit(model, [(x, y)], progress=False)
     selector = CoSePSelector(representative="reconstruction", **options).fit(model, [(x, y)], progress=False)
     differ = 0
     for names in PRODUCERS["resnet"].values():
@@ -131,7 +131,7 @@ def test_a_cluster_keeps_what_reconstructs_best():
         medoids, chosen = plain.select(group), selector.select(group)
         assert medoids.labels == chosen.labels
         assert sorted({chosen.labels[i] for i in chosen.keep_idxs}) == [*range(chosen.k)]
-        parts = consumers_of(read_group(group), selector.consumers, "reconstruction")
+        parts = consumers_of(read_group(group), selector.statistics.inputs, "reconstruction")
         order = backward_elimination(parts, len(chosen.labels), torch.tensor(chosen.labels)).order
         assert chosen.keep_idxs == tuple(sorted(order[-chosen.k :].tolist()))
         differ += medoids.keep_idxs != chosen.keep_idxs
@@ -162,13 +162,13 @@ def test_pruners(kind, options):
 def test_global_ranking_and_one_layer_after_the_other():
     model, x, y = build("vgg", 12)
     ranked = copy.deepcopy(model)
-    selector = CoSePSelector(space="joint").fit(ranked, [(x, y)], progress=False)
+    selector = ReconstructionSelector().fit(ranked, [(x, y)], progress=False)
     CoSePPruner(ranked, x[:1], selector, global_pruning=True, pruning_ratio=0.5).step()
     widths = [ranked.conv1.out_channels, ranked.conv2.out_channels, ranked.conv3.out_channels, ranked.fc.out_features]
     assert sum(widths) == 24
     assert len(set(widths)) > 1
     CoSePPruner(
-        model, x[:1], CoSePSelector(space="joint"), loader=[(x, y)], layerwise=True, fit_options={"progress": False}
+        model, x[:1], ReconstructionSelector(), loader=[(x, y)], layerwise=True, fit_options={"progress": False}
     ).step()
     assert model(x).shape == (len(x), 4)
 
@@ -209,7 +209,7 @@ def test_refusals():
     for options, message in (
         ({"space": "elsewhere"}, "expected space"),
         ({"method": "magic"}, "expected method"),
-        ({"space": "separability", "method": "column-subset"}, "separability profiles do not tell"),
+        ({"kind": "cosep", "method": "column-subset"}, "separability profiles do not tell"),
         ({"space": "joint", "observe": "inputs"}, "belongs to space='separability'"),
         ({"space": "joint", "representative": "max_norm"}, "makes no clusters; add method='k-medoids'"),
         ({"space": "joint", "metric": "hellinger"}, "belongs to space='separability'"),
@@ -220,10 +220,10 @@ def test_refusals():
     model, x, y = build("vgg", 12)
     before = fingerprint(model)
     with pytest.raises(InputError, match="gave none"):
-        CoSePSelector(space="joint").fit(model, [])
+        ReconstructionSelector().fit(model, [])
     with pytest.raises(InputError, match=r"layer 'conv2': got NaN or infinite"):
-        CoSePSelector(space="joint").fit(model, [(x * float("nan"), y)])
-    selector = CoSePSelector(space="joint").fit(model, [(x, y)], progress=False)
+        ReconstructionSelector().fit(model, [(x * float("nan"), y)])
+    selector = ReconstructionSelector().fit(model, [(x, y)], progress=False)
     assert_untouched(model, before)
     tp.pruner.BasePruner(
         model, x[:1], tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=[model.head]
@@ -234,8 +234,8 @@ def test_refusals():
 
 def test_without_labels():
     model, x, y = build("vgg", 12)
-    given = CoSePSelector(space="reconstruction").fit(model, [(x, y)], progress=False)
-    alone = CoSePSelector(space="reconstruction").fit(model, [x], progress=False)
+    given = ReconstructionSelector(class_weight=0).fit(model, [(x, y)], progress=False)
+    alone = ReconstructionSelector(class_weight=0).fit(model, [x], progress=False)
     group = group_with(model, x, "conv2")
     assert given.select(group) == alone.select(group)
 
@@ -248,11 +248,11 @@ def test_without_labels():
             return self.head(torch.relu(self.b(torch.relu(self.a(x)))).mean(0))
 
     model, x = TimeFirst(), torch.randn(5, 30, 6)
-    assert CoSePSelector(space="reconstruction").fit(model, [x], progress=False).measured == ["b", "head"]
+    assert ReconstructionSelector(class_weight=0).fit(model, [x], progress=False).layers == ["b", "head"]
     with pytest.raises(
         InputError, match="expected one label per sample, got 30 labels where the layers' outputs have 5"
     ):
-        CoSePSelector(space="joint").fit(model, [(x, torch.arange(30) % 4)], progress=False)
+        ReconstructionSelector().fit(model, [(x, torch.arange(30) % 4)], progress=False)
 
 
 def test_samples_may_be_in_any_dimension_inside():
@@ -268,9 +268,9 @@ def test_samples_may_be_in_any_dimension_inside():
     model, x, y = Transposed(0), torch.randn(30, 5, 6), torch.arange(30) % 4
     time_first = Transposed(1)
     time_first.load_state_dict(model.state_dict())
-    a, b = (CoSePSelector().fit(m, [(x, y)], progress=False) for m in (model, time_first))
+    a, b = (ReconstructionSelector().fit(m, [(x, y)], progress=False) for m in (model, time_first))
     for name in ("b", "head"):
-        torch.testing.assert_close(a.consumers[name].between_classes, b.consumers[name].between_classes)
+        torch.testing.assert_close(a.statistics.inputs[name].between_classes, b.statistics.inputs[name].between_classes)
 
 
 class Recurrent(nn.Module):
@@ -285,15 +285,15 @@ class Recurrent(nn.Module):
 def test_separability_where_nothing_reads_by_weights():
     torch.manual_seed(0)
     model, x, y = Recurrent(), torch.randn(40, 5, 6), torch.arange(40) % 4
-    selector = CoSePSelector().fit(model, [(x, y)], progress=False)
-    assert list(selector.consumers) == ["head"]
-    assert list(selector.moments) == ["stem"]
+    selector = ReconstructionSelector().fit(model, [(x, y)], progress=False)
+    assert list(selector.statistics.inputs) == ["head"]
+    assert list(selector.statistics.moments) == ["stem"]
     group = group_with(model, x, "stem")
-    plain = CoSePSelector(space="separability").fit(model, [(x, y)], progress=False)
+    plain = CoSePSelector().fit(model, [(x, y)], progress=False)
     assert selector.select(group, n_keep=5) == plain.select(group, n_keep=5)
     assert selector.layers_of(read_group(group)) == ("stem",)
     # Without labels there is nothing to fall back on.
-    alone = CoSePSelector(space="reconstruction").fit(model, [x], progress=False)
+    alone = ReconstructionSelector(class_weight=0).fit(model, [x], progress=False)
     assert alone.select(group) is None
     # Torch-Pruning cannot take the states of an LSTM apart, but its inputs.
     CoSePPruner(model, x[:1], selector, pruning_ratio=0.5, on_failure="skip").step()
@@ -301,7 +301,7 @@ def test_separability_where_nothing_reads_by_weights():
 
 
 def test_options_about_clusters_mean_separability():
-    assert CoSePSelector().space_name == "joint"
+    assert ReconstructionSelector().space_name == "joint"
     for options in (
         {"metric": "hellinger"},
         {"observe": "inputs"},
@@ -314,15 +314,15 @@ def test_options_about_clusters_mean_separability():
 
 def test_a_reader_that_was_not_measured():
     model, x, y = build("vgg", 12)
-    selector = CoSePSelector().fit(model, [(x, y)], layers=["conv1"], progress=False)
-    assert selector.measured == ["conv2"]
+    selector = ReconstructionSelector().fit(model, [(x, y)], layers=["conv1"], progress=False)
+    assert selector.layers == ["conv2"]
     assert selector.select(group_with(model, x, "conv1")) is not None
     with pytest.raises(InputError, match=r"layer 'conv3': what it reads was not measured.* put 'conv2' into ignored"):
         selector.select(group_with(model, x, "conv2"))
     with pytest.raises(
         InputError, match=r"needs 0 MiB .*the memory_budget is 0 MiB; the largest: conv2 .*space='separability'"
     ):
-        CoSePSelector(memory_budget=1000).fit(model, [(x, y)], progress=False)
+        ReconstructionSelector(memory_budget=1000).fit(model, [(x, y)], progress=False)
 
 
 def test_labels_predicted_and_a_class_that_is_missing():
@@ -334,7 +334,7 @@ def test_labels_predicted_and_a_class_that_is_missing():
         measured(model, x, torch.full((len(x),), 3))
     with torch.no_grad():  # so that it predicts several classes
         model.head.bias -= model(x).mean(0)
-    predicted = CoSePSelector().fit(model, [x], labels="predicted", progress=False).consumers
+    predicted = ReconstructionSelector().fit(model, [x], labels="predicted", progress=False).statistics.inputs
     assert int(predicted["conv2"].classes.count.sum()) == len(x)
 
 
@@ -345,7 +345,7 @@ def test_a_dead_layer_keeps_one_channel(space):
         model.conv2.weight.zero_()
         model.conv2.bias.fill_(-1)  # a ReLU behind: 0 for every sample
         model.conv3.weight[5:] = 0  # outputs that never move
-    selector = CoSePSelector(space=space).fit(model, [(x, y)], progress=False)
+    selector = CoSePSelector(kind=kind).fit(model, [(x, y)], progress=False)
     dead = selector.select(group_with(model, x, "conv2"))
     assert (dead.k, len(dead.keep_idxs)) == (1, 1)
     pruner = CoSePPruner(model, x[:1], selector, target={"macs": 0.5})
@@ -356,7 +356,7 @@ def test_a_dead_layer_keeps_one_channel(space):
 
 def test_what_was_found_once_is_found_anew_when_something_changes():
     model, x, y = build("vgg", 12)
-    selector = CoSePSelector().fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector().fit(model, [(x, y)], progress=False)
     first = selector.select(group_with(model, x, "conv2"), n_keep=5)
     assert selector.select(group_with(copy.deepcopy(model), x, "conv2"), n_keep=5) == first
     with torch.no_grad():

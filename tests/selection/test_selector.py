@@ -33,7 +33,7 @@ def joined_distances(selector, names):
     """Squared distances of the profiles, layer by layer, divided by their length and added."""
     squares = 0
     for name in names:
-        x = profiles(selector.moments[name], selector.metric).numpy()
+        x = profiles(selector.statistics.moments[name], selector.metric).numpy()
         squares = squares + ((x[:, None] - x[None]) ** 2).sum(-1) / x.shape[1]
     return np.sqrt(squares)
 
@@ -139,7 +139,7 @@ def test_a_channel_that_a_layer_does_not_create_has_no_profile_there():
     (group,) = trace(model, x[:1]).get_all_groups(ignored_layers=[model.head])
     table = []
     for name, rows in (("both", slice(0, 11)), ("a", slice(0, 5)), ("b", slice(5, 11))):
-        part = profiles(selector.moments[name]).numpy()
+        part = profiles(selector.statistics.moments[name]).numpy()
         full = np.zeros((11, part.shape[1]))
         full[rows] = part / np.sqrt(part.shape[1])
         table.append(full)
@@ -176,7 +176,7 @@ def test_distances_of_slots_add_up_over_the_channel_groups():
     model, (x, y) = channel_group_net("norm"), images()
     selector = fitted(model, x, y)
     group = next(g for g in trace(model, x[:1]).get_all_groups() if g[0].dep.target.module is model[0])
-    p = profiles(selector.moments["0"]).numpy().reshape(3, 4, -1)
+    p = profiles(selector.statistics.moments["0"]).numpy().reshape(3, 4, -1)
     squares = sum(((p[g][:, None] - p[g][None]) ** 2).sum(-1) for g in range(3)) / p.shape[-1]
     np.testing.assert_allclose(selector.distances(group).numpy(), np.sqrt(squares), rtol=1e-6, atol=1e-7)
 
@@ -334,37 +334,37 @@ def test_a_group_of_other_layers_is_left_alone():
 def test_fitting_again_replaces_what_was_measured_unless_it_fails():
     model, x, y = build("mlp", 10)
     selector = fitted(model, x, y)
-    first = selector.moments
+    first = selector.statistics.moments
     with pytest.raises(InputError, match="at least one batch"):
         selector.fit(model, [])
-    assert selector.moments is first
+    assert selector.statistics.moments is first
     assert selector.fit(model, [(x[:20], y[:20])]) is selector
-    assert selector.moments["fc1"].count.tolist() == [5] * 4
+    assert selector.statistics.moments["fc1"].count.tolist() == [5] * 4
 
 
 def test_many_classes_by_a_sample_of_their_pairs():
     model, x, _ = build("mlp", 10, seed=4)
     x = torch.cat([x, x + torch.randn(x.shape), x + torch.randn(x.shape)])
     y = torch.arange(len(x)) % 30
-    options = {"space": "separability", "spatial": 2}
+    options = {"kind": "cosep", "spatial": 2}
     exact = CoSePSelector(**options).fit(model, [(x, y)], progress=False)
     sampled = CoSePSelector(max_class_pairs=90, seed=5, **options).fit(model, [(x, y)], progress=False)
     group = group_with(model, x, "fc1")
-    expected = distances_from_gram(profile_gram(exact.moments["fc1"], max_pairs=90, seed=5))
+    expected = distances_from_gram(profile_gram(exact.statistics.moments["fc1"], max_pairs=90, seed=5))
     assert torch.equal(sampled.distances(group), expected)
     assert not torch.equal(sampled.distances(group), exact.distances(group))
 
 
 def test_the_options_of_fit_reach_the_collection():
     model, x, y = build("mlp", 10, seed=4)
-    selector = CoSePSelector(space="separability")
+    selector = CoSePSelector()
     selector.fit(model, [{"in": x, "out": y}], target_fn=lambda batch: (batch["in"], batch["out"]))
-    assert selector.moments["fc1"].count.tolist() == [10] * 4
-    assert selector.fit(model, [x], labels="predicted").moments["fc1"].count.tolist() == [12, 21, 7]
+    assert selector.statistics.moments["fc1"].count.tolist() == [10] * 4
+    assert selector.fit(model, [x], labels="predicted").statistics.moments["fc1"].count.tolist() == [12, 21, 7]
     y[0] = 9
     with pytest.warns(UserWarning, match="left out class 9"):
         selector.fit(model, [(x, y)], rare_classes="drop")
     with pytest.raises(InputError, match="memory_budget is 5"):
-        CoSePSelector(space="separability", spatial="auto", memory_budget=5).fit(model, [(x, y)])
+        CoSePSelector(spatial="auto", memory_budget=5).fit(model, [(x, y)])
     with pytest.raises(InputError, match="moments of 1000 classes"):
-        CoSePSelector(space="separability", spatial="auto", memory_budget=5).fit(model, [(x, y)], n_classes=1000)
+        CoSePSelector(spatial="auto", memory_budget=5).fit(model, [(x, y)], n_classes=1000)

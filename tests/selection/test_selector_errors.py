@@ -6,12 +6,12 @@ import torch_pruning as tp
 from models import assert_untouched, build, fingerprint, vectors
 from torch import nn
 
-from tp_cosep import CoSePSelector, InputError, NotFittedError
+from tp_cosep import CoSePSelector, InputError, NotFittedError, ReconstructionSelector
 from tp_cosep.graph.tracing import trace
 
 
 def fitted(model, x, y, **options):
-    return CoSePSelector(**{"space": "separability", **options}).fit(model, [(x, y)], progress=False)
+    return CoSePSelector(**{"kind": "cosep", **options}).fit(model, [(x, y)], progress=False)
 
 
 def group_of(model, x, name):
@@ -50,8 +50,8 @@ def test_unknown_options(options, message):
 
 
 def test_options_that_are_known():
-    assert CoSePSelector(knee="first").knee == "first"
-    assert CoSePSelector(keep_ratio=1).keep_ratio == 1
+    assert ReconstructionSelector(knee="first").knee == "first"
+    assert ReconstructionSelector(keep_ratio=1).keep_ratio == 1
 
 
 def assert_refused(error, message, model, use):
@@ -63,7 +63,7 @@ def assert_refused(error, message, model, use):
 
 def test_an_unfitted_selector():
     model, x, _ = build("mlp", 10)
-    selector, group = CoSePSelector(), group_of(model, x[:1], "fc1")
+    selector, group = ReconstructionSelector(), group_of(model, x[:1], "fc1")
     pruner = tp.pruner.MetaPruner(model, x[:1], importance=selector, pruning_ratio=0.5)
     message = r"CoSePSelector: no data seen yet; call fit\(model, loader\) first"
     for use in (
@@ -93,7 +93,7 @@ class Switched(nn.Module):
 def test_a_layer_that_the_data_never_reached():
     model, (x, y) = Switched().eval(), vectors()
     selector = fitted(model, x, y)
-    assert set(selector.moments) == {"main", "head"}
+    assert set(selector.statistics.moments) == {"main", "head"}
     pruner = tp.pruner.MetaPruner(model, x[:1], importance=selector, pruning_ratio=0.5, ignored_layers=[model.head])
     message = "layer 'extra': expected class moments, got none: the calibration data never reached this layer"
     for use in (
@@ -109,8 +109,8 @@ def test_a_layer_that_the_data_never_reached():
 def test_a_layer_that_only_one_class_reached():
     model, (x, y) = Switched().eval(), vectors()
     single = [(x[i : i + 1], y[i : i + 1]) for i in range(0, 40, 4)]
-    selector = CoSePSelector(space="separability").fit(model, [*single, (x, y)], progress=False)
-    assert selector.moments["extra"].classes.tolist() == [0]
+    selector = CoSePSelector().fit(model, [*single, (x, y)], progress=False)
+    assert selector.statistics.moments["extra"].classes.tolist() == [0]
     group = group_of(model, x[:1], "main")
     assert_refused(InputError, "layer 'extra': .*at least two classes, got 1", model, lambda: selector(group))
 
@@ -136,7 +136,7 @@ def test_moments_that_no_longer_fit():
 def test_moments_of_another_model():
     model, x, y = build("mlp", 10)
     selector = fitted(nn.Sequential(model), x, y)
-    assert set(selector.moments) == {"0.fc1", "0.fc2", "0.fc3", "0.head"}
+    assert set(selector.statistics.moments) == {"0.fc1", "0.fc2", "0.fc3", "0.head"}
     assert_refused(
         InputError,
         "layer 'fc1': .* not part of the fitted model",
@@ -182,7 +182,7 @@ def test_a_representative_that_needs_gradients():
     assert_refused(InputError, message, model, lambda: selector(group_of(model, x[:1], "fc1")))
     nn.functional.cross_entropy(model(x), y).backward()
     assert selector(group_of(model, x[:1], "fc1")).shape == (10,)
-    other = fitted(model, x, y, representative=CoSePSelector())
+    other = fitted(model, x, y, representative=ReconstructionSelector())
     assert_refused(NotFittedError, "no data seen yet", model, lambda: other(group_of(model, x[:1], "fc1")))
 
 
@@ -205,7 +205,7 @@ def test_wrapped_models():
         (torch.compile(model), r"got a compiled one \(OptimizedModule\).*; pass model\._orig_mod"),
     ):
         for use in (
-            lambda m=wrapped: CoSePSelector().fit(m, [(x, y)]),
+            lambda m=wrapped: ReconstructionSelector().fit(m, [(x, y)]),
             lambda m=wrapped: CoSePPruner(m, x[:1], selector),
             lambda m=wrapped: Compensator(m, x[:1]),
         ):
@@ -216,4 +216,4 @@ def test_wrapped_models():
 
     model.fc1.weight = Sharded(model.fc1.weight)
     with pytest.raises(InputError, match=r"expected whole parameters, got sharded ones \(fc1\.weight\)"):
-        CoSePSelector().fit(model, [(x, y)])
+        ReconstructionSelector().fit(model, [(x, y)])

@@ -3,7 +3,7 @@ import torch
 from models import build, seeded
 from scipy.stats import chisquare
 
-from tp_cosep import Compensator, CoSePSelector
+from tp_cosep import Compensator, ReconstructionSelector
 from tp_cosep.utils.sampling import PositionSampler, _mixed
 
 _MASK = 2**64 - 1
@@ -57,11 +57,13 @@ def test_parts_of_samples_have_positions_of_their_own():
 def test_second_moments_do_not_depend_on_batches(kind):
     model, x, y = build(kind, 12)
     order = torch.randperm(len(x), generator=seeded())
-    whole = CoSePSelector().fit(model, [(x, y)], progress=False)
-    split = CoSePSelector().fit(model, list(zip(x[order].split(7), y[order].split(7), strict=True)), progress=False)
-    assert list(whole.consumers) == list(split.consumers)
-    for name, m in whole.consumers.items():
-        torch.testing.assert_close(split.consumers[name].second.folds, m.second.folds, rtol=1e-6, atol=1e-6)
+    whole = ReconstructionSelector().fit(model, [(x, y)], progress=False)
+    split = ReconstructionSelector().fit(
+        model, list(zip(x[order].split(7), y[order].split(7), strict=True)), progress=False
+    )
+    assert list(whole.statistics.inputs) == list(split.statistics.inputs)
+    for name, m in whole.statistics.inputs.items():
+        torch.testing.assert_close(split.statistics.inputs[name].second.folds, m.second.folds, rtol=1e-6, atol=1e-6)
     sums = [
         [r.moments.folds.sum(0) for r in Compensator(model, x[:1]).fit(batches, progress=False)._consumers.values()]
         for batches in ([x], x[order].split(7))

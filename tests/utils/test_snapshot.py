@@ -7,7 +7,7 @@ import torch_pruning as tp
 from models import assert_same_state, assert_untouched, build, fingerprint, images, initialise, vectors
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, PruningError
+from tp_cosep import CoSePPruner, PruningError, ReconstructionSelector
 from tp_cosep.utils.snapshot import restored_on_error
 
 
@@ -258,7 +258,7 @@ def test_a_step_that_fails_changes_nothing_and_can_be_made_again(cause, layerwis
         parts = Loader(x, y), FineTune(), ScalePruner()
         if layerwise is False:
             parts[0].reads_before_error, parts[1].n_calls = 0, 1
-        selector = CoSePSelector(knee="strongest")
+        selector = ReconstructionSelector(knee="strongest")
         return parts, CoSePPruner(
             model,
             x[:1],
@@ -316,7 +316,7 @@ def test_an_output_that_changes_is_an_error():
 
     model, (x, y) = initialise(Features()), vectors()
     before = fingerprint(model)
-    pruner = CoSePPruner(model, x[:1], CoSePSelector().fit(model, [(x, y)]), pruning_ratio=0.5)
+    pruner = CoSePPruner(model, x[:1], ReconstructionSelector().fit(model, [(x, y)]), pruning_ratio=0.5)
     with pytest.raises(PruningError, match=r"layer 'body': pruning its group changed the output .* ignored_layers"):
         pruner.step()
     assert_untouched(model, before)
@@ -327,7 +327,7 @@ def test_a_failure_in_a_later_step_goes_back_to_the_step_before():
     tune = FineTune()
     tune.n_calls = -10
     options = {"customized_pruners": {Scale: ScalePruner()}, "loader": Loader(x, y), "fine_tune": tune}
-    pruner = CoSePPruner(model, x[:1], CoSePSelector(), pruning_ratio=0.5, iterative_steps=2, **options)
+    pruner = CoSePPruner(model, x[:1], ReconstructionSelector(), pruning_ratio=0.5, iterative_steps=2, **options)
     pruner.step()
     widths = [model.first.out_features, model.second.out_features, model.third.out_features]
     assert widths == [9, 9, 9]
@@ -345,7 +345,7 @@ def test_a_failure_in_a_later_step_goes_back_to_the_step_before():
 def test_what_is_raised_into_an_interactive_step_puts_the_model_back():
     model, x, y = build("resnet", 10)
     before = fingerprint(model)
-    pruner = CoSePPruner(model, x[:1], CoSePSelector(keep_ratio=0.5).fit(model, [(x, y)]))
+    pruner = CoSePPruner(model, x[:1], ReconstructionSelector(keep_ratio=0.5).fit(model, [(x, y)]))
     groups = pruner.step(interactive=True)
     next(groups).prune()
     next(groups).prune()
@@ -364,7 +364,7 @@ def test_a_part_that_the_caller_pruned_badly_puts_the_model_back():
     model, (x, y) = initialise(Fragile()), vectors()
     model.is_hard_coded = True
     before = fingerprint(model)
-    selector = CoSePSelector(keep_ratio=0.5).fit(model, [(x, y)])
+    selector = ReconstructionSelector(keep_ratio=0.5).fit(model, [(x, y)])
     pruner = CoSePPruner(model, x[:1], selector, customized_pruners={Scale: ScalePruner()})
 
     def prune_all():
@@ -387,7 +387,7 @@ def test_a_pruner_that_shrinks_a_parameter_in_place():
 
     model, (x, y) = initialise(Fragile()), vectors()
     before = fingerprint(model)
-    selector = CoSePSelector(keep_ratio=0.5).fit(model, [(x, y)])
+    selector = ReconstructionSelector(keep_ratio=0.5).fit(model, [(x, y)])
     options = {"customized_pruners": {Scale: InPlace()}, "fine_tune": lambda m: m.no_such_layer}
     with pytest.raises(AttributeError, match="no_such_layer"):
         CoSePPruner(model, x[:1], selector, **options).step()

@@ -28,7 +28,6 @@ from tp_cosep.pruning.pruner import CoSePPruner
 from tp_cosep.report.benchmark import ModelStats, measure_models
 from tp_cosep.report.plots import plot_kept_channels, plot_mss, plot_separability_space
 from tp_cosep.report.tables import layer_table, model_table
-from tp_cosep.selection.cosep import CoSePSelector
 from tp_cosep.utils.data import evaluating
 
 __all__ = ["DATA", "DemoNet", "DemoResult", "accuracy", "load_digits", "run", "run_demo", "train", "train_net"]
@@ -280,7 +279,7 @@ def _prune(
     example = images.train_images[:1]
     pruned = deepcopy(trained)
     with _timed(f"pruning and repair, calibrated on {n:,} training images", say):
-        selector = CoSePSelector().fit(pruned, calibration)
+        selector = ReconstructionSelector().fit(pruned, calibration)
         pruner = CoSePPruner(
             pruned, example, importance=selector, loader=calibration, compensate=True, recalibrate=True
         )
@@ -345,7 +344,7 @@ def _reload_code(recipe: _Recipe, images: ImageData, folder: Path) -> str:
     shape = (1, *images.train_images.shape[1:])
     return f"""\
 import torch
-from tp_cosep import PruningPlan
+from tp_cosep import PruningPlan, ReconstructionSelector
 from tp_cosep.cli.demo import DemoNet
 
 model = DemoNet({shape[1]}, {recipe.widths}, {images.n_classes})
