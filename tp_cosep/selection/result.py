@@ -53,6 +53,7 @@ class GroupPlan:
 
 
 def group_to_json(group: GroupPlan) -> dict[str, Any]:
+    """A group plan in lists, numbers and strings."""
     selection = None
     if group.selection is not None:
         selection = {f.name: getattr(group.selection, f.name) for f in fields(ChannelSelection)}
@@ -86,6 +87,15 @@ def _check_selection(name: str, selection: ChannelSelection) -> None:
 
 
 def group_from_json(document: dict[str, Any]) -> GroupPlan:
+    """The inverse of :func:`group_to_json`.
+
+    Returns:
+        The group plan.
+
+    Raises:
+        ValueError: If the parts of the selection do not fit each other.
+        TypeError: If the selection is no object.
+    """
     selection = None
     if document["side"] not in ("out", "in"):
         raise ValueError(f"layer {document['name']!r}: side is {document['side']!r}")

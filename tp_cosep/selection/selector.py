@@ -241,7 +241,7 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         for group in prunable_groups(graph, ignored, root_module_types):
             seen = rerooted(group, self.num_heads, root_module_types)
             selection = None if seen is None else self.select(seen)
-            if selection is not None:
+            if seen is not None and selection is not None:
                 n_groups = read_group(seen, None, self.num_heads).n_channel_groups
                 kept, n = len(selection.keep_idxs) // n_groups, selection.n_channels // n_groups
                 ratios[group[0].dep.target.module] = ratio_for(kept, n)
