@@ -11,7 +11,7 @@ from torch import nn
 
 from tp_cosep import CoSePPruner, CoSePSelector, InputError, ReconstructionSelector
 from tp_cosep.graph.groups import read_group
-from tp_cosep.pruning.allocation import allocate
+from tp_cosep.pruning.budget import allocate
 from tp_cosep.pruning.costs import Costs, measure_costs
 
 COUNTS = {"macs": macs_by_hooks, "params": n_params}

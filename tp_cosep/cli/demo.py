@@ -28,6 +28,7 @@ from tp_cosep.pruning.pruner import CoSePPruner
 from tp_cosep.report.benchmark import ModelStats, measure_models
 from tp_cosep.report.plots import plot_kept_channels, plot_mss, plot_separability_space
 from tp_cosep.report.tables import layer_table, model_table
+from tp_cosep.selection.reconstruction import ReconstructionSelector
 from tp_cosep.utils.data import evaluating
 
 __all__ = ["DATA", "DemoNet", "DemoResult", "accuracy", "load_digits", "run", "run_demo", "train", "train_net"]

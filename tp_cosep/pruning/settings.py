@@ -2,17 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
 
+import torch_pruning as tp
 from torch import nn
 
 from tp_cosep.errors import InputError
+from tp_cosep.graph.heads import attention_heads, head_parameters
+from tp_cosep.graph.tracing import resolve_layers, resolve_ratios
 from tp_cosep.pruning.costs import UNITS
 from tp_cosep.utils.checks import is_count, is_number
+from tp_cosep.utils.data import DataOptions
 
-__all__ = ["check_fit_keywords", "check_heads", "check_pruner", "check_target"]
+__all__ = ["PruneSettings", "check_fit_keywords", "check_heads", "check_pruner", "check_target", "own_options"]
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What a pruner was asked to do, checked and resolved.
+
+    Attributes:
+        automatic: Whether the selector decides the counts.
+        is_ranked: Whether channels of several layers are ranked for one ratio.
+        layerwise: Whether groups are pruned one after another, with statistics collected again for each.
+        target: Unit and value of a user-specified size, or ``None``.
+        on_failure: ``"raise"`` or ``"skip"``.
+        verify: Whether outputs are compared after every group.
+        embed: Whether the plan records an embedding of every group.
+        adapt: Called on the model after every group, or ``None``.
+        fine_tune: Called on the model after a step, or ``None``.
+        n_steps: Number of steps that the ratios are spread over.
+        round_to: Widths are multiples of this; ``None`` for any.
+        max_pruning_ratio: The largest share of a group that may be removed.
+        ratios: Share of channels to remove by step, from 0 on.
+        fixed_ratios: The same by layer, of ``pruning_ratio_dict``.
+        schedule: ``schedule(ratio, n_steps)`` gives the ratios of the steps.
+        prune_num_heads: Whether whole heads are pruned.
+        prune_head_dims: Whether dimensions of heads are pruned.
+        head_ratios: Share of heads to remove by step; ``None`` if none was specified.
+        fixed_head_ratios: The same by layer, of ``head_pruning_ratio_dict``.
+        ignored_layers: Layers and parameters whose groups are left alone.
+        ignored_params: Names of such parameters.
+        root_module_types: Types of layers that groups start from.
+        trace_options: Keywords for tracing.
+    """
+
+    automatic: bool
+    is_ranked: bool
+    layerwise: bool
+    target: tuple[str, float] | None
+    on_failure: str
+    verify: bool
+    embed: bool
+    adapt: Callable[[nn.Module], object] | None
+    fine_tune: Callable[[nn.Module], object] | None
+    n_steps: int
+    round_to: int | None
+    max_pruning_ratio: float
+    ratios: Sequence[float]
+    fixed_ratios: Mapping[nn.Module, Sequence[float]]
+    schedule: Callable[[float, int], Sequence[float]]
+    prune_num_heads: bool
+    prune_head_dims: bool
+    head_ratios: Sequence[float] | None
+    fixed_head_ratios: Mapping[nn.Module, Sequence[float]]
+    ignored_layers: Sequence[Any]
+    ignored_params: tuple[str, ...]
+    root_module_types: Sequence[type]
+    trace_options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, stock: tp.pruner.BasePruner, **own: Any) -> PruneSettings:
+        """Settings of a pruner whose stock part is initialised.
+
+        Args:
+            stock: The pruner.
+            **own: The settings that the stock part does not know.
+
+        Returns:
+            The settings.
+        """
+        names = {p: name for name, p in stock.model.named_parameters()}
+        return cls(
+            **own,
+            n_steps=stock.iterative_steps,
+            round_to=stock.round_to or None,
+            max_pruning_ratio=stock.max_pruning_ratio,
+            ratios=stock.per_step_pruning_ratio,
+            fixed_ratios=dict(stock.pruning_ratio_dict),
+            schedule=stock.iterative_pruning_ratio_scheduler,
+            prune_num_heads=stock.prune_num_heads,
+            prune_head_dims=stock.prune_head_dims,
+            head_ratios=stock.per_step_head_pruning_ratio if stock.head_pruning_ratio > 0 else None,
+            fixed_head_ratios=stock.head_pruning_ratio_dict,
+            ignored_layers=stock.ignored_layers,
+            ignored_params=tuple(names[p] for p in stock.ignored_params),
+            root_module_types=stock.root_module_types,
+        )
+
+
+def own_options(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords for the stock pruner, resolved, with dictionaries of their own: it writes into them.
+
+    Args:
+        model: The model.
+        options: The user's keywords.
+
+    Returns:
+        The keywords.
+
+    Raises:
+        InputError: If layers are unknown, or numbers of heads do not fit.
+    """
+    own = dict(options)
+    if own.get("num_heads") is None:
+        own["num_heads"] = attention_heads(model)
+    for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
+        own[name] = dict(own.get(name) or {})
+    check_heads(model, own["num_heads"])
+    own["ignored_layers"] = resolve_layers(model, own.get("ignored_layers"), "ignored_layers")
+    own["ignored_layers"] += [model.get_parameter(name) for name in head_parameters(model, own["num_heads"])]
+    own["pruning_ratio_dict"] = resolve_ratios(model, own.get("pruning_ratio_dict"))
+    return own
 
 
 def check_pruner(
@@ -35,7 +149,7 @@ def check_pruner(
         if automatic and is_on:
             raise InputError(
                 f"CoSePPruner: {name} compares layers for one overall ratio, so it needs a pruning_ratio, got None; "
-                "without it every layer has its own count, and target={'macs': 0.5} shares out over all layers."
+                "without it every layer has its own count, and target={'macs': 0.5} allocates over all layers."
             )
     if pruning_ratio is not None and not (is_number(pruning_ratio) and 0 <= pruning_ratio <= 1):
         raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
@@ -82,6 +196,7 @@ def check_fit_keywords(options: Mapping[str, Any] | None, fit: Callable[..., obj
     if options is None:
         return {}
     known = [name for name, p in signature(fit).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
+    known += DataOptions.__annotations__
     if not isinstance(options, Mapping):
         raise InputError(f"CoSePPruner: expected fit_options to map keywords to values, got {options!r}.")
     if unknown := [name for name in options if name not in known]:
