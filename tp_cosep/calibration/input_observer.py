@@ -1,11 +1,10 @@
-"""What the readers of a model see: second moments of their inputs, and the means of every class."""
+"""Statistics of consumers' inputs: second moments, and class moments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from tp_cosep.functional.class_moments import ClassMoments
 from tp_cosep.functional.second_moments import SecondMoments
-from tp_cosep.graph.consumers import affordable, named, on_inputs
+from tp_cosep.graph.consumers import sampling_inputs
 from tp_cosep.graph.patches import Patches
 from tp_cosep.utils.sampling import PositionSampler
 
@@ -22,14 +21,14 @@ __all__ = ["InputObserver", "InputStatistics"]
 
 @dataclass
 class InputStatistics:
-    """Of one reader, taps together: a feature is a channel.
+    """Statistics of one consumer's input; a feature is a channel.
 
     Attributes:
-        patches: How it reads.
-        shape: Of its weights.
+        patches: Patches of the input.
+        shape: Shape of the layer's weight.
         second: Second moments over positions.
-        classes: Class moments of its input; empty if they were not measured.
-        precisions: What was inverted so far, see :func:`tp_cosep.selection.input_space.consumers_of`.
+        classes: Class moments; empty if they were not measured.
+        precisions: Cached inverses, see :func:`tp_cosep.selection.input_space.consumers_of`.
     """
 
     patches: Patches
@@ -62,37 +61,36 @@ class InputStatistics:
 
 
 class InputObserver:
-    """Gathers second moments of what layers read while a model runs, see :func:`tp_cosep.calibration.data_pass.run_pass`.
+    """Accumulates second moments of consumers' inputs, see :func:`tp_cosep.calibration.data_pass.run_pass`.
 
     Args:
-        all_patches: How the layers read, by name.
-        seed: Of the positions at which second moments are taken.
+        all_patches: Patches of the consumers by name.
+        seed: Seed of the sampled positions.
 
     Attributes:
-        all_patches: As given.
-        found: What was measured, by name, in the order in which the layers first ran.
+        all_patches: Patches of the consumers by name.
+        found: Statistics by name, in the order in which the layers first ran.
     """
 
     def __init__(self, all_patches: Mapping[str, Patches], *, seed: int = 0) -> None:
         self.found: dict[str, InputStatistics] = {}
         self.all_patches = all_patches
-        self._names = {r.layer: name for name, r in all_patches.items()}
         self._seed = seed
 
     def prepare(self, model: nn.Module, inputs: Any) -> None:
-        """Nothing has to be known beforehand."""
+        """Does nothing: no preparation is required."""
 
     @contextmanager
     def watching(self, inputs: Any) -> Iterator[None]:
-        """Measure what the layers read of a batch."""
-        with on_inputs(self._names, partial(self._take, PositionSampler(inputs, self._seed))):
+        """Measure the consumers' inputs while the model runs on a batch."""
+        with sampling_inputs(self.all_patches, PositionSampler(inputs, self._seed), self._add_rows):
             yield
 
     def add(self, labels: Tensor, i: int) -> None:
-        """Second moments do not depend on labels."""
+        """Does nothing: second moments do not depend on labels."""
 
     def state(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What was measured so far, see :class:`tp_cosep.calibration.io.Part`."""
+        """The statistics so far, see :class:`tp_cosep.calibration.io.Part`."""
         tensors = {f"{part}/{name}": m.second.folds for name, m in self.found.items()}
         return tensors, {"names": [*self.found]}
 
@@ -103,12 +101,9 @@ class InputObserver:
             second = SecondMoments.from_sums(tensors[f"{part}/{name}"].to(device))
             self.found[name] = InputStatistics(patches, patches.layer.weight.shape, second)  # type: ignore[arg-type]
 
-    def _take(self, positions: PositionSampler, layer: nn.Module, x: Tensor) -> None:
-        name = self._names[layer]
-        patches = self.all_patches[name]
+    def _add_rows(self, name: str, rows: Tensor) -> None:
         if name not in self.found:
-            second = SecondMoments(patches.n_features, x.device, n_folds=1)
-            self.found[name] = InputStatistics(patches, layer.weight.shape, second)  # type: ignore[arg-type]
-        with named(name):
-            sampler = patches.sampler(x.shape, affordable(patches, x.shape), positions.for_layer(name))
-            self.found[name].second.update(sampler(x))
+            patches = self.all_patches[name]
+            second = SecondMoments(patches.n_features, rows.device, n_folds=1)
+            self.found[name] = InputStatistics(patches, patches.layer.weight.shape, second)  # type: ignore[arg-type]
+        self.found[name].second.update(rows)

@@ -1,108 +1,92 @@
-"""Repair while Torch-Pruning prunes: the layers that read a group learn to do without the channels that go."""
+"""Compensation while Torch-Pruning prunes: consumers of a group are refitted to compensate for the pruned channels."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from math import inf
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tp_cosep.calibration.reduce import merged_seconds
+from tp_cosep.compensation.losses import check_measured, with_lost_inputs, with_lost_outputs
 from tp_cosep.compensation.masked_norms import normalised_without
-from tp_cosep.compensation.options import check_compensator
 from tp_cosep.compensation.refit import ConsumerState, Refit, Solution, apply, refit_to_original, refit_without
 from tp_cosep.compensation.sequential import paired_moments
 from tp_cosep.errors import InputError, NotFittedError
-from tp_cosep.graph.consumers import affordable, find_consumers, named, on_inputs
-from tp_cosep.graph.groups import graph_of, module_names
+from tp_cosep.graph.consumers import find_consumers, sampling_inputs
+from tp_cosep.graph.groups import DependencyGroup, graph_of
 from tp_cosep.graph.heads import attention_heads
-from tp_cosep.graph.patches import Patches, has_computed_weight, patches_of
-from tp_cosep.graph.tracing import check_plain
-from tp_cosep.graph.tying import tied_parameters
-from tp_cosep.utils.data import BatchAdapter, check_loader, evaluating, n_samples, progress_bar, run_model
+from tp_cosep.graph.patches import Patches
+from tp_cosep.graph.tracing import TRACE_OPTIONS, check_plain
+from tp_cosep.utils.checks import is_count, is_number
+from tp_cosep.utils.data import CalibrationData, check_loader, evaluating, n_samples, run_model
 from tp_cosep.utils.distributed import agreed, is_distributed
 from tp_cosep.utils.sampling import PositionSampler
 from tp_cosep.utils.snapshot import restored_on_error
 
-__all__ = ["Compensator", "Solution"]
+__all__ = ["MODES", "Compensator"]
 
-
-@dataclass(frozen=True)
-class _Data:
-    """Calibration data, to be read as often as needed.
-
-    Attributes:
-        n_samples: How many there were in ``fit``.
-    """
-
-    loader: Iterable[Any]
-    target_fn: Callable[[Any], tuple[Any, Any]] | None
-    progress: bool
-    n_samples: int = 0
-
-    def inputs(self, model: nn.Module) -> Iterator[Any]:
-        """The inputs of every batch, on the model's device."""
-        adapter = BatchAdapter(model, self.target_fn, predicted=True)
-        for i, batch in enumerate(progress_bar(self.loader, self.loader, "second moments", shown=self.progress)):
-            yield adapter.split(batch, i)[0]
+#: How consumers are refitted: once per group, on inputs of the unpruned model; or again, on inputs of the pruned model.
+MODES = ("one-shot", "sequential")
 
 
 class Compensator:
-    """Refits the layers that read a Torch-Pruning group, in closed form and without labels, just before it is pruned.
+    """Refits the consumers of a Torch-Pruning group, in closed form and without labels, just before it is pruned.
 
-    It serves any importance and any pruner::
+    It works with any importance and any pruner::
 
         compensator = Compensator(model, example_inputs).fit(loader)
         for group in pruner.step(interactive=True):
             compensator(group)
             group.prune()
 
-    What a reader loses is predicted from what it keeps, by ridge regression on the second moments of its inputs
-    (:mod:`tp_cosep.functional.least_squares`), so its outputs change as little as any weights allow. If a removed channel is a
-    linear combination of kept ones, they do not change. The constant part goes into the bias; a convolution
-    without one that is followed by BatchNorm alone has it taken from the running mean, any other gets a bias.
+    A consumer's removed inputs are predicted from its kept ones, by ridge regression on the second moments of its inputs
+    (:mod:`tp_cosep.functional.least_squares`), so its outputs change as little as possible for a linear layer. If a
+    removed channel is a linear combination of kept ones, they do not change. The constant part goes into the bias. If
+    there is none, it is subtracted from the running mean of a BatchNorm that is the only consumer, or a bias is added.
 
-    A kernel's taps have coefficients of their own (padding included) up to ``max_features`` features, which
-    repairs much more; beyond that all taps of a channel share them, which near borders leaves an error where a
-    channel has a constant part, and padding counts as zeros that are read as often as they are. Inputs of a
-    linear layer behind a flattened map likewise.
+    Kernel positions (padding included) have coefficients of their own in layers of up to ``max_features`` features,
+    which compensates far more. In larger layers all kernel positions of a channel share them: then an error remains
+    near borders for channels with a constant part, and padding counts as zeros with its frequency. The same holds for
+    the positions of a flattened map in a linear layer.
 
-    A LayerNorm or GroupNorm between a group and its readers averages over channels, and does it anew over those that
-    stay; only sequential mode foresees that, and only its errors count it. Use it for transformers.
+    LayerNorms and GroupNorms between a group and its consumers take statistics over channels, which pruning changes.
+    Only sequential mode accounts for that, in the fit and in its errors; use it for transformers.
 
-    The ridge is the one that does best on held-out data (of every batch one half for the other, so other batches may
-    give another one) among those that do not make a layer much more sensitive to its inputs, since other groups change
-    these: :func:`tp_cosep.functional.least_squares.fit_linear`.
+    The default ridge is the best on held-out data (halves of every batch are fitted and held out in turn, so it may
+    depend on the batches) among those that do not make a layer much more sensitive to its inputs, since pruning other
+    groups changes these: :func:`tp_cosep.functional.least_squares.fit_linear`.
 
     Convolutions of any kernel, stride, dilation and number of channel groups, transposed ones (without a constant), and
-    linear layers are refitted. Depthwise convolutions mix no channels and stay; other readers (``MultiheadAttention``,
-    recurrent layers, your own) and attention logits are left alone, and :attr:`refits` says so.
+    linear layers are refitted. Depthwise convolutions mix no channels and are left alone, as are other consumers
+    (``MultiheadAttention``, recurrent layers, custom layers) and attention logits, which :attr:`refits` records.
 
     Args:
-        model: The model, unpruned.
-        example_inputs: For tracing.
-        mode: ``"one-shot"`` fits to inputs of the unpruned model. ``"sequential"`` goes on to measure, before each
-            group, what its readers see in the pruned model, and fits that to the outputs of the original:
-            ``min ‖W x − W′ x′‖²``, so that errors do not pile up. It keeps a copy of the model, and every group costs
-            two passes over the loader, which has to give the same data again.
-        max_positions: Positions per sample of a convolution's map (or rows of a linear layer) that are measured, drawn
-            by chance; by default as many as cost a third of the layer's own products, from 3 to 12.
-        max_features: See above.
-        ridge: Ridge strength in units of an input's variance; by default as said above.
-        memory_budget: Bytes that the second moments may take.
-        seed: Of the positions.
-        forward_fn: As for the pruner.
-        **trace_options: As for the pruner: ``unwrapped_parameters``, ``output_transform``, ``customized_pruners``.
+        model: The unpruned model.
+        example_inputs: Inputs for tracing.
+        mode: ``"one-shot"`` fits to inputs of the unpruned model. ``"sequential"`` then measures, before each group, its
+            consumers' inputs x′ in the pruned model, and fits to the outputs of the original,
+            ``min ‖W x − W′ x′‖²``, so that errors do not accumulate. It keeps a copy of the model, and every group costs
+            two passes over the loader, which has to give the same data every time.
+        max_positions: Sampled positions per sample of a convolution's map (or rows of a linear layer); by default as
+            many as cost a third of the layer's own products, from 3 to 12.
+        max_features: Largest number of features, kernel positions included, for which kernel positions have
+            coefficients of their own; ≥ 0.
+        ridge: Ridge strength > 0, in units of an input's variance; selected per channel group by default.
+        memory_budget: Bytes for the second moments.
+        seed: Seed of the sampled positions.
+        forward_fn: ``forward_fn(model, inputs)`` runs the model; by default the inputs are its arguments.
+        **trace_options: Options of the trace: ``unwrapped_parameters``, ``output_transform``, ``customized_pruners``.
 
     Attributes:
-        refits: One :class:`Refit` per reader of every group so far.
-        new_biases: Names of the layers that were given a bias.
+        refits: One :class:`Refit` per consumer of every group so far.
+        new_biases: Names of the layers to which a bias was added.
 
     Raises:
         InputError: If an option is unknown or out of range.
@@ -139,17 +123,6 @@ class Compensator:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         **trace_options: Any,
     ) -> None:
-        check_compensator(
-            mode=mode,
-            max_positions=max_positions,
-            max_features=max_features,
-            ridge=ridge,
-            memory_budget=memory_budget,
-            seed=seed,
-            forward_fn=forward_fn,
-            trace_options=trace_options,
-        )
-        check_plain(model)
         self.model = model
         self.example_inputs = example_inputs
         self.mode = mode
@@ -160,16 +133,19 @@ class Compensator:
         self.seed = seed
         self.forward_fn = forward_fn
         self.trace_options = trace_options
+        _check_options(self)
+        check_plain(model)
         self.refits: list[Refit] = []
         self.new_biases: list[str] = []
         self._consumers: dict[nn.Module, ConsumerState] = {}
         self._attention: set[nn.Module] = set()
         self._original: dict[nn.Module, nn.Module] = {}
-        self._data: _Data | None = None
+        self._data: CalibrationData | None = None
+        self._n_samples = 0
 
     @property
     def is_fitted(self) -> bool:
-        """Whether anything was measured."""
+        """Whether :meth:`fit` was called."""
         return self._data is not None
 
     def fit(
@@ -179,11 +155,11 @@ class Compensator:
         target_fn: Callable[[Any], tuple[Any, Any]] | None = None,
         progress: bool = True,
     ) -> Compensator:
-        """Measure the inputs of all layers that read prunable channels, in one pass and in eval mode.
+        """Measure the inputs of all consumers of prunable channels, in one pass and in eval mode.
 
         Args:
-            loader: Batches of inputs, or of inputs and labels, which are not looked at. Some hundred samples do
-                for small networks; a layer with n features wants more than n positions of all samples.
+            loader: Batches of inputs, or of inputs and labels, which are ignored. A few hundred samples suffice for small
+                networks; a layer with n features requires more than n positions over all samples.
             target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
             progress: Show a progress bar on a terminal.
 
@@ -212,53 +188,42 @@ class Compensator:
             forward_fn=self.forward_fn,
             **self.trace_options,
         )
-        self._check_memory(all_patches)
-        consumers = {r.layer: ConsumerState.whole(name, r) for name, r in all_patches.items()}
-        data = _Data(loader, target_fn, progress)
-        n_seen = self._measure(data.inputs(self.model), consumers)
+        _check_memory(all_patches, self.memory_budget)
+        consumers = {p.layer: ConsumerState.unpruned(name, p) for name, p in all_patches.items()}
+        data = CalibrationData(loader, target_fn, progress=progress)
+        n_seen = self._measure(data, consumers)
         _warn_of_few(consumers.values())
-        self._consumers, self._data = consumers, replace(data, n_samples=n_seen)
+        self._consumers, self._data, self._n_samples = consumers, data, n_seen
         self._attention = set(attention_heads(self.model))
         if self.mode == "sequential":
             original = deepcopy(self.model)
             self._original = dict(zip(self.model.modules(), original.modules(), strict=True))
         return self
 
-    def _check_memory(self, all_patches: Mapping[str, Patches]) -> None:
-        sizes = sorted(((16 * (r.n_features + 1) ** 2, name) for name, r in all_patches.items()), reverse=True)
-        needed = sum(size for size, _ in sizes)
-        if needed > self.memory_budget:
-            largest = ", ".join(f"{name!r} {size / 2**20:,.0f} MiB" for size, name in sizes[:3])
-            raise InputError(
-                f"Compensator: the second moments need {needed / 2**20:,.0f} MiB, the memory_budget is "
-                f"{self.memory_budget / 2**20:,.0f} MiB (the largest: {largest}); raise memory_budget, or lower "
-                "max_features to share coefficients between the taps of kernels."
-            )
-
-    def _measure(self, batches: Iterable[Any], consumers: Mapping[nn.Module, ConsumerState]) -> int:
-        """Take the moments of everything that is read; returns the number of samples."""
-
-        def take(positions: PositionSampler, layer: nn.Module, x: Tensor) -> None:
-            consumer = consumers[layer]
-            with named(consumer.name):
-                n = self.max_positions or affordable(consumer.patches, x.shape)
-                consumer.moments.update(consumer.patches.sampler(x.shape, n, positions.for_layer(consumer.name))(x))
+    def _measure(self, data: CalibrationData, consumers: Mapping[nn.Module, ConsumerState]) -> int:
+        """Measure the inputs of all consumers; returns the number of samples."""
+        moments = {consumer.name: consumer.moments for consumer in consumers.values()}
+        patches = {consumer.name: consumer.patches for consumer in consumers.values()}
 
         def run() -> tuple[int, int]:
             n_batches, n_seen = 0, 0
             with evaluating(self.model):
-                for inputs in batches:
-                    n = n_samples(inputs)
-                    if n != 0:
-                        with on_inputs(consumers, partial(take, PositionSampler(inputs, self.seed))):
-                            self._run(self.model, inputs)
-                        n_batches += 1
-                        n_seen += n or 0
+                for _, inputs, _ in data.batches(data.adapter(self.model), "second moments"):
+                    positions = PositionSampler(inputs, self.seed)
+                    with sampling_inputs(
+                        patches,
+                        positions,
+                        lambda name, rows: moments[name].update(rows),
+                        max_positions=self.max_positions,
+                    ):
+                        self._run(self.model, inputs)
+                    n_batches += 1
+                    n_seen += n_samples(inputs) or 0
             return n_batches, n_seen
 
         n_batches, n_seen = agreed(run)
-        merged_seconds([consumer.moments for consumer in consumers.values()])
-        if not n_batches and not any(consumer.moments.n_rows for consumer in consumers.values()):
+        merged_seconds(list(moments.values()))
+        if not n_batches and not any(m.n_rows for m in moments.values()):
             raise InputError("Compensator: expected at least one batch, the loader gave none.")
         return n_seen
 
@@ -266,30 +231,32 @@ class Compensator:
         (self.forward_fn or run_model)(model, inputs)
 
     @torch.no_grad()
-    def __call__(self, group: Any) -> list[Refit]:
-        """Refit what reads a group; call it just before ``group.prune()``.
+    def __call__(self, group: DependencyGroup) -> list[Refit]:
+        """Refit the consumers of a group; call it just before ``group.prune()``.
 
-        In layers that are refitted, weights of inputs that go become zero, so the model is consistent also if the group
-        is not pruned.
+        Refitted layers have zero weights for the pruned inputs, so the model is consistent even if the group is not
+        pruned.
 
         Args:
             group: A group of a graph of this model.
 
         Returns:
-            One entry per reader; they are also added to :attr:`refits`.
+            One record per consumer; they are also appended to :attr:`refits`.
 
         Raises:
             NotFittedError: Before :meth:`fit`.
-            InputError: If the model is not the one that was measured. It stays as it was.
+            InputError: If the model is not the one that was measured; it is unchanged.
         """
         if not self.is_fitted:
             raise NotFittedError("Compensator: no data seen yet; call fit(loader) first.")
-        self._consumers = {layer: r.settled() for layer, r in self._consumers.items()}
-        losing, left_alone = self._losing(group)
+        self._consumers = {layer: consumer.settled() for layer, consumer in self._consumers.items()}
+        check_measured(group, self.model, self._consumers)
+        self._consumers = with_lost_outputs(group, self._consumers)
+        losing, left_alone = with_lost_inputs(group, self.model, self._consumers, self._attention)
         sequential = self.mode == "sequential" and bool(losing)
         with restored_on_error(self.model) if sequential else nullcontext():
             # All are fitted before any is changed.
-            refits = self._applied(group, [refit_without(known, self.ridge) for known in losing.values()])
+            refits = self._applied(group, [refit_without(c, self.ridge) for c in losing.values()])
             self._consumers.update(losing)
             if sequential:
                 with normalised_without(group):
@@ -299,14 +266,15 @@ class Compensator:
         return [*refits, *left_alone]
 
     def saved(self) -> Callable[[], None]:
-        """Remember what is known now; the function that is returned puts it back, for a model that is put back too."""
+        """Save the state; the returned function restores it, for a caller that restores the model, too."""
         state = {
             "refits": [*self.refits],
             "new_biases": [*self.new_biases],
-            "_readers": dict(self._consumers),
+            "_consumers": dict(self._consumers),
             "_attention": self._attention,
             "_original": self._original,
             "_data": self._data,
+            "_n_samples": self._n_samples,
         }
 
         def restore() -> None:
@@ -314,102 +282,76 @@ class Compensator:
 
         return restore
 
-    def _check_measured(self, graph: Any, names: Mapping[nn.Module, str]) -> None:
-        if graph.model is not self.model:
-            raise InputError(
-                "Compensator: expected a group of the model that was measured, got one of another (a copy is another "
-                "model); make a compensator of the model that is pruned."
-            )
-        layers = {name: layer for layer, name in names.items()}
-        for layer, known in self._consumers.items():
-            if layers.get(known.name) is not layer:
-                raise InputError(f"layer {known.name!r}: it is not the one that was measured; call fit() again.")
-
-    def _losing(self, group: Any) -> tuple[dict[nn.Module, ConsumerState], list[Refit]]:
-        """The readers of a group with what they lose, and those that are left alone."""
-        graph, names = graph_of(group), module_names(group)
-        self._check_measured(graph, names)
-        tied = {self.model.get_submodule(n.rpartition(".")[0]) for found in tied_parameters(self.model) for n in found}
-        inputs: dict[nn.Module, set[int]] = {}
-        left_alone = []
-        for dep, idxs in group:
-            layer = dep.target.module
-            if layer not in names or not idxs:
-                continue
-            is_in, is_out = (f(dep.handler) for f in (graph.is_in_channel_pruning_fn, graph.is_out_channel_pruning_fn))
-            known = self._consumers.get(layer)
-            if is_out and known is not None:
-                self._consumers[layer] = replace(known, losing_outputs=known.losing_outputs | set(idxs))
-            if is_out and layer in self._attention:
-                reason = "products of queries and keys are not refitted, only what reads the values"
-                left_alone.append(Refit(names[layer], len(idxs), reason=reason))
-            # What is both treats every channel by itself, but for attention.
-            if not is_in or (is_out and not isinstance(layer, nn.MultiheadAttention)):
-                continue
-            if known is not None and known.moments.n_rows and layer not in tied:
-                inputs.setdefault(layer, set()).update(idxs)
-            elif reason := _why_not(layer, is_known=known is not None, is_tied=layer in tied):
-                left_alone.append(Refit(names[layer], len(idxs), reason=reason))
-        losing = dict[nn.Module, ConsumerState]()
-        for layer, gone in inputs.items():
-            known = self._consumers[layer]
-            if known.patches.n_channels != len(known.inputs):
-                raise InputError(
-                    f"layer {known.name!r}: measured with {len(known.inputs)} input channels, it has "
-                    f"{known.patches.n_channels}; call fit() again after pruning without the compensator."
-                )
-            channels = frozenset(i // known.patches.repeat for i in gone)
-            losing[layer] = replace(self._consumers[layer], losing_inputs=channels)
-        return losing, left_alone
-
-    def _applied(self, group: Any, solutions: Sequence[Solution]) -> list[Refit]:
+    def _applied(self, group: DependencyGroup, solutions: Sequence[Solution]) -> list[Refit]:
         for solution in solutions:
-            if apply(solution, self.model, group._DG, self._original):
-                self.new_biases.append(solution.known.name)
+            if apply(solution, self.model, graph_of(group), self._original):
+                self.new_biases.append(solution.consumer.name)
         return [solution.refit for solution in solutions]
 
     def _from_pruned(self, losing: Mapping[nn.Module, ConsumerState]) -> list[Solution]:
-        """Fit what the readers see in the pruned model to what they computed in the original."""
+        """Fit the consumers' inputs in the pruned model to their outputs in the original."""
         assert self._data is not None
         sums = paired_moments(
             self.model,
             self._original,
             losing,
-            self._data.inputs(self.model),
+            self._data,
             run=self._run,
             max_positions=self.max_positions,
-            # Other positions for every group, so that what is fitted to one draw is tried on another.
+            # Other positions for every group, so that errors are not estimated on the positions of earlier fits.
             seed=self.seed + 1 + len(self.refits),
-            n_expected=self._data.n_samples,
+            n_expected=self._n_samples,
         )
         return [
-            refit_to_original(known, self._original[layer], sums[layer], self.ridge) for layer, known in losing.items()
+            refit_to_original(consumer, self._original[layer], sums[layer], self.ridge)
+            for layer, consumer in losing.items()
         ]
 
 
 def _warn_of_few(consumers: Iterable[ConsumerState]) -> None:
-    """Say so where there is so little data that a repair may do harm."""
-    few = [(r.name, r.moments.n_rows, r.moments.n_features) for r in consumers if r.moments.n_rows]
+    """Warn of layers with so little data that a refit may do harm."""
+    few = [(c.name, c.moments.n_rows, c.moments.n_features) for c in consumers if c.moments.n_rows]
     few = [(name, n, f) for name, n, f in few if n < f / 4]
     if few:
         shown = ", ".join(f"{name!r} {n} for {f}" for name, n, f in few[:3])
         warnings.warn(
-            f"Compensator: few samples for what {len(few)} layers read (positions for features: {shown}); a repair may "
-            "do harm there. Use more data, or lower max_features.",
+            f"Compensator: few samples for the inputs of {len(few)} layers (positions for features: {shown}); a refit "
+            "may do harm there. Use more data, or lower max_features.",
             stacklevel=3,
         )
 
 
-def _why_not(layer: nn.Module, *, is_known: bool, is_tied: bool) -> str:
-    """Why a layer that reads channels is left alone; empty for one that has no weights to refit."""
-    if isinstance(layer, nn.Embedding) or next(layer.parameters(), None) is None:
-        return ""
-    if is_tied:
-        return "another layer has the same weight"
-    if is_known:
-        return "the calibration data never reached it"
-    if patches_of(layer) is not None:
-        return "not measured: it was not part of any group when fit() was called"
-    if has_computed_weight(layer):
-        return "its weight is computed from other parameters"
-    return f"a {type(layer).__name__} is not refitted"
+def _check_memory(all_patches: Mapping[str, Patches], budget: int) -> None:
+    """Refuse second moments that exceed the memory budget."""
+    sizes = sorted(((16 * (r.n_features + 1) ** 2, name) for name, r in all_patches.items()), reverse=True)
+    needed = sum(size for size, _ in sizes)
+    if needed > budget:
+        largest = ", ".join(f"{name!r} {size / 2**20:,.0f} MiB" for size, name in sizes[:3])
+        raise InputError(
+            f"Compensator: the second moments need {needed / 2**20:,.0f} MiB, the memory_budget is "
+            f"{budget / 2**20:,.0f} MiB (the largest: {largest}); raise memory_budget, or lower max_features to share "
+            "coefficients between kernel positions."
+        )
+
+
+def _check_options(options: Compensator) -> None:
+    """Refuse options that are unknown or out of range."""
+    o = options
+    if o.mode not in MODES:
+        raise InputError(f"Compensator: expected mode of {list(MODES)}, got {o.mode!r}.")
+    if o.max_positions is not None and not is_count(o.max_positions):
+        raise InputError(f"Compensator: expected max_positions ≥ 1 or None, got {o.max_positions!r}.")
+    if not (is_count(o.max_features) or (isinstance(o.max_features, Integral) and o.max_features == 0)):
+        raise InputError(f"Compensator: expected max_features ≥ 0, a whole number, got {o.max_features!r}.")
+    if o.ridge is not None and not (is_number(o.ridge) and 0 < o.ridge < inf):
+        raise InputError(f"Compensator: expected ridge > 0 or None, got {o.ridge!r}.")
+    if not (is_number(o.memory_budget) and o.memory_budget > 0):
+        raise InputError(f"Compensator: expected memory_budget > 0, in bytes, got {o.memory_budget!r}.")
+    if not isinstance(o.seed, Integral):
+        raise InputError(f"Compensator: expected seed to be a whole number, got {o.seed!r}.")
+    if o.forward_fn is not None and not callable(o.forward_fn):
+        raise InputError(f"Compensator: expected forward_fn to be a function or None, got {o.forward_fn!r}.")
+    if unknown := set(o.trace_options) - set(TRACE_OPTIONS):
+        raise InputError(
+            f"Compensator: got unknown options {sorted(unknown)}; for tracing it takes {sorted(TRACE_OPTIONS)}."
+        )

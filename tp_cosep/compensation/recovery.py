@@ -1,4 +1,4 @@
-"""What a pruner does around its groups to keep the accuracy: repair before them, statistics and fine-tuning after."""
+"""Recovery of the accuracy around pruning: compensation before each group, re-estimation and fine-tuning after."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch import nn
 from tp_cosep.compensation.bn_statistics import recalibrate
 from tp_cosep.compensation.compensator import Compensator
 from tp_cosep.errors import InputError
-from tp_cosep.utils.data import check_loader
+from tp_cosep.graph.groups import DependencyGroup
+from tp_cosep.utils.data import CalibrationData, check_loader
 
 __all__ = ["Recovery"]
 
 
 class Recovery:
-    """Repair, new statistics and fine-tuning of a model that is pruned group after group.
+    """Compensation, BatchNorm re-estimation and fine-tuning of a model that is pruned group by group.
 
     Args:
         model: The model.
-        example_inputs: For tracing.
-        loader: Calibration data, or ``None``.
-        compensate: As for :class:`tp_cosep.CoSePPruner`.
-        recalibrate: Likewise.
-        trace_options: Keywords for a compensator.
-        fit_options: Those of :meth:`tp_cosep.CoSePSelector.fit` that say how to read batches.
+        example_inputs: Inputs for tracing.
+        loader: Calibration batches, or ``None``.
+        compensate: Whether consumers are refitted; or the compensator's mode, or a compensator.
+        recalibrate: Whether BatchNorm statistics are re-estimated after pruning.
+        trace_options: Tracing options of the compensator.
+        fit_options: Keywords of :meth:`tp_cosep.CoSePSelector.fit`, of which ``target_fn`` and ``progress`` are used.
 
     Attributes:
-        compensator: The compensator; ``None`` without one.
+        compensator: The compensator; ``None`` without compensation.
 
     Raises:
-        InputError: If a compensator is for another model, or there is nothing to measure on.
+        InputError: If an option is invalid, the compensator is of another model, or calibration data is missing.
     """
 
     def __init__(
@@ -54,32 +55,35 @@ class Recovery:
         self.compensator = _compensator(compensate, model, example_inputs, trace_options)
         if self.compensator is not None and loader is None and not self.compensator.is_fitted:
             raise InputError(
-                "CoSePPruner: compensate= measures what layers read; pass loader=, or a fitted Compensator."
+                "CoSePPruner: compensate= measures the inputs of layers; pass loader=, or a fitted Compensator."
             )
         self._model = model
-        self._loader = loader
+        self._data = (
+            loader
+            if loader is None
+            else CalibrationData(loader, fit_options.get("target_fn"), progress=fit_options.get("progress", True))
+        )
         self._recalibrates = recalibrate
-        self._batch_options = {"target_fn": fit_options.get("target_fn"), "progress": fit_options.get("progress", True)}
         self._is_stale = False
 
     def measure(self) -> None:
-        """Measure what a repair needs, unless it is known: before any group, so that errors are about the data.
+        """Fit the compensator, unless its measurements are current; before any group, so that errors are about data.
 
         Raises:
-            InputError: If there is no data.
+            InputError: If there is no calibration data.
         """
         if self.compensator is None or (self.compensator.is_fitted and not self._is_stale):
             return
-        if self._loader is None:
+        if self._data is None:
             raise InputError("CoSePPruner: compensate= has to measure the model, also after fine-tuning; pass loader=.")
-        self.compensator.fit(self._loader, **self._batch_options)
+        self.compensator.fit(self._data.loader, target_fn=self._data.target_fn, progress=self._data.progress)
         self._is_stale = False
 
-    def before(self, group: Any) -> None:
-        """Refit what reads a group that is about to be pruned.
+    def before(self, group: DependencyGroup) -> None:
+        """Refit the consumers of a group that is about to be pruned.
 
         Raises:
-            InputError: If that fails, which is not for the group to answer for: the data is read again for it.
+            InputError: If that fails, so that failures of the data are not taken for failures of the group.
         """
         if self.compensator is None:
             return
@@ -89,28 +93,29 @@ class Recovery:
             raise
         except Exception as error:
             raise InputError(
-                f"CoSePPruner: repairing what reads a group failed ({type(error).__name__}: {error}); "
+                f"CoSePPruner: refitting the consumers of a group failed ({type(error).__name__}: {error}); "
                 "compensate='sequential' reads the data of loader= again for every group."
             ) from error
 
     def finish(self, fine_tune: Callable[[nn.Module], object] | None) -> None:
-        """What comes when everything that was due is pruned: new statistics, and fine-tuning if there is any."""
+        """Re-estimate BatchNorm statistics and fine-tune, as requested, after a step has pruned its groups."""
         if self._recalibrates:
-            assert self._loader is not None
-            recalibrate(self._model, self._loader, **self._batch_options)
+            data = self._data
+            assert data is not None
+            recalibrate(self._model, data.loader, target_fn=data.target_fn, progress=data.progress)
         if fine_tune is not None:
             fine_tune(self._model)
             self._is_stale = True
 
     def saved(self) -> Callable[[], None]:
-        """Remember what is known now; the function that is returned puts it back, for a model that is put back too."""
+        """Save the state; the returned function restores it, for a caller that restores the model, too."""
         is_stale = self._is_stale
-        put_back = None if self.compensator is None else self.compensator.saved()
+        restore_compensator = None if self.compensator is None else self.compensator.saved()
 
         def restore() -> None:
             self._is_stale = is_stale
-            if put_back is not None:
-                put_back()
+            if restore_compensator is not None:
+                restore_compensator()
 
         return restore
 

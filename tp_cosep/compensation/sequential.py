@@ -1,8 +1,8 @@
-"""What the readers of a group see in a model as pruned so far, beside what they saw in the original."""
+"""Paired inputs of a group's consumers, in the original model and in the model as pruned so far."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tp_cosep.compensation.refit import ConsumerState
 from tp_cosep.errors import InputError
 from tp_cosep.functional.second_moments import SecondMoments
-from tp_cosep.graph.consumers import affordable, named, on_inputs
+from tp_cosep.graph.consumers import named, sampling_inputs
 from tp_cosep.graph.patches import Patches
-from tp_cosep.utils.data import evaluating, n_samples
+from tp_cosep.utils.data import CalibrationData, evaluating, n_samples
 from tp_cosep.utils.sampling import PositionSampler
 
 __all__ = ["paired_moments"]
@@ -25,58 +25,61 @@ def paired_moments(
     model: nn.Module,
     originals: Mapping[nn.Module, nn.Module],
     consumers: Mapping[nn.Module, ConsumerState],
-    batches: Iterable[Any],
+    data: CalibrationData,
     *,
     run: Callable[[nn.Module, Any], object],
     max_positions: int | None,
     seed: int,
     n_expected: int,
 ) -> dict[nn.Module, list[SecondMoments]]:
-    """Second moments of rows (what a layer read in the original model, what it reads now of the channels that stay).
+    """Second moments of rows (inputs of a consumer in the original model, its kept inputs in the pruned model).
 
-    Both models see the same batches, and are looked at in the same positions.
+    Both models run on the same batches, and are sampled at the same positions.
 
     Args:
         model: The model as pruned so far.
         originals: The modules of the unpruned model by those of this one.
-        consumers: The layers, and what they are about to lose.
-        batches: Inputs.
-        run: ``run(model, inputs)``.
+        consumers: The consumers by layer, with the inputs that they are about to lose.
+        data: Calibration data, the same as in the first pass.
+        run: ``run(model, inputs)`` runs a model.
         max_positions: Positions per sample, see :class:`tp_cosep.Compensator`.
-        seed: Of the positions.
-        n_expected: Samples that there were before, for which the data has to be read again.
+        seed: Seed of the sampled positions.
+        n_expected: Number of samples in the first pass.
 
     Returns:
-        For every layer the moments of each channel group.
+        By layer the moments of each channel group.
 
     Raises:
-        InputError: If there is less data than before, it no longer reaches a layer, the model does not run, or inputs
-            are NaN or infinite.
+        InputError: If there is less data than in the first pass, it no longer reaches a layer, the model does not run,
+            or inputs are NaN or infinite.
     """
-    of_original = {
-        originals[layer]: replace(r, patches=_original(r.patches, originals)) for layer, r in consumers.items()
-    }
+    now = {consumer.name: consumer.patches for consumer in consumers.values()}
+    # The original's sizes determine the number of positions in both: rows have to match.
+    before = {name: replace(patches, layer=originals[patches.layer]) for name, patches in now.items()}
     sums: dict[nn.Module, list[SecondMoments]] = {layer: [] for layer in consumers}
     n_seen = 0
 
-    def n_positions(patches: Patches, shape: torch.Size) -> int:
-        # As many as the original can afford: what is left of a layer has to be seen where it was.
-        return max_positions or affordable(_original(patches, originals), shape)
-
-    for inputs in batches:
-        n = n_samples(inputs)
-        if n == 0:
-            continue
-        n_seen += n or 0
-        positions = PositionSampler(inputs, seed)
-        with evaluating(originals[model]), _batch_options(of_original, n_positions, positions) as before, _as_pruned():
-            run(originals[model], inputs)
-        with evaluating(model), _batch_options(consumers, n_positions, positions) as now, _as_pruned():
+    def rows_of(patches: Mapping[str, Patches], model: nn.Module, inputs: Any) -> dict[str, list[Tensor]]:
+        rows: dict[str, list[Tensor]] = {name: [] for name in patches}
+        hooks = sampling_inputs(
+            patches,
+            PositionSampler(inputs, seed),
+            lambda name, x: rows[name].append(x),
+            max_positions=max_positions,
+            sized_by=before,
+        )
+        with evaluating(model), hooks, _as_pruned():
             run(model, inputs)
-        for layer, known in consumers.items():
-            if before[originals[layer]] or now[layer]:  # else this batch did not reach it
-                with named(known.name):
-                    _add(sums[layer], known, before[originals[layer]], now[layer])
+        return rows
+
+    for _, inputs, _ in data.batches(data.adapter(model), "second moments"):
+        n_seen += n_samples(inputs) or 0
+        rows0, rows = rows_of(before, originals[model], inputs), rows_of(now, model, inputs)
+        for layer, consumer in consumers.items():
+            name = consumer.name
+            if rows0[name] or rows[name]:  # else this batch did not reach it
+                with named(name):
+                    _add(sums[layer], consumer, rows0[name], rows[name])
     if n_seen < n_expected:
         came = f"{n_seen} of the {n_expected} samples" if n_seen else "none"
         raise InputError(
@@ -85,31 +88,13 @@ def paired_moments(
         )
     for layer, found in sums.items():
         if not found:
-            raise InputError(f"layer {consumers[layer].name!r}: the data reached it in fit(), and does not any more.")
+            raise InputError(f"layer {consumers[layer].name!r}: the data reached it in fit(), and no longer does.")
     return sums
 
 
 @contextmanager
-def _batch_options(
-    consumers: Mapping[nn.Module, ConsumerState],
-    n_positions: Callable[[Patches, torch.Size], int],
-    positions: PositionSampler,
-) -> Iterator[dict[nn.Module, list[Tensor]]]:
-    """Note what layers read, ``[rows, features]`` float64 every time that they are called."""
-    found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in consumers}
-
-    def take(layer: nn.Module, x: Tensor) -> None:
-        known = consumers[layer]
-        n = n_positions(known.patches, x.shape)
-        found[layer].append(known.patches.sampler(x.shape, n, positions.for_layer(known.name))(x))
-
-    with on_inputs(consumers, take):
-        yield found
-
-
-@contextmanager
 def _as_pruned() -> Iterator[None]:
-    """Say of whatever fails that the model as pruned so far does not run, or that the data is no longer of its type."""
+    """Report any failure as that of the model as pruned so far: it does not run, or not on data of this type."""
     try:
         yield
     except InputError:
@@ -117,27 +102,23 @@ def _as_pruned() -> Iterator[None]:
     except Exception as error:
         raise InputError(
             "Compensator: mode='sequential' runs the model between groups, and as pruned so far it fails "
-            f"({type(error).__name__}: {error}); after every group.prune() correct sizes that it keeps for "
-            "itself, such as numbers of heads, and keep its type as it was in fit()."
+            f"({type(error).__name__}: {error}); after every group.prune() correct the sizes in its attributes, "
+            "such as numbers of heads, and keep its dtype as it was in fit()."
         ) from error
 
 
-def _original(patches: Patches, originals: Mapping[nn.Module, nn.Module]) -> Patches:
-    """How the layer of the unpruned model reads; that of one of its own layers as it is."""
-    return replace(patches, layer=originals.get(patches.layer, patches.layer))
-
-
-def _add(sums: list[SecondMoments], known: ConsumerState, before: list[Tensor], now: list[Tensor]) -> None:
-    """Add the rows of a batch, every channel group by itself."""
+def _add(sums: list[SecondMoments], consumer: ConsumerState, before: list[Tensor], now: list[Tensor]) -> None:
+    """Add the rows of a batch, for each channel group separately."""
     n_before, n_now = (sum(map(len, parts)) for parts in (before, now))
     if n_before != n_now:
         raise InputError(
-            f"read {n_before} rows of a batch in the original model and {n_now} as pruned so far; sequential repair "
-            "needs a model that sends the same samples to a layer; use mode='one-shot'."
+            f"read {n_before} rows of a batch in the original model and {n_now} as pruned so far; mode='sequential' "
+            "requires a model that sends the same samples to a layer; use mode='one-shot'."
         )
-    read, left = torch.cat(before), torch.cat(now)
-    staying = left[:, known.patches.features_of(known.staying()).to(left.device)]
-    for j, pair in enumerate(zip(*(x.chunk(known.patches.groups, 1) for x in (read, staying)), strict=True)):
+    original, pruned = torch.cat(before), torch.cat(now)
+    patches = consumer.patches
+    kept = pruned[:, patches.features_of(consumer.kept_inputs()).to(pruned.device)]
+    for j, pair in enumerate(zip(*(x.chunk(patches.groups, 1) for x in (original, kept)), strict=True)):
         x = torch.cat(pair, 1)
         if j == len(sums):
             sums.append(SecondMoments(x.shape[1], x.device))
