@@ -7,7 +7,7 @@ from fitted import fitted, widths
 from models import KINDS, assert_untouched, build, fingerprint
 
 from tp_cosep import CoSePPruner, InputError, NotFittedError
-from tp_cosep.pruning.planner import median_times as real_median_times
+from tp_cosep.pruning.targets import median_times as real_median_times
 from tp_cosep.utils.timing import layer_times, median_times
 
 
@@ -78,7 +78,7 @@ def test_a_latency_is_met_by_what_is_timed(kind, share, monkeypatch):
         n_timed += 1
         return {name: as_macs(m, x) for name, m in models.items()}
 
-    monkeypatch.setattr("tp_cosep.pruning.planner.median_times", clock)
+    monkeypatch.setattr("tp_cosep.pruning.targets.median_times", clock)
     before = as_macs(model, x)
     pruner.step()
     assert share * 0.93 < as_macs(model, x) / before <= share
@@ -93,7 +93,7 @@ def test_a_latency_in_milliseconds(monkeypatch):
     def clock(models, run, device):  # the model takes 5 ms
         return {name: 0.005 * as_macs(m, x) / whole for name, m in models.items()}
 
-    monkeypatch.setattr("tp_cosep.pruning.planner.median_times", clock)
+    monkeypatch.setattr("tp_cosep.pruning.targets.median_times", clock)
     pruner.step()
     assert 0.56 < as_macs(model, x) / whole <= 0.6
 
@@ -101,7 +101,7 @@ def test_a_latency_in_milliseconds(monkeypatch):
 def test_a_latency_out_of_reach_leaves_the_model(monkeypatch):
     pruner, model, x = pruner_for("vgg", 12, target={"latency": 0.1}, max_pruning_ratio=0.25)
     monkeypatch.setattr(
-        "tp_cosep.pruning.planner.median_times", lambda models, *_: {n: as_macs(m, x) for n, m in models.items()}
+        "tp_cosep.pruning.targets.median_times", lambda models, *_: {n: as_macs(m, x) for n, m in models.items()}
     )
     before, n = fingerprint(model), widths(model)
     with pytest.raises(InputError, match=r"target: expected a latency that can be reached, got 0\.100 .* are left"):

@@ -155,7 +155,7 @@ class TestPruner:
         for pictures in (True, False):
             pruned = copy.deepcopy(model)
             pruner = CoSePPruner(
-                pruned, x[:1], ReconstructionSelector().fit(model, [(x, y)]), pictures=pictures, **options
+                pruned, x[:1], ReconstructionSelector().fit(model, [(x, y)]), embed=embed, **options
             )
             pruner.step()
             assert {e.embedding is not None for e in pruner.plan if e.selection} == {pictures}
