@@ -4,6 +4,7 @@ Everything here is data: weights are random and seeded, inputs are as small as e
 to leave alone are named by patterns. timm is imported only where one of its models is built.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -70,6 +71,32 @@ def _from_timm_class(module: str, name: str, **options: Any) -> nn.Module:
     from importlib import import_module
 
     return getattr(import_module(f"timm.models.{module}"), name)(num_classes=N_CLASSES, **options)
+
+
+def _shallow(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Module:
+    """A model in which a block that repeats the one before it is left out: every kind of block stays, at its width."""
+    net = build(*args, **options)
+    for stage in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
+        # Stochastic depth is the one thing that differs from block to block.
+        blocks = [re.sub(r"\((stochastic_depth|drop_path\d?)\).*", "", repr(block)) for block in stage]
+        for i in reversed(range(1, len(stage))):
+            if blocks[i] == blocks[i - 1] and any(True for _ in stage[i].parameters()):
+                del stage[i]
+    return net
+
+
+def _densenet() -> nn.Module:
+    from torchvision.models import DenseNet
+
+    return DenseNet(32, (2, 2, 2, 2), 64, num_classes=N_CLASSES)
+
+
+def _inception() -> nn.Module:
+    """An Inception v3 without blocks of the same kind as the one before."""
+    net = _from_torchvision("inception_v3", aux_logits=False, init_weights=False)
+    for name in ("Mixed_5d", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7c"):
+        setattr(net, name, nn.Identity())
+    return net
 
 
 def _narrow(model: str) -> nn.Module:
@@ -139,16 +166,14 @@ def _mvitv2() -> nn.Module:
 
 ARCHITECTURES = [
     Architecture("alexnet", "torchvision", _seeded(_narrow, "alexnet"), 64),
-    Architecture("convnext", "torchvision", _seeded(_from_torchvision, "convnext_tiny"), 32),
-    Architecture("densenet", "torchvision", _seeded(_from_torchvision, "densenet121"), 32),
-    Architecture("efficientnet", "torchvision", _seeded(_from_torchvision, "efficientnet_b0"), 32),
-    Architecture("efficientnet_v2", "torchvision", _seeded(_from_torchvision, "efficientnet_v2_s"), 32),
+    Architecture("convnext", "torchvision", _seeded(_shallow, _from_torchvision, "convnext_tiny"), 32),
+    Architecture("densenet", "torchvision", _seeded(_densenet), 32),
+    Architecture("efficientnet", "torchvision", _seeded(_shallow, _from_torchvision, "efficientnet_b0"), 32),
+    Architecture("efficientnet_v2", "torchvision", _seeded(_shallow, _from_torchvision, "efficientnet_v2_s"), 32),
     Architecture(
         "googlenet", "torchvision", _seeded(_from_torchvision, "googlenet", aux_logits=False, init_weights=False), 32
     ),
-    Architecture(
-        "inception", "torchvision", _seeded(_from_torchvision, "inception_v3", aux_logits=False, init_weights=False), 75
-    ),
+    Architecture("inception", "torchvision", _seeded(_inception), 75),
     Architecture(
         "maxvit",
         "torchvision",
@@ -157,13 +182,13 @@ ARCHITECTURES = [
         ("classifier.5", "stem.*", "blocks.*.MBconv.*", "*.to_qkv", "*.merge", "*.attn_layer.0"),
         ENDLESS,
     ),
-    Architecture("mnasnet", "torchvision", _seeded(_from_torchvision, "mnasnet0_5"), 32),
-    Architecture("mobilenet_v2", "torchvision", _seeded(_from_torchvision, "mobilenet_v2"), 32),
-    Architecture("mobilenet_v3", "torchvision", _seeded(_from_torchvision, "mobilenet_v3_small"), 32),
-    Architecture("regnet_x", "torchvision", _seeded(_from_torchvision, "regnet_x_400mf"), 32),
-    Architecture("regnet_y", "torchvision", _seeded(_from_torchvision, "regnet_y_400mf"), 32),
+    Architecture("mnasnet", "torchvision", _seeded(_shallow, _from_torchvision, "mnasnet0_5"), 32),
+    Architecture("mobilenet_v2", "torchvision", _seeded(_shallow, _from_torchvision, "mobilenet_v2"), 32),
+    Architecture("mobilenet_v3", "torchvision", _seeded(_shallow, _from_torchvision, "mobilenet_v3_small"), 32),
+    Architecture("regnet_x", "torchvision", _seeded(_shallow, _from_torchvision, "regnet_x_400mf"), 32),
+    Architecture("regnet_y", "torchvision", _seeded(_shallow, _from_torchvision, "regnet_y_400mf"), 32),
     Architecture("resnet", "torchvision", _seeded(_from_torchvision, "resnet18"), 32),
-    Architecture("resnext", "torchvision", _seeded(_from_torchvision, "resnext50_32x4d"), 32),
+    Architecture("resnext", "torchvision", _seeded(_shallow, _from_torchvision, "resnext50_32x4d"), 32),
     Architecture("wide_resnet", "torchvision", _seeded(_wide_resnet), 32),
     Architecture(
         "shufflenet_v2",
@@ -196,7 +221,7 @@ ARCHITECTURES = [
     Architecture("resnetv2", "timm", _seeded(_from_timm, "resnetv2_18"), 32),
     Architecture("resnetv2_bit", "timm", _seeded(_from_timm, "resnetv2_50x1_bit"), 32),
     Architecture("resnest", "timm", _seeded(_from_timm, "resnest14d"), 32, ("fc", "*.conv2.*"), SLOW),
-    Architecture("res2net", "timm", _seeded(_from_timm, "res2net50_14w_8s"), 32),
+    Architecture("res2net", "timm", _seeded(_from_timm, "res2net50_14w_8s", layers=[1, 1, 1, 1]), 32),
     Architecture("regnet", "timm", _seeded(_from_timm, "regnetx_002"), 32),
     Architecture("regnetz", "timm", _seeded(_from_timm, "regnetz_b16"), 32),
     Architecture("densenet", "timm", _seeded(_from_timm, "densenet121", block_config=(2, 2, 2, 2)), 32),
@@ -204,10 +229,10 @@ ARCHITECTURES = [
     Architecture("dpn", "timm", _seeded(_from_timm, "dpn48b"), 32),
     Architecture("ese_vovnet", "timm", _seeded(_from_timm, "ese_vovnet19b_slim_dw"), 32),
     Architecture("hrnet", "timm", _seeded(_from_timm, "hrnet_w18_small"), 32),
-    Architecture("ghostnet", "timm", _seeded(_from_timm, "ghostnet_050"), 32),
+    Architecture("ghostnet", "timm", _seeded(_shallow, _from_timm, "ghostnet_050"), 32),
     Architecture("ghostnetv2", "timm", _seeded(_from_timm, "ghostnetv2_100"), 64),
     Architecture("ghostnetv3", "timm", _seeded(_from_timm, "ghostnetv3_050"), 64),
-    Architecture("mobilenetv3", "timm", _seeded(_from_timm, "mobilenetv3_small_050"), 32),
+    Architecture("mobilenetv3", "timm", _seeded(_shallow, _from_timm, "mobilenetv3_small_050"), 32),
     Architecture("mobilenetv4", "timm", _seeded(_from_timm, "mobilenetv4_conv_small_035"), 32),
     Architecture(
         "mobilenetv4_hybrid",
@@ -218,8 +243,8 @@ ARCHITECTURES = [
         ENDLESS,
     ),
     Architecture("efficientnet", "timm", _seeded(_from_timm, "test_efficientnet"), 32),
-    Architecture("mixnet", "timm", _seeded(_from_timm, "mixnet_s"), 32),
-    Architecture("efficientvit_mit", "timm", _seeded(_from_timm, "efficientvit_b0"), 32),
+    Architecture("mixnet", "timm", _seeded(_shallow, _from_timm, "mixnet_s"), 32),
+    Architecture("efficientvit_mit", "timm", _seeded(_shallow, _from_timm, "efficientvit_b0"), 32),
     Architecture(
         "efficientvit_msra",
         "timm",
@@ -234,15 +259,20 @@ ARCHITECTURES = [
     Architecture("nfnet", "timm", _seeded(_from_timm, "test_nfnet"), 32),
     Architecture("xception", "timm", _seeded(_from_timm, "xception41"), 32),
     Architecture("inception_v4", "timm", _seeded(_from_timm, "inception_v4"), 75),
-    Architecture("inception_next", "timm", _seeded(_from_timm, "inception_next_atto"), 32),
+    Architecture("inception_next", "timm", _seeded(_shallow, _from_timm, "inception_next_atto"), 32),
     Architecture("metaformer", "timm", _seeded(_from_timm, "poolformerv2_s12"), 32),
-    Architecture("poolformer", "timm", _seeded(_from_timm, "poolformer_s12"), 32),
+    Architecture("poolformer", "timm", _seeded(_shallow, _from_timm, "poolformer_s12"), 32),
     Architecture("caformer", "timm", _seeded(_from_timm, "caformer_s18"), 32),
     Architecture("mlp_mixer", "timm", _seeded(_mixer), 64),
     Architecture("resmlp", "timm", _seeded(_mixer, "ResBlock", norm_layer="Affine"), 64),
     Architecture("gmlp", "timm", _seeded(_mixer, "SpatialGatingBlock", mlp_layer="GatedMlp", mlp_ratio=6), 64),
     Architecture("vit", "timm", _seeded(_from_timm, "test_vit", img_size=64), 64),
-    Architecture("vit_rope", "timm", _seeded(_from_timm, "vit_small_patch16_rope_224", img_size=64, depth=2), 64),
+    Architecture(
+        "vit_rope",
+        "timm",
+        _seeded(_from_timm, "vit_small_patch16_rope_224", img_size=64, depth=2, embed_dim=192, num_heads=3),
+        64,
+    ),
     Architecture("deit", "timm", _seeded(_from_timm, "deit_tiny_patch16_224", img_size=64, depth=2), 64),
     Architecture(
         "deit_distilled", "timm", _seeded(_from_timm, "deit_tiny_distilled_patch16_224", img_size=64, depth=2), 64
@@ -277,7 +307,7 @@ ARCHITECTURES = [
         _seeded(_from_timm, "swinv2_cr_tiny_ns_224", img_size=64, depths=(1, 1, 1, 1), embed_dim=48),
         64,
     ),
-    Architecture("pit", "timm", _seeded(_from_timm, "pit_ti_224", img_size=64), 64),
+    Architecture("pit", "timm", _seeded(_from_timm, "pit_ti_224", img_size=64, depth=(1, 1, 1)), 64),
     Architecture("levit", "timm", _seeded(_from_timm, "levit_128s", img_size=64), 64),
     Architecture("tiny_vit", "timm", _seeded(_from_timm, "tiny_vit_5m_224"), 224),
     Architecture(
@@ -297,7 +327,7 @@ ARCHITECTURES = [
         ENDLESS,
     ),
     Architecture("maxxvit", "timm", _seeded(_from_timm, "maxxvit_rmlp_nano_rw_256", img_size=64), 64),
-    Architecture("mobilevit", "timm", _seeded(_from_timm, "mobilevit_xxs"), 64),
+    Architecture("mobilevit", "timm", _seeded(_shallow, _from_timm, "mobilevit_xxs"), 64),
     Architecture(
         "mobilevitv2",
         "timm",
@@ -316,7 +346,7 @@ ARCHITECTURES = [
         "rexnet", "timm", _seeded(_from_timm, "rexnet_100"), 32, ("head.fc", "stem.conv", "*.conv_pwl.conv"), ENDLESS
     ),
     Architecture("tresnet", "timm", _seeded(_from_timm, "tresnet_m", layers=[1, 1, 1, 1]), 64),
-    Architecture("cspnet", "timm", _seeded(_from_timm, "cspresnet50"), 32),
+    Architecture("cspnet", "timm", _seeded(_shallow, _from_timm, "cspresnet50"), 32),
     Architecture(
         "darknet",
         "timm",
@@ -328,7 +358,7 @@ ARCHITECTURES = [
     Architecture(
         "davit",
         "timm",
-        _seeded(_from_timm, "davit_tiny", depths=(1, 1, 1, 1), embed_dims=(48, 96, 192, 384), num_heads=(3, 6, 12, 24)),
+        _seeded(_from_timm, "davit_tiny", depths=(1, 1, 1, 1), embed_dims=(48, 96, 96, 192), num_heads=(3, 6, 6, 12)),
         64,
     ),
     Architecture(
@@ -437,7 +467,7 @@ ARCHITECTURES = [
         ("head.fc", "stem*", "*.proj", "*.fc2", "*.qkv", "*.reduction", "*conv*"),
         ZERO,
     ),
-    Architecture("repvit", "timm", _seeded(_from_timm, "repvit_m0_9"), 32),
+    Architecture("repvit", "timm", _seeded(_from_timm, "repvit_m0_9", depth=(1, 1, 2, 1)), 32),
     Architecture("repghost", "timm", _seeded(_from_timm, "repghostnet_050"), 32),
     Architecture("starnet", "timm", _seeded(_from_timm, "starnet_s050"), 32),
     Architecture("fasternet", "timm", _seeded(_from_timm, "fasternet_t0"), 32),

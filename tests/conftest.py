@@ -1,5 +1,10 @@
 import importlib.util
+import os
 from pathlib import Path
+
+# The models here are tiny, and pytest-xdist keeps every core busy: more threads would only wait for each other. The
+# variable is for the processes that tests start; it has to be set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def import_torchvision_first():
@@ -16,5 +21,4 @@ if importlib.util.find_spec("torchvision") is not None:
 
 import torch  # noqa: E402 -- after the shim
 
-# The models here are tiny: more threads only make the tests slow where other work keeps the cores busy.
 torch.set_num_threads(1)

@@ -1,7 +1,9 @@
-"""What the processes of ``test_distributed.py`` run, each in an interpreter of its own."""
+"""The processes of ``test_distributed.py``: one interpreter imports everything and forks them for each case."""
 
 import datetime
+import json
 import os
+import signal
 import sys
 
 import conftest  # noqa: F401 -- the shim for torchvision
@@ -10,7 +12,9 @@ import torch.distributed as dist
 from models import build
 from torch import nn
 
-from tp_cosep import Compensator, CoSePPruner, ReconstructionSelector, recalibrate
+from tp_cosep import Compensator, CoSePPruner, CoSePSelector, ReconstructionSelector, recalibrate
+
+SELECTORS = {"joint": ReconstructionSelector, "separability": CoSePSelector}
 
 
 class ViT(nn.Module):
@@ -49,10 +53,10 @@ def shard(x, y, rank, world, how):
     return [(x[first:], y[first:])] if last else [(x[first:rest], y[first:rest])]
 
 
-def fit(kind, how, rank, world, options):
+def fit(kind, how, rank, world, space):
     model, x, y = data(kind)
     batches = shard(x, y, rank, world, how)
-    selector = ReconstructionSelector(spatial=2, **options).fit(model, batches, progress=False)
+    selector = SELECTORS[space](spatial=2).fit(model, batches, progress=False)
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
     compensator = Compensator(model, x[:1]).fit(batches, progress=False)
     seconds = {r.name: r.moments.folds.sum(0) for r in compensator._consumers.values()}
@@ -73,24 +77,45 @@ def fit(kind, how, rank, world, options):
     }
 
 
-def main():
-    rank, world, store, out, kind, how, space = sys.argv[1:8]
-    rank, world = int(rank), int(world)
+def run(out, rank, world, kind, how, space):
+    """One process: its result is saved, and what it printed is in a file beside it."""
+    signal.alarm(240)
+    os.dup2(os.open(f"{out}.{rank}.txt", os.O_CREAT | os.O_WRONLY), sys.stdout.fileno())
     torch.set_num_threads(1)
     if world > 1:
         timeout = datetime.timedelta(seconds=20)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+        init = f"file://{out}.store"
+        dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timeout)
     try:
         if how == "dies" and rank == 1:
             os._exit(7)
         if how == "fails":
             model, x, y = data(kind)
             ReconstructionSelector().fit(model, [(x, y if rank == 0 else y.float())], progress=False)
-        result = fit(kind, how, rank, world, {"space": space})
+        result = fit(kind, how, rank, world, space)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(3)
     torch.save(result, f"{out}.{rank}")
+    os._exit(0)
+
+
+def forked(out, rank, world, *case):
+    """The id of a new process. Nothing has computed in this one, so no thread is lost."""
+    if pid := os.fork():
+        return pid
+    try:
+        run(out, rank, world, *case)
+    finally:
+        os._exit(1)
+
+
+def main():
+    """Each line of the input is a case ``[out, world, kind, how, space]``; the exit codes are printed."""
+    for line in sys.stdin:
+        out, world, *case = json.loads(line)
+        started = [forked(out, rank, world, *case) for rank in range(world)]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]), flush=True)
 
 
 if __name__ == "__main__":

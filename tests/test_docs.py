@@ -43,6 +43,7 @@ def test_snippets(block, tmp_path, monkeypatch, capsys):
     assert files == {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_tutorial_prints_what_it_says(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
@@ -69,6 +70,7 @@ def test_the_api_has_every_public_name():
     assert len(documented) == len({*documented})
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_warnings_and_asks_no_other_server(tmp_path):
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings")

@@ -22,6 +22,7 @@ def test_every_name_is_found_where_it_is_defined():
         tp_cosep.nothing  # noqa: B018 -- looking it up is the test
 
 
+@pytest.mark.slow
 def test_the_package_alone_is_light():
     code = "import sys, tp_cosep; assert 'torch' not in sys.modules; from tp_cosep import *; assert CoSePPruner"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False)

@@ -1,5 +1,6 @@
 """Several processes with their shares of the data choose what one process with all of it chooses."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,23 +9,25 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "processes.py"
+pytestmark = pytest.mark.slow
 
 
-def run(tmp_path, world, kind, how, kind="reconstruction"):
-    """Exit codes and outputs of all processes, and what those saved that went well."""
-    out, store = tmp_path / f"result{world}", tmp_path / f"store{world}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(world), str(store), str(out), kind, how, space],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    done = [(*p.communicate(timeout=240), p.returncode) for p in started]
+@pytest.fixture(scope="module")
+def launcher():
+    """It imports torch once for the processes of all cases."""
+    with subprocess.Popen(
+        [sys.executable, SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+
+
+def run(launcher, out, world, kind, how, space="joint"):
+    """What each process printed and its exit code, and what those saved that went well."""
+    print(json.dumps([str(out), world, kind, how, space]), file=launcher.stdin, flush=True)
+    codes = json.loads(launcher.stdout.readline())
+    printed = [Path(f"{out}.{rank}.txt").read_text(encoding="utf-8") for rank in range(world)]
     saved = [Path(f"{out}.{rank}") for rank in range(world)]
-    return done, [torch.load(path) if path.is_file() else None for path in saved]
+    return [*zip(printed, codes, strict=True)], [torch.load(path) if path.is_file() else None for path in saved]
 
 
 def assert_same(a, b):
@@ -46,11 +49,11 @@ def assert_same(a, b):
         ("vit", 3, "without a class", "joint"),
     ],
 )
-def test_as_one_process(tmp_path, kind, world, how, space):
-    done, (expected,) = run(tmp_path, 1, kind, how, space)
-    assert done[0][2] == 0, done
-    done, results = run(tmp_path, world, kind, how, space)
-    assert [code for _, _, code in done] == [0] * world, done
+def test_as_one_process(launcher, tmp_path, kind, world, how, space):
+    done, (expected,) = run(launcher, tmp_path / "one", 1, kind, how, space)
+    assert done[0][1] == 0, done
+    done, results = run(launcher, tmp_path / "all", world, kind, how, space)
+    assert [code for _, code in done] == [0] * world, done
     for result in results:
         assert_same(result, expected)
     for result in results[1:]:  # not only nearly
@@ -62,12 +65,12 @@ def test_as_one_process(tmp_path, kind, world, how, space):
         assert "qkv" in expected["moments"]
 
 
-def test_a_process_that_fails_or_dies_ends_the_others(tmp_path):
-    done, _ = run(tmp_path, 2, "vgg", "fails")
-    assert [code for _, _, code in done] == [3, 3], done
+def test_a_process_that_fails_or_dies_ends_the_others(launcher, tmp_path):
+    done, _ = run(launcher, tmp_path / "fails", 2, "vgg", "fails")
+    assert [code for _, code in done] == [3, 3], done
     assert "DistributedError: process 1 of 2 failed: InputError: batch 0: expected integer labels" in done[0][0]
     assert done[1][0].startswith("InputError: batch 0: expected integer labels")
-    done, _ = run(tmp_path / "again" if (tmp_path / "again").mkdir() is None else tmp_path, 3, "vgg", "dies")
-    assert [code for _, _, code in done] == [3, 7, 3], done
-    for text, _, code in done:
+    done, _ = run(launcher, tmp_path / "dies", 3, "vgg", "dies")
+    assert [code for _, code in done] == [3, 7, 3], done
+    for text, code in done:
         assert code == 7 or "DistributedError: a process is gone, or did not answer" in text

@@ -38,6 +38,7 @@ def test_slow_batches_are_kept_by_the_clock(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("n", [0, 3, 7])
+@pytest.mark.slow
 def test_a_pass_goes_on_where_it_was_interrupted(tmp_path, options, n):
     model, x, y = build("resnet", 12)
     given, path = batches(x, y), tmp_path / "moments.safetensors"

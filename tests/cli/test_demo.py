@@ -56,6 +56,7 @@ def blind(tmp_path_factory):
         return folder, *run(folder)
 
 
+@pytest.mark.slow
 class TestRun:
     def test_files(self, finished):
         folder, result, text = finished
@@ -326,6 +327,7 @@ class TestFashionMnist:
         with pytest.raises(InputError, match=r"labels.gz': expected a .*IDX file"):
             read_idx(tmp_path / "labels.gz")
 
+    @pytest.mark.slow
     def test_short_demo(self, tmp_path, monkeypatch):
         """Maps of 28 × 28 through all of the demo."""
         generator = torch.Generator().manual_seed(0)

@@ -125,6 +125,7 @@ def test_output_that_is_a_file(tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "tp_cosep", "demo", "--epochs", "0", "--output", "/nonexistent"],

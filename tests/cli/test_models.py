@@ -183,6 +183,7 @@ def test_timm():
     assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
 
 
+@pytest.mark.slow
 def test_hugging_face(tmp_path):
     from transformers import ViTConfig, ViTForImageClassification
 

@@ -13,6 +13,8 @@ import tp_cosep
 from tp_cosep import CoSePPruner, PruningPlan, ReconstructionSelector
 from tp_cosep.cli import export, prune
 
+pytestmark = pytest.mark.slow
+
 
 def pruned(make, folder, x, **options):
     """A pruned and saved model that answers quite unlike an unpruned one."""

@@ -26,6 +26,8 @@ from tp_cosep.cli import main as cli
 from tp_cosep.cli.data import Data
 from tp_cosep.cli.processes import processes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ["manifest.json", "plan.json", "summary.json", "weights.safetensors"]
 NET = ["--model", "project:make_net", "--model-args", "width=12", "--data", "project:make_loaders", "--device", "cpu"]

@@ -13,6 +13,8 @@ import pytest
 from tp_cosep.cli import torchvision_shim as _torchvision
 from tp_cosep.errors import MissingDependencyError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 

@@ -232,6 +232,7 @@ def half_pruned(model, x, **options):
 
 
 @pytest.mark.parametrize("kind", ["vgg", "resnet", "mlp"])
+@pytest.mark.slow
 def test_repair_helps_and_sequential_repair_helps_more(kind):
     modes = ({}, {"mode": "one-shot", "max_features": 0}, {"mode": "one-shot"}, {"mode": "sequential"})
     errors = [0.0] * len(modes)

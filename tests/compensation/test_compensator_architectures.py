@@ -9,6 +9,8 @@ from torch import nn
 
 from tp_cosep import CoSePPruner, ReconstructionSelector
 
+pytestmark = pytest.mark.slow
+
 
 class Encoder(nn.Module):
     def __init__(self):

@@ -244,6 +244,7 @@ def expected_weights(layer, heads, dims):
 @pytest.mark.parametrize("with_dims", [False, True])
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.slow
 def test_the_stock_pruner_drops_the_heads_and_dimensions_that_rank_lowest(with_dims, scope, ratio):
     model, x, selector, num_heads = measured(scope)
     before = copy.deepcopy(model)
@@ -260,6 +261,7 @@ def test_the_stock_pruner_drops_the_heads_and_dimensions_that_rank_lowest(with_d
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
+@pytest.mark.slow
 def test_the_stock_pruner_ranks_heads_over_all_layers(scope, ratio):
     model, x, selector, num_heads = measured(scope, n_layers=3)
     before = copy.deepcopy(model)
@@ -278,6 +280,7 @@ def test_the_stock_pruner_ranks_heads_over_all_layers(scope, ratio):
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("with_dims", [False, True])
+@pytest.mark.slow
 def test_global_pruning_with_heads_is_that_of_the_stock_pruner(scope, with_dims):
     model, x, selector, _ = measured(scope, n_layers=3)
     options = {"pruning_ratio": 0.2, "head_pruning_ratio": 0.25, "prune_head_dims": with_dims, "global_pruning": True}

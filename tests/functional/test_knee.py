@@ -122,6 +122,7 @@ def test_errors(call, match):
         call()
 
 
+@pytest.mark.slow
 def test_default_is_stable_on_the_layers_of_the_demo():
     # Two disjoint halves of the calibration data: counts within a tenth of the layer.
     net, images = train_net("digits", seed=0)

@@ -77,6 +77,7 @@ def test_knee_and_height_are_those_of_the_full_path(name, n):
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.slow
 def test_both_neighbours_of_the_knee_are_tried_and_lower(name, n):
     d = torch.as_tensor(MATRICES[name](n))
     selection = select_channels(d)
@@ -199,6 +200,7 @@ def rounded_by_hand(k, step, n, mss):
 
 @pytest.mark.parametrize("n", [10, 33, 70])
 @pytest.mark.parametrize("step", [1, 2, 4, 7, 8, 16, 33, 71])
+@pytest.mark.slow
 def test_counts_are_rounded_to_multiples_of_a_step(n, step):
     d = torch.as_tensor(latent(n))
     path = k_medoids_path(d, range(1, n + 1))

@@ -107,6 +107,7 @@ def best_by_brute_force(losses, make_costs, target):
 
 
 @pytest.mark.parametrize("seed", range(8))
+@pytest.mark.slow
 def test_allocation_against_all_allocations(seed):
     model, x, _ = build("vgg", 6)
     torch.manual_seed(seed)

@@ -69,6 +69,7 @@ def as_macs(model, x):
 
 @pytest.mark.parametrize("kind", ["vgg", "resnet", "mlp"])
 @pytest.mark.parametrize("share", [0.8, 0.5])
+@pytest.mark.slow
 def test_a_latency_is_met_by_what_is_timed(kind, share, monkeypatch):
     pruner, model, x = pruner_for(kind, 24, target={"latency": share})
     n_timed = 0

@@ -97,6 +97,7 @@ def nudge(model):
 
 @pytest.mark.parametrize(("width", "ratio"), [(10, None), (10, 0.4), (12, None), (12, 0.4), (64, None), (96, None)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_layerwise_is_fit_select_prune_and_tune_one_group_after_another(kind, width, ratio):
     model, x, y = build(kind, width)
     twin, twin_widths = copy.deepcopy(model), []

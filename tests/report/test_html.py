@@ -424,6 +424,7 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+@pytest.mark.slow
 class TestBrowser:
     @pytest.fixture
     def opened(self, browser, plan, tmp_path):
