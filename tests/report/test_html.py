@@ -149,7 +149,7 @@ class TestContents:
         assert "−59.4%32 → 13" in tiles["text"]
         assert "−70.0%1.00 k → 300" in tiles["text"]
         assert "2 chosen from, 1 left alone" in tiles["text"]
-        assert "Asked for: target macs 0.3." in page.source
+        assert "Requested: target macs 0.3." in page.source
         assert [e["text"] for e in page.all("title")] == ["A net"]
         assert [e["text"] for e in page.all("h1")] == ["A net"]
 
@@ -236,18 +236,18 @@ class TestContents:
         assert "2 of 4 heads kept" in page.source
         assert "qkv 4 → 2" in page.source
 
-    def test_coverage_is_called_by_its_name(self, plan, tmp_path):
+    def test_retained_variance_is_called_by_its_name(self, plan, tmp_path):
         group = group_plan("conv1")
         covered = replace(group, selection=replace(group.selection, criterion="retained variance"))
         page = write(PruningPlan((covered,)), tmp_path)
-        assert "Share of what the readers see" in page.source
+        assert "<b>Retained variance</b>" in page.source
         assert "Silhouette" not in page.source
 
     def test_what_is_not_known_is_said(self, plan, tmp_path):
         bare = PruningPlan(tuple(replace(group, embedding=None) for group in plan))
         page = write(bare, tmp_path)
         assert "The plan does not say what its layers cost" in page.source
-        assert page.source.count("The plan holds no picture of this group") == 2
+        assert page.source.count("The plan holds no embedding of this group") == 2
         assert "Accuracy and latency were not measured" in page.source
         assert {row[6] for row in page.rows("Layers")} == {"–"}
         note = "classes were not measured where its channels are compared"
@@ -266,7 +266,7 @@ class TestContents:
             ((GroupPlan("head", "out", ("head",), None, "output"),), "Nothing was pruned."),
             ((group_plan("conv1", 12, 12),), "Nothing was pruned."),
             ((group_plan("conv1", 1, 1),), "Nothing was pruned."),
-            ((group_plan("conv1", 2, 1),), "1 of 2 channels stay."),
+            ((group_plan("conv1", 2, 1),), "1 of 2 channels are kept."),
         ],
         ids=["empty", "left alone", "all kept", "one channel", "two channels"],
     )
@@ -337,7 +337,7 @@ class TestSafety:
         """Text at 4.5 : 1 on the paper and on boxes, marks at 3 : 1, in light and in dark."""
         from importlib.resources import files
 
-        css = files("tp_cosep").joinpath("assets/report.css").read_text("utf-8")
+        css = files("tp_cosep.report").joinpath("assets/page.css").read_text("utf-8")
         light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in css.split("@media (prefers", 1))
         for colours in (light, {**light, **dark}):
             for name, least in {"ink": 4.5, "soft": 4.5, "link": 4.5, "knee": 3, "alone": 3}.items():
