@@ -1,7 +1,7 @@
 """The figures of the page as small SVG, which takes its colours from the page's style sheet.
 
-They show what :mod:`tp_cosep.report.plots` draws with matplotlib. Coordinates are whole numbers in a view 720 units wide,
-about twice the number of pixels on a screen.
+They show what :mod:`tp_cosep.report.plots` draws with matplotlib. Coordinates are whole numbers in a view 720 units
+wide, about twice the number of pixels on a screen.
 """
 
 from __future__ import annotations
@@ -55,15 +55,12 @@ def curve(selection: ChannelSelection, name: str) -> Markup:
         marks.append(_element("circle", class_="count", cx=x(n_kept), cy=y(mss[ks.index(n_kept)]), r=16))
     else:
         marks.append(_path("count dotted", f"M{x(n_kept)} {_TOP}V{_HEIGHT - _BOTTOM}"))
+    knee_text = "It has no knee"
+    if knee is not None:
+        knee_text = f"Its knee is at k = {knee}, strength {selection.knee_strength:.2f}"
     description = (
-        f"{name}, {criterion.short} over k. "
-        f"{criterion.name} is {mss[0]:.3f} at k = {ks[0]} and {mss[-1]:.3f} at k = {ks[-1]}. "
-        + (
-            "It has no knee. "
-            if knee is None
-            else f"Its knee is at k = {knee}, strength {selection.knee_strength:.2f}. "
-        )
-        + f"{n_kept} of {len(selection.labels)} are kept."
+        f"{name}, {criterion.short} over k. {criterion.name} is {mss[0]:.3f} at k = {ks[0]} and {mss[-1]:.3f} at "
+        f"k = {ks[-1]}. {knee_text}. {n_kept} of {len(selection.labels)} are kept."
     )
     return _svg(_HEIGHT, description, marks)
 
@@ -121,16 +118,16 @@ def _counts_in_words(selection: ChannelSelection, embedding: GroupEmbedding, n_k
     ((largest, n_largest),) = sizes.most_common(1)
     n_joint = sum(size > 1 for size in sizes.values())
     text = (
-        f"{n_kept} of {len(selection.labels)} {unit}s kept, in {len(selection.medoids)} clusters, {n_joint} of them with "
-        f"more than one {unit}. The axes show {embedding.shares[0]:.1%} and {embedding.shares[1]:.1%} of the squared "
-        "distances."
+        f"{n_kept} of {len(selection.labels)} {unit}s kept, in {len(selection.medoids)} clusters, {n_joint} of them "
+        f"with more than one {unit}. The axes show {embedding.shares[0]:.1%} and {embedding.shares[1]:.1%} of the "
+        "squared distances."
     )
     if n_largest > 1:
         text += f" The largest cluster, of {n_largest}, is that of {unit} {selection.medoids[largest]}."
     return text
 
 
-def _element(tag: str, content: str = "", **attributes: str | float) -> Markup:
+def _element(tag: str, content: str = "", /, **attributes: str | float) -> Markup:
     """An SVG element; values and text are escaped, ``_`` in an attribute's name is a hyphen."""
     pairs = Markup("").join(
         Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items()
@@ -138,8 +135,8 @@ def _element(tag: str, content: str = "", **attributes: str | float) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>" if content else "<{0}{1}/>").format(tag, pairs, content)
 
 
-def _path(class_: str, d: str, **attributes: float) -> Markup:
-    return _element("path", class_=class_, d=d, **attributes)
+def _path(class_: str, d: str, **attributes: str | float) -> Markup:
+    return _element("path", "", class_=class_, d=d, **attributes)
 
 
 def _svg(height: int, description: str, marks: Iterable[Markup], **attributes: str) -> Markup:

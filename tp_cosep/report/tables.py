@@ -235,5 +235,5 @@ def _measurements(row: ModelRow, *, is_base: bool) -> Iterable[Text]:
 
 
 def new_table(title: str, caption: str | None = None) -> Table:
-    """An empty table in this library's style."""
+    """An empty table in the style of this library."""
     return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
