@@ -38,9 +38,9 @@ def plan_of(n_layers: int, width: int) -> PruningPlan:
         tuple(ClassPair((37 * j + i) % N_CLASSES, (71 * j + i + 1) % N_CLASSES, 2 / (i + 1)) for i in range(3))
         for j in range(width // 2)
     )
-    picture = GroupEmbedding(at, scale, shares, (), pairs, (N_CLASSES, N_CLASSES))
+    embedding = GroupEmbedding(at, scale, shares, (), pairs, (N_CLASSES, N_CLASSES))
     names = [f"features.denseblock{i // 50}.denselayer{i}.conv" for i in range(n_layers)]
-    entry = GroupPlan("", "out", (), selection, "knee, guarded", picture=picture)
+    entry = GroupPlan("", "out", (), selection, "knee, guarded", embedding=embedding)
     groups = tuple(replace(entry, name=name, layers=(name,)) for name in names)
     costs = {name: (1000 + i, 500) for i, name in enumerate(names)}
     return PruningPlan(groups, costs={"macs": costs, "params": costs})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tp_cosep import CoSePPruner, CoSePSelector
 from tp_cosep.cli.demo import accuracy, train_net
-from tp_cosep.report.benchmark import measure_models
+from tp_cosep.report import measure_models
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -1,4 +1,4 @@
-"""The page about a plan: what is in it, that names stay text, and that a browser shows it."""
+"""The HTML page: its content, its safety against hostile names, and its behaviour in a browser."""
 
 import base64
 import hashlib
@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -28,7 +30,7 @@ STATS = {
 
 
 class Page(HTMLParser):
-    """Elements with their attributes and all the text in them, in order; fails on tags that do not match."""
+    """Elements with their attributes and all the text in them, in document order; fails on unbalanced tags."""
 
     def __init__(self, path):
         super().__init__(convert_charrefs=True)
@@ -55,7 +57,7 @@ class Page(HTMLParser):
         return [e for e in self.elements if e["tag"] == tag and attributes.items() <= e.items()]
 
     def rows(self, label):
-        """The cells' texts of a table's body, by the table's name."""
+        """The text of the cells in the body of the table with this name."""
         start = next(i for i, e in enumerate(self.elements) if e["tag"] == "table" and e.get("aria-label") == label)
         rows = []
         for e in self.elements[start + 1 :]:
@@ -139,7 +141,7 @@ class TestContents:
             ],
         ]
 
-    def test_what_was_left_alone_and_why(self, plan, tmp_path):
+    def test_left_alone_with_the_reason(self, plan, tmp_path):
         page = write(plan, tmp_path)
         assert page.rows("Left alone") == [["head", "20.0%", "its channels are the model's output"]]
 
@@ -149,7 +151,7 @@ class TestContents:
         assert "−59.4%32 → 13" in tiles["text"]
         assert "−70.0%1.00 k → 300" in tiles["text"]
         assert "2 chosen from, 1 left alone" in tiles["text"]
-        assert "Asked for: target macs 0.3." in page.source
+        assert "Requested: target macs 0.3." in page.source
         assert [e["text"] for e in page.all("title")] == ["A net"]
         assert [e["text"] for e in page.all("h1")] == ["A net"]
 
@@ -163,13 +165,13 @@ class TestContents:
         assert "−2.5090.00% → 87.50%" in tiles["text"]
         assert "−25.0%4.00 ms → 3.00 ms" in tiles["text"]
 
-    def test_accuracy_that_was_not_asked_for(self, plan, tmp_path):
+    def test_accuracy_that_was_not_measured(self, plan, tmp_path):
         stats = {name: replace(s, accuracy=None) for name, s in STATS.items()}
         page = write(plan, tmp_path, stats=stats)
         assert [row[1] for row in page.rows("Before and after")] == ["–", "–"]
         assert "accuracy, in points" not in page.source
 
-    def test_every_figure_says_its_numbers(self, plan, tmp_path):
+    def test_every_figure_has_a_text_alternative(self, plan, tmp_path):
         page = write(plan, tmp_path)
         figures = page.all("svg")
         assert len(figures) == 4
@@ -184,7 +186,7 @@ class TestContents:
         assert "5 of 12 channels kept, in 5 clusters" in plane_label
 
     def test_figures_show_every_channel_once(self, plan, tmp_path):
-        """Coloured dots are as many as channels, those with rings as many as are kept."""
+        """There is one coloured dot per channel and one ring per kept channel."""
         page = write(plan, tmp_path)
         paths = [e for e in page.all("path") if "dot" in e.get("class", "")]
         at = {kind: sum(e["d"].count("h0") for e in paths if kind in e["class"]) for kind in ("ring", "gap")}
@@ -236,18 +238,18 @@ class TestContents:
         assert "2 of 4 heads kept" in page.source
         assert "qkv 4 → 2" in page.source
 
-    def test_coverage_is_called_by_its_name(self, plan, tmp_path):
+    def test_retained_variance_is_named(self, plan, tmp_path):
         group = group_plan("conv1")
         covered = replace(group, selection=replace(group.selection, criterion="retained variance"))
         page = write(PruningPlan((covered,)), tmp_path)
-        assert "Share of what the readers see" in page.source
+        assert "<b>Retained variance</b>" in page.source
         assert "Silhouette" not in page.source
 
-    def test_what_is_not_known_is_said(self, plan, tmp_path):
+    def test_missing_information_is_stated(self, plan, tmp_path):
         bare = PruningPlan(tuple(replace(group, embedding=None) for group in plan))
         page = write(bare, tmp_path)
         assert "The plan does not say what its layers cost" in page.source
-        assert page.source.count("The plan holds no picture of this group") == 2
+        assert page.source.count("The plan holds no embedding of this group") == 2
         assert "Accuracy and latency were not measured" in page.source
         assert {row[6] for row in page.rows("Layers")} == {"–"}
         note = "classes were not measured where its channels are compared"
@@ -266,7 +268,7 @@ class TestContents:
             ((GroupPlan("head", "out", ("head",), None, "output"),), "Nothing was pruned."),
             ((group_plan("conv1", 12, 12),), "Nothing was pruned."),
             ((group_plan("conv1", 1, 1),), "Nothing was pruned."),
-            ((group_plan("conv1", 2, 1),), "1 of 2 channels stay."),
+            ((group_plan("conv1", 2, 1),), "1 of 2 channels are kept."),
         ],
         ids=["empty", "left alone", "all kept", "one channel", "two channels"],
     )
@@ -331,13 +333,13 @@ class TestSafety:
 
     def test_half_a_character(self, plan, tmp_path):
         page = write(plan, tmp_path, title="a\ud800b")
-        assert page.all("title")[0]["text"] == "a\ufffdb"  # as a browser reads what cannot be written
+        assert page.all("title")[0]["text"] == "a\ufffdb"  # as a browser reads a character that UTF-8 cannot encode
 
     def test_colours_can_be_seen(self):
-        """Text at 4.5 : 1 on the paper and on boxes, marks at 3 : 1, in light and in dark."""
+        """Contrast of text is at least 4.5 : 1 on the page and in boxes, of marks 3 : 1, in light and in dark mode."""
         from importlib.resources import files
 
-        css = files("tp_cosep").joinpath("assets/report.css").read_text("utf-8")
+        css = files("tp_cosep.report").joinpath("assets/page.css").read_text("utf-8")
         light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in css.split("@media (prefers", 1))
         for colours in (light, {**light, **dark}):
             for name, least in {"ink": 4.5, "soft": 4.5, "link": 4.5, "knee": 3, "alone": 3}.items():
@@ -348,7 +350,7 @@ class TestSafety:
 
 
 def contrast(a, b):
-    """As WCAG 2 defines it."""
+    """Contrast ratio of WCAG 2."""
 
     def luminance(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -428,7 +430,7 @@ def browser(tmp_path_factory):
 class TestBrowser:
     @pytest.fixture
     def opened(self, browser, plan, tmp_path):
-        """Open a page of a size, in light or dark; what the console says is an error."""
+        """Open a page with a width and a colour scheme; any console message fails the test."""
 
         def open_page(plan=plan, width=1280, scheme="light", fragment="", **options):
             path = tmp_path / "report.html"
@@ -469,7 +471,7 @@ class TestBrowser:
         assert self.first_column(browser)[:2] == ["conv10", "conv1"]
         self.heading(browser, "layer").click()
         assert self.first_column(browser) == ["conv1", "conv2", "conv9", "conv10"]
-        for _ in range(2):  # what has no knee stays behind, in either direction
+        for _ in range(2):  # rows without a knee stay last in both directions
             self.heading(browser, "knee strength").send_keys("\ue007")
             assert self.first_column(browser)[-1] == "conv9"
         sorted_by = browser.find_elements("css selector", "table.sorts [aria-sort]")
@@ -496,7 +498,7 @@ class TestBrowser:
         (layer,) = browser.find_elements("css selector", "details[open]")
         assert layer.find_element("css selector", "summary").text.startswith("conv2")
 
-    def test_a_tip_says_what_is_under_the_pointer(self, opened, plan):
+    def test_a_tip_describes_the_channel_under_the_pointer(self, opened, plan):
         browser = opened(class_names=[f"digit {i}" for i in range(10)], fragment="#layer-1")
         time.sleep(0.2)
         conv1 = next(g for g in plan if g.name == "conv1")
@@ -517,7 +519,7 @@ class TestBrowser:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [360, 1280])
     def test_every_width_and_scheme(self, opened, plan, width, scheme):
-        """Nothing is wider than the screen, though names are long, and the page is as bright as asked for."""
+        """Even with long names nothing is wider than the screen, and the page follows the colour scheme."""
         long = replace(plan.groups[0], name="features." + "x" * 60, reason="because " * 30)
         browser = opened(
             replace(plan, groups=(long, *plan.groups[1:])),
@@ -546,6 +548,14 @@ class TestBrowser:
         assert browser.find_elements("css selector", ".clusters td")
 
     def test_200_layers_open(self, opened):
-        """How soon is for ``benchmarks/page.py`` to say."""
+        """``benchmarks/page.py`` measures the time."""
         browser = opened(plan_of(200, 256), class_names=NAMES)
         assert len(browser.find_elements("css selector", "details")) == 200
+
+
+def test_report_does_not_import_pruning():
+    """The views depend on values only."""
+    code = (
+        "import sys, tp_cosep.report.html; sys.exit(any(name.startswith('tp_cosep.pruning') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

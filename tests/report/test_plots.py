@@ -1,4 +1,4 @@
-"""What is drawn, read back from the axes; no picture is compared."""
+"""Plots, read back from the axes; no images are compared."""
 
 import sys
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tp_cosep.selection.result import GroupPlan
 
 
 def points(n, n_clusters, dims, noise, seed=0):
-    """Noisy copies of a few centres, shuffled into no order by the remainder of their index."""
+    """Noisy copies of a few centres; the centre of a point is its index modulo ``n_clusters``."""
     generator = torch.Generator().manual_seed(seed)
     centres = 4 * torch.randn(n_clusters, dims, generator=generator, dtype=torch.float64)
     x = centres[torch.arange(n) % n_clusters]
@@ -32,7 +32,7 @@ def distances_of(x):
 
 
 def line(ax, label):
-    """The only line whose label starts so."""
+    """The only line whose label starts with ``label``."""
     (found,) = [drawn for drawn in ax.lines if str(drawn.get_label()).startswith(label)]
     return found
 
@@ -56,7 +56,7 @@ class TestMss:
         assert tuple(curve.get_ydata()) == selection.mss
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("number of clusters k", "Mean Simplified Silhouette (MSS)")
 
-    def test_knee_stands_as_high_over_the_straight_line_as_its_strength_says(self, planted):
+    def test_knee_height_over_the_straight_line_is_its_strength(self, planted):
         _, _, selection = planted
         _, ax = plot_mss(selection)
         knee = line(ax, "knee")
@@ -80,8 +80,8 @@ class TestMss:
         _, ax = plot_mss(select_channels(distances, n_keep=1))
         assert list(line(ax, "kept: 1 of 24").get_xdata()) == [1, 1]
 
-    def test_count_is_what_was_really_kept(self, planted):
-        """A ranking across layers keeps other channels than the k best, and the selection says which."""
+    def test_count_is_the_final_count(self, planted):
+        """A ranking across layers may keep channels other than the k best."""
         _, _, selection = planted
         _, ax = plot_mss(replace(selection, keep_idxs=(0, 1, 2), prune_idxs=tuple(range(3, 24))))
         assert line(ax, "kept").get_label() == "kept: 3 of 24"
@@ -133,7 +133,7 @@ class TestSeparabilitySpace:
         torch.testing.assert_close(distances_of(torch.from_numpy(xy)), distances_of(x))
         assert ax.get_aspect() == 1.0
 
-    def test_axes_say_how_much_they_show(self, planted):
+    def test_axes_give_the_share_they_show(self, planted):
         """By another route: principal components of the points themselves."""
         x, distances, selection = planted
         _, ax = plot_separability_space(distances, selection)
@@ -178,8 +178,8 @@ class TestSeparabilitySpace:
         assert all(len(found) == 1 for found in by_label.values())
         assert len(set().union(*by_label.values())) == 6
 
-    def test_colours_come_back_far_away_only(self):
-        """Twelve pairs on a line, six colours: no pair has the colour of the one beside it."""
+    def test_only_distant_clusters_share_a_colour(self):
+        """Twelve pairs on a line, six colours: no pair has the colour of its neighbour."""
         x = torch.arange(12, dtype=torch.float64).repeat_interleave(2)[:, None] * 10
         x[1::2] += 0.1
         selection = select_channels(distances_of(x), n_keep=12)
@@ -221,7 +221,7 @@ class TestSeparabilitySpace:
 
     @pytest.mark.parametrize("n", [8, 512])
     def test_marks_stay_apart(self, n):
-        """The dots of all channels together cover a small part of the axes, those of a few are not specks."""
+        """Many dots cover only a small part of the axes; few dots are large enough to see."""
         x = points(n, n, 5, 0.0)
         selection = select_channels(distances_of(x), n_keep=n // 4)
         fig, ax = plot_separability_space(distances_of(x), selection)
@@ -232,8 +232,8 @@ class TestSeparabilitySpace:
         assert n * size < 0.1 * area
         assert size > 12
 
-    def test_a_picture_draws_what_distances_do(self, planted):
-        """As a plan that was loaded has it: positions rounded to thousandths of the largest."""
+    def test_an_embedding_is_drawn_like_its_distances(self, planted):
+        """An embedding holds positions as fractions of the largest coordinate."""
         _, distances, selection = planted
         points, shares = plane(distances)
         scale = float(points.abs().max())
@@ -251,12 +251,12 @@ class TestSeparabilitySpace:
         xy, _, rings = self.drawn(ax, selection)
         np.testing.assert_array_equal(rings, xy[list(selection.keep_idxs)])
 
-    def test_other_pictures_are_an_error(self, planted):
+    def test_embedding_of_another_group(self, planted):
         _, _, selection = planted
         with pytest.raises(InputError, match=r"expected positions of shape \(24, 2\).*got \(3, 2\)"):
             plot_separability_space(GroupEmbedding(((0.0, 0.0),) * 3, 1.0, (0.5, 0.5)), selection)
 
-    def test_other_distances_are_an_error(self, planted):
+    def test_distances_of_another_group(self, planted):
         _, distances, selection = planted
         with pytest.raises(InputError, match=r"expected distances of shape \(24, 24\).*got \(20, 20\)"):
             plot_separability_space(distances[:20, :20], selection)

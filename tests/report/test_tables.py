@@ -10,8 +10,7 @@ from torch import nn
 from tp_cosep.errors import InputError
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.pruning.plan import PruningPlan
-from tp_cosep.report.benchmark import ModelStats, measure, measure_models
-from tp_cosep.report.tables import layer_rows, layer_table, model_rows, model_table
+from tp_cosep.report import ModelStats, layer_rows, layer_table, measure, measure_models, model_rows, model_table
 from tp_cosep.selection.result import GroupPlan
 
 X = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -66,8 +65,8 @@ class TestLayers:
         assert (head.n_channels, head.n_kept, head.k, head.knee_k, head.knee_strength) == (None,) * 5
         assert head.reason == "its channels are the model's output"
 
-    def test_kept_is_what_was_really_kept(self, plan):
-        """A ranking across layers may keep another number than k."""
+    def test_kept_is_the_final_count(self, plan):
+        """A ranking across layers may keep a number of channels other than k."""
         group = plan.groups[0]
         ranked = replace(group.selection, keep_idxs=(1, 2), prune_idxs=(0, *range(3, 64)))
         (row,) = layer_rows(PruningPlan((replace(group, selection=ranked),)))
@@ -85,16 +84,20 @@ class TestLayers:
         assert any(row[:6] == ["head", "–", "–", "–", "–", "–"] for row in rows)
         assert "…" not in text
 
-    def test_names_are_no_markup(self):
+    def test_names_are_not_markup(self):
         plan = PruningPlan((GroupPlan("blocks[0]", "out", (), None, "[bold]"),))
         text = printed(layer_table(plan))
         assert "blocks[0]" in text
         assert "[bold]" in text
 
+    def test_groups_need_no_plan(self, plan):
+        assert layer_rows(plan.groups) == layer_rows(iter(plan.groups)) == layer_rows(plan)
+        assert printed(layer_table(plan.groups)) == printed(layer_table(plan))
+
 
 class TestMeasure:
     def test_parameters_and_macs(self):
-        """Counted by hand: products of the convolutions and the linear layer, and what BatchNorm and ReLU touch."""
+        """Counted by hand: products of the convolutions and the linear layer, and the elements of BatchNorm and ReLU."""
         stats = measure(net(), X, n_runs=1)
         assert stats.n_parameters == 12 * 3 * 9 + 2 * 12 + 10 * 12 * 9 + 160 * 4
         products = 64 * 12 * 3 * 9 + 16 * 10 * 12 * 9 + 160 * 4
@@ -102,7 +105,7 @@ class TestMeasure:
         assert stats.batch_size == 7
         assert stats.accuracy is None
 
-    def test_model_comes_back_as_it_was(self):
+    def test_the_model_is_unchanged(self):
         model = net()
         model.train()
         model[1].eval()
@@ -127,16 +130,16 @@ class TestMeasure:
         for p, grad in zip(model.parameters(), grads, strict=True):
             assert (p.grad is None and grad is None) or torch.equal(p.grad, grad)
 
-    def test_accuracy_is_asked_for_in_eval_mode(self):
-        asked = []
+    def test_accuracy_is_evaluated_in_eval_mode(self):
+        modes = []
 
         def evaluate(model):
-            asked.append((model.training, torch.is_grad_enabled()))
+            modes.append((model.training, torch.is_grad_enabled()))
             return 0.25
 
         model = net().train()
         assert measure(model, X, evaluate, n_runs=1).accuracy == 0.25
-        assert asked == [(False, False)]
+        assert modes == [(False, False)]
 
     def test_latency_is_the_median_after_the_warm_up(self):
         class Sleeper(nn.Module):
@@ -146,7 +149,7 @@ class TestMeasure:
                 self.n_calls = 0
 
             def forward(self, x):
-                if len(x) > 1:  # counting takes the first sample alone
+                if len(x) > 1:  # operations are counted for the first sample only
                     time.sleep(self.pauses[self.n_calls])
                     self.n_calls += 1
                 return x
@@ -210,7 +213,7 @@ STATS = {
 
 
 class TestModels:
-    def test_beside_the_first(self):
+    def test_relative_to_the_first(self):
         first, pruned, better, unknown = model_rows(STATS)
         assert (first.name, first.accuracy_change, first.parameters_ratio) == ("trained", 0.0, 1.0)
         assert pruned.accuracy_change == pytest.approx(-2.0)
@@ -244,5 +247,5 @@ class TestModels:
     def test_no_models(self):
         assert "accuracy" in printed(model_table({}))
 
-    def test_names_are_no_markup(self):
+    def test_names_are_not_markup(self):
         assert "[net]" in printed(model_table({"[net]": STATS["trained"]}))

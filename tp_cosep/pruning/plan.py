@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -16,13 +16,12 @@ from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.graph.editing import add_biases, build_group, prune_group
 from tp_cosep.graph.structure import check_structure, fingerprint_of
 from tp_cosep.graph.tracing import trace
+from tp_cosep.report.benchmark import ModelStats
+from tp_cosep.report.html import PageContent, write_page
+from tp_cosep.selection.result import GroupPlan, group_from_json, group_to_json
 from tp_cosep.utils.data import evaluating, run_model
 from tp_cosep.utils.files import replacing
 from tp_cosep.utils.snapshot import restored_on_error
-
-if TYPE_CHECKING:
-    from tp_cosep.report.benchmark import ModelStats
-from tp_cosep.selection.result import GroupPlan, group_from_json, group_to_json
 
 __all__ = ["PruningPlan"]
 
@@ -136,22 +135,19 @@ class PruningPlan:
         class_names: Sequence[str] | Mapping[int, str] | None = None,
         title: str | None = None,
     ) -> None:
-        """Write a page about the plan: one HTML file that needs nothing else, see :mod:`tp_cosep.report.html`.
+        """Write an HTML page about the plan, one file that needs nothing but a browser.
 
         Args:
-            path: Of the file; one that exists is replaced only when the new one is complete.
+            path: The file; an existing one is replaced only when the new one is complete.
             stats: Measurements by the name of the model, the first one unpruned and the last one the result, see
-                :func:`tp_cosep.report.benchmark.measure_models`.
-            class_names: By label; a label without a name stands for itself.
-            title: Of the page.
+                :func:`tp_cosep.report.measure_models`.
+            class_names: Names by label; a label without a name stands for itself.
+            title: The page's title.
 
         Raises:
-            InputError: If the folder does not exist, or an argument is not as it should be.
+            InputError: If the folder does not exist, or ``stats`` or ``class_names`` is of the wrong type.
         """
-        # The page needs what this module defines.
-        from tp_cosep.report.html import write_page
-
-        write_page(self, path, stats=stats, class_names=class_names, title=title)
+        write_page(PageContent(self.groups, self.costs, self.options, stats, class_names, title), path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an existing file is replaced only when the new one is complete.

@@ -18,10 +18,10 @@ __all__ = ["ModelStats", "measure", "measure_models"]
 
 @dataclass(frozen=True)
 class ModelStats:
-    """What was measured of a model.
+    """Measurements of a model.
 
     Attributes:
-        accuracy: Share of correct answers, 0 … 1; ``None`` if it was not asked for.
+        accuracy: Share of correct predictions, 0 … 1; ``None`` if it was not measured.
         n_parameters: Number of parameters.
         n_macs: Multiply-accumulates for one sample, as Torch-Pruning counts them: it adds the element-wise
             operations of normalisations, activations and poolings that are modules.
@@ -44,23 +44,24 @@ def measure(
     n_runs: int = 30,
     n_warmup: int = 5,
 ) -> ModelStats:
-    """Count and time a model, which comes back as it was: mode, weights, buffers, hooks.
+    """Count and time a model; its mode, weights, buffers and hooks are unchanged afterwards.
 
-    See :func:`measure_models`, which compares several fairly.
+    :func:`measure_models` compares several models fairly.
 
     Args:
-        model: Runs on its own device.
-        example_inputs: On that device, batch first: a tensor, a tuple of arguments or a dict of keyword
-            arguments. All of the batch is timed; the first sample alone is counted.
-        evaluate: ``evaluate(model) -> accuracy``, 0 … 1.
-        n_runs: Forward passes that are timed.
-        n_warmup: Forward passes before them.
+        model: The model, on any device.
+        example_inputs: Inputs on the model's device, batch first: a tensor, a tuple of arguments or a dict of keyword
+            arguments. The whole batch is timed; operations are counted for its first sample.
+        evaluate: ``evaluate(model) -> accuracy``, 0 … 1; by default accuracy is not measured.
+        n_runs: Number of timed forward passes, at least 1.
+        n_warmup: Number of forward passes before the timed ones, at least 0.
 
     Returns:
         The measurements.
 
     Raises:
-        InputError: If there is no tensor with a batch dimension in ``example_inputs``, or ``n_runs`` < 1.
+        InputError: If there is no tensor with a batch dimension in ``example_inputs``, or ``n_runs`` or ``n_warmup`` is
+            too small.
     """
     return measure_models({"": model}, example_inputs, evaluate, n_runs=n_runs, n_warmup=n_warmup)[""]
 
@@ -73,24 +74,25 @@ def measure_models(
     n_runs: int = 30,
     n_warmup: int = 5,
 ) -> dict[str, ModelStats]:
-    """Count and time several models on the same inputs; each comes back as it was.
+    """Count and time several models on the same inputs; modes, weights, buffers and hooks are unchanged afterwards.
 
-    Latency is the median of repeated forward passes in eval mode after a warm-up, at the number of threads
-    that torch has been given. The models take turns, so that a machine that is busier now than a second ago
-    favours none of them.
+    Latency is the median of repeated forward passes in eval mode after a warm-up, with torch's current number of
+    threads. The models take turns, so that a change in the machine's load favours none of them.
 
     Args:
-        models: By name.
-        example_inputs: As for :func:`measure`, as are the rest.
-        evaluate: See there.
-        n_runs: Forward passes of each model that are timed.
-        n_warmup: Forward passes of each model before them.
+        models: The models by name, on any device.
+        example_inputs: Inputs on the models' device, batch first: a tensor, a tuple of arguments or a dict of keyword
+            arguments. The whole batch is timed; operations are counted for its first sample.
+        evaluate: ``evaluate(model) -> accuracy``, 0 … 1; by default accuracy is not measured.
+        n_runs: Number of timed forward passes of each model, at least 1.
+        n_warmup: Number of forward passes of each model before the timed ones, at least 0.
 
     Returns:
-        The measurements by name, in the same order.
+        The measurements by name, in the order of ``models``.
 
     Raises:
-        InputError: As for :func:`measure`.
+        InputError: If there is no tensor with a batch dimension in ``example_inputs``, or ``n_runs`` or ``n_warmup`` is
+            too small.
     """
     if n_runs < 1 or n_warmup < 0:
         raise InputError(f"measure: expected n_runs ≥ 1 and n_warmup ≥ 0, got {n_runs} and {n_warmup}.")

@@ -1,21 +1,23 @@
-"""Pictures of a selection and of a plan.
+"""Plots of a selection and of a pruning run.
 
-Every function takes an optional ``ax`` and returns ``(figure, ax)``. Without ``ax`` it makes a figure that
-pyplot does not know of, so nothing has to be closed. matplotlib is imported when a plot is made.
+Every function takes an optional ``ax`` and returns ``(fig, ax)``. Without ``ax`` it makes a figure that is not
+registered with pyplot, so nothing has to be closed. matplotlib is imported when a plot is made.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tp_cosep.errors import InputError, MissingDependencyError
 from tp_cosep.functional.selection import ChannelSelection
-from tp_cosep.pruning.plan import PruningPlan
-from tp_cosep.report.tables import group_label
+from tp_cosep.report.labels import CRITERIA, counted
+from tp_cosep.report.tables import channel_counts, group_label
 from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components, plane
+from tp_cosep.selection.result import GroupPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,22 +31,16 @@ _CLUSTER_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _RED)
 _INK, _GREY, _PALE = "#222222", "#777777", "#D9D9D9"
 
 
-_CRITERIA = {
-    "silhouette": ("MSS", "number of clusters k", "Mean Simplified Silhouette (MSS)", "silhouette of"),
-    "retained variance": ("coverage", "number of channels kept k", "share of what readers see", "coverage by"),
-}
-
-
 def plot_mss(selection: ChannelSelection, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Draw the Mean Simplified Silhouette over the number of clusters, its knee and the number kept.
+    """Plot the Mean Simplified Silhouette over the number of clusters, its knee and the number kept.
 
-    For a column subset it is the coverage over the number of channels, see
-    :class:`tp_cosep.functional.selection.ChannelSelection`. The straight line between the ends is what channels without any
-    redundancy come close to; the knee's strength is its height over that line, as a share of the curve's range.
+    For a selection by elimination the curve is the retained variance over the number of channels, see
+    :class:`tp_cosep.ChannelSelection`. Without redundant channels the curve is close to the straight line between its
+    ends; the knee's strength is its height over that line, as a share of the curve's range.
 
     Args:
         selection: The selection.
-        ax: Where to draw; a new figure by default.
+        ax: The axes to draw on; by default those of a new figure.
 
     Returns:
         The figure and the axes.
@@ -58,13 +54,13 @@ def plot_mss(selection: ChannelSelection, ax: Axes | None = None) -> tuple[Figur
     ks, mss = selection.ks, selection.mss
     if len(ks) > 1:
         ax.plot([ks[0], ks[-1]], [mss[0], mss[-1]], color=_GREY, lw=1, ls="--", label="straight line")
-    name, x_label, y_label, title = _CRITERIA[selection.criterion]
-    ax.plot(ks, mss, color=_BLUE, lw=2, marker="o", ms=3 if len(ks) <= 40 else 0, label=name)
+    criterion = CRITERIA[selection.criterion]
+    ax.plot(ks, mss, color=_BLUE, lw=2, marker="o", ms=3 if len(ks) <= 40 else 0, label=criterion.short)
     if selection.knee_k in ks:
         _draw_knee(selection, ax)
     _draw_count(selection, ax)
-    ax.set(xlabel=x_label, ylabel=y_label)
-    ax.set_title(f"{title} {_channels(len(selection.labels))}", loc="left")
+    ax.set(xlabel=criterion.x_label, ylabel=criterion.name)
+    ax.set_title(f"{selection.criterion} of {counted(len(selection.labels), 'channel')}", loc="left")
     ax.set_ylim(bottom=min(0.0, *ax.get_ylim()))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="lower right", frameon=False, fontsize=9)
@@ -95,7 +91,7 @@ def _draw_knee(selection: ChannelSelection, ax: Axes) -> None:
 def _draw_count(selection: ChannelSelection, ax: Axes) -> None:
     n_kept, n = len(kept_components(selection)), len(selection.labels)
     label = f"kept: {n_kept} of {n}"
-    if n_kept not in selection.ks:  # one channel, or a count that a whole-model ranking decided
+    if n_kept not in selection.ks:  # a single channel, or a count decided by a whole-model ranking
         ax.axvline(n_kept, color=_INK, lw=1.2, ls=":", label=label)
         return
     height = selection.mss[selection.ks.index(n_kept)]
@@ -105,23 +101,23 @@ def _draw_count(selection: ChannelSelection, ax: Axes) -> None:
 def plot_separability_space(
     distances: Tensor | GroupEmbedding, selection: ChannelSelection, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Draw the channels of a group in the space that compares them, as far as two dimensions can show it.
+    """Plot the channels of a group by their distances, embedded in two dimensions.
 
-    The plane is that of classical multidimensional scaling; the axes say what share of the squared distances
-    it shows. Colours tell neighbouring clusters apart; they come back for clusters further away, so a thin
-    line joins each channel to its medoid. Channels alone in their cluster are grey, and kept ones have a ring.
+    The embedding is classical multidimensional scaling; the axis labels give the share of the squared distances that it
+    shows. Neighbouring clusters differ in colour; distant ones may share one, so a thin line joins each channel to its
+    medoid. Channels alone in their cluster are grey, and kept ones have a ring.
 
     Args:
         distances: ``[components, components]``, see :meth:`tp_cosep.CoSePSelector.distances`; or the ``embedding`` of
-            a :class:`tp_cosep.GroupPlan`, which is at hand when the plan was loaded from a file.
-        selection: What was selected of the same group.
-        ax: Where to draw; a new figure by default.
+            a :class:`tp_cosep.GroupPlan`, which a saved plan contains.
+        selection: The selection of the same group.
+        ax: The axes to draw on; by default those of a new figure.
 
     Returns:
         The figure and the axes.
 
     Raises:
-        InputError: If the distances are not those of the selection's components.
+        InputError: If there is not one row per component of the selection.
         MissingDependencyError: If matplotlib is not installed.
     """
     n = len(selection.labels)
@@ -130,8 +126,8 @@ def plot_separability_space(
     found = distances if isinstance(distances, Tensor) else distances.points
     if found.shape != shape:
         raise InputError(
-            f"plot: expected {'distances' if embedding is None else 'positions'} of shape {shape}, one row per component "
-            f"of the selection, got {tuple(found.shape)}; take them from the selector before pruning."
+            f"plot: expected {'distances' if embedding is None else 'positions'} of shape {shape}, one row per "
+            f"component of the selection, got {tuple(found.shape)}; take them from the selector before pruning."
         )
     fig, ax = _figure_and_axes(ax, (7.0, 6.2))
     points, shares = plane(found) if embedding is None else (found, embedding.shares)
@@ -143,7 +139,7 @@ def plot_separability_space(
     ax.set_xlabel(f"dimension 1: {shares[0]:.0%} of the squared distances")
     ax.set_ylabel(f"dimension 2: {shares[1]:.0%} of the squared distances")
     space = "separability space" if selection.criterion == "silhouette" else "1 − |correlation|"
-    ax.set_title(f"{space} of {_channels(n)}", loc="left")
+    ax.set_title(f"{space} of {counted(n, 'channel')}", loc="left")
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.07)
     _explain_space(selection, len(kept), ax)
@@ -178,7 +174,7 @@ def _explain_space(selection: ChannelSelection, n_kept: int, ax: Axes) -> None:
         handles=handles,
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
-        borderaxespad=4.6,  # in font sizes: below the axis label, whatever the height of the axes
+        borderaxespad=4.6,  # in font sizes, so that it is below the axis label for any height of the axes
         ncols=len(handles) if width > 5 else 1,
         frameon=False,
         fontsize=9,
@@ -197,15 +193,15 @@ def _draw_clusters(points: Tensor, selection: ChannelSelection, size: float, ax:
         ax.scatter(x, y, s=size, color=colour, linewidths=0, zorder=3)
 
 
-def plot_kept_channels(plan: PruningPlan, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Draw how many channels of every group a plan keeps, in the plan's order from the top.
+def plot_kept_channels(groups: Iterable[GroupPlan], ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot how many channels of every group are kept, the first group at the top.
 
-    A group that was pruned several times is drawn once, with its first total and its last count. One that
-    was left alone has no bar, but the reason.
+    A group that was pruned several times has one bar, with its first total and its last count. A group that was left
+    alone has the reason instead of a bar.
 
     Args:
-        plan: The plan.
-        ax: Where to draw; a new figure by default, as high as the plan is long.
+        groups: The visits, e.g. a :class:`tp_cosep.PruningPlan`.
+        ax: The axes to draw on; by default those of a new figure, whose height grows with the number of groups.
 
     Returns:
         The figure and the axes.
@@ -213,46 +209,30 @@ def plot_kept_channels(plan: PruningPlan, ax: Axes | None = None) -> tuple[Figur
     Raises:
         MissingDependencyError: If matplotlib is not installed.
     """
-    totals, kept, reasons = _final_counts(plan)
-    names = list(dict.fromkeys(group_label(group) for group in plan))
+    groups = list(groups)
+    counts = channel_counts(groups)
+    names = list(dict.fromkeys(map(group_label, groups)))
     fig, ax = _figure_and_axes(ax, (7.0, 1.5 + 0.36 * max(len(names), 2)))
-    rows = [names.index(name) for name in totals]
-    ax.barh(rows, list(totals.values()), color=_PALE, height=0.68, label="channels")
-    ax.barh(rows, list(kept.values()), color=_BLUE, height=0.68, label="kept")
-    widest = max(totals.values(), default=1)
-    for name, total in totals.items():
-        text = f"{kept[name]} of {total} ({kept[name] / total:.0%})"
-        ax.text(total + 0.015 * widest, names.index(name), text, va="center", color=_INK, fontsize=9)
-    for name, reason in reasons.items():
-        if name not in totals:
-            ax.text(0.015 * widest, names.index(name), f"left alone: {reason}", va="center", color=_GREY, fontsize=9)
+    row_of = {name: row for row, name in enumerate(names)}
+    totals, kept = ([pair[i] for pair in counts.values()] for i in (0, 1))
+    ax.barh([row_of[name] for name in counts], totals, color=_PALE, height=0.68, label="channels")
+    ax.barh([row_of[name] for name in counts], kept, color=_BLUE, height=0.68, label="kept")
+    widest = max(totals, default=1)
+    for name, (total, n_kept) in counts.items():
+        text = f"{n_kept} of {total} ({n_kept / total:.0%})"
+        ax.text(total + 0.015 * widest, row_of[name], text, va="center", color=_INK, fontsize=9)
+    # Reversed: of several visits to a group, the first gives the reason.
+    reasons = {group_label(group): group.reason for group in reversed(groups)}
+    for name in reasons.keys() - counts.keys():
+        ax.text(0.015 * widest, row_of[name], f"left alone: {reasons[name]}", va="center", color=_GREY, fontsize=9)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(0, 1.28 * widest)
     ax.set_xlabel("channels")
-    ax.set_title(f"channels kept: {sum(kept.values()):,} of {sum(totals.values()):,}", loc="left")
+    ax.set_title(f"channels kept: {sum(kept):,} of {sum(totals):,}", loc="left")
     _tidy(ax)
     ax.tick_params(axis="y", length=0)
     return fig, ax
-
-
-def _final_counts(plan: PruningPlan) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
-    """By label: channels before the first visit, channels after the last, why a group was left alone."""
-    totals: dict[str, int] = {}
-    kept: dict[str, int] = {}
-    reasons: dict[str, str] = {}
-    for group in plan:
-        name = group_label(group)
-        if group.selection is None:
-            reasons.setdefault(name, group.reason)
-            continue
-        totals.setdefault(name, group.selection.n_channels)
-        kept[name] = len(group.selection.keep_idxs)
-    return totals, kept, reasons
-
-
-def _channels(n: int) -> str:
-    return "1 channel" if n == 1 else f"{n} channels"
 
 
 def _figure_and_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:

@@ -1,7 +1,7 @@
-"""What a pruning run did, as numbers and as tables: per layer from a plan, per model from measurements.
+"""What a pruning run did, as numbers and as tables: per layer from group plans, per model from measurements.
 
-The numbers (:func:`layer_rows`, :func:`measure`, :func:`model_rows`) are apart from the strings
-(:func:`layer_table`, :func:`model_table`).
+The numbers (:func:`layer_rows`, :func:`model_rows`) are kept apart from the strings (:func:`layer_table`,
+:func:`model_table`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.report.benchmark import ModelStats
+from tp_cosep.report.labels import NOT_KNOWN, percent, quantity, signed
 from tp_cosep.selection.result import GroupPlan
 
 __all__ = [
     "LayerRow",
     "ModelRow",
+    "channel_counts",
     "group_label",
     "layer_rows",
     "layer_table",
@@ -29,22 +30,20 @@ __all__ = [
     "quantity",
 ]
 
-_NOTHING = "–"
-
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One visit to a group, in numbers; all but the reason are ``None`` for a group that was left alone.
+    """One visit to a group, in numbers; they are ``None`` for a group that was left alone.
 
     Attributes:
         group: The group's label, see :func:`group_label`.
-        layers: The layers that create its channels.
+        layers: The group's producers.
         n_channels: Channels before.
         n_kept: Channels after.
         k: Number of clusters.
-        knee_k: Where the knee of the silhouette curve is; ``None`` if it has none.
+        knee_k: The number of clusters at the knee of the curve; ``None`` if it has none.
         knee_strength: Height of the knee over the straight line, 0 … 1.
-        reason: How the count came about, or why the group was left alone.
+        reason: Where the count is from, or why the group was left alone.
     """
 
     group: str
@@ -59,16 +58,15 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model beside the first one.
+    """A model compared with the first one.
 
     Attributes:
         name: The model's name.
         stats: Its measurements.
-        accuracy_change: Its accuracy minus the first one's, in percentage points; ``None`` if either is
-            unknown.
-        parameters_ratio: Its parameters as a multiple of the first one's; ``None`` if that has none.
-        macs_ratio: Likewise.
-        latency_ratio: Likewise.
+        accuracy_change: Its accuracy minus the first model's, in percentage points; ``None`` if either is unknown.
+        parameters_ratio: Its number of parameters over the first model's; ``None`` if that is 0.
+        macs_ratio: Its multiply-accumulates over the first model's; ``None`` if those are 0.
+        latency_ratio: Its latency over the first model's; ``None`` if that is 0.
     """
 
     name: str
@@ -80,23 +78,36 @@ class ModelRow:
 
 
 def group_label(group: GroupPlan) -> str:
-    """The name of a group for a reader: its root layer, and its side where that is not the usual one."""
+    """A group's name in tables and figures: its root layer, marked if the root's input channels are meant."""
     return group.name if group.side == "out" else f"{group.name} (inputs)"
 
 
-def layer_rows(plan: PruningPlan) -> list[LayerRow]:
-    """The numbers of every visit in a plan.
+def channel_counts(groups: Iterable[GroupPlan]) -> dict[str, tuple[int, int]]:
+    """By label the channels before a group's first visit and after its last; groups left alone are absent."""
+    counts: dict[str, tuple[int, int]] = {}
+    for group in groups:
+        if group.selection is not None:
+            label = group_label(group)
+            total, _ = counts.get(label, (group.selection.n_channels, 0))
+            counts[label] = (total, len(group.selection.keep_idxs))
+    return counts
+
+
+def layer_rows(groups: Iterable[GroupPlan]) -> list[LayerRow]:
+    """The numbers of every visit.
+
+    Args:
+        groups: The visits, e.g. a :class:`tp_cosep.PruningPlan`.
 
     Returns:
-        One row per visit, in the plan's order.
+        One row per visit, in the same order.
 
     Example:
-        >>> from tp_cosep.selection.result import GroupPlan
-        >>> plan = PruningPlan((GroupPlan("head", "out", ("head",), None, "its channels are the model's output"),))
-        >>> layer_rows(plan)[0].reason
+        >>> group = GroupPlan("head", "out", ("head",), None, "its channels are the model's output")
+        >>> layer_rows([group])[0].reason
         "its channels are the model's output"
     """
-    return [_layer_row(group) for group in plan]
+    return [_layer_row(group) for group in groups]
 
 
 def _layer_row(group: GroupPlan) -> LayerRow:
@@ -116,7 +127,10 @@ def _layer_row(group: GroupPlan) -> LayerRow:
 
 
 def model_rows(stats: Mapping[str, ModelStats]) -> list[ModelRow]:
-    """Measurements of several models, each beside the first.
+    """Measurements of several models, each compared with the first.
+
+    Args:
+        stats: Measurements by the name of the model.
 
     Returns:
         One row per model, in the order of ``stats``.
@@ -148,34 +162,41 @@ def _ratio(value: float, base: float) -> float | None:
     return value / base if base else None
 
 
-def layer_table(plan: PruningPlan) -> Table:
-    """What a plan keeps of every group and why, as a table to print with ``rich``."""
+def layer_table(groups: Iterable[GroupPlan]) -> Table:
+    """The channels kept of every group and the reason, as a table to print with ``rich``.
+
+    Args:
+        groups: The visits, e.g. a :class:`tp_cosep.PruningPlan`.
+
+    Returns:
+        The table, one row per visit.
+    """
     table = new_table("Layers", caption="strength: height of the knee over a straight line, 0 to 1")
     table.add_column("layer", overflow="fold")
     for header in ("kept", "share", "k", "knee at", "strength"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("reason")
-    for row in layer_rows(plan):
+    for row in layer_rows(groups):
         table.add_row(Text(row.group), *_counts(row), Text(row.reason))
     return table
 
 
 def _counts(row: LayerRow) -> list[str]:
     if row.n_channels is None or row.n_kept is None:
-        return [_NOTHING] * 5
+        return [NOT_KNOWN] * 5
     return [
         f"{row.n_kept} / {row.n_channels}",
-        f"{row.n_kept / row.n_channels:.0%}",
+        percent(row.n_kept / row.n_channels, 0),
         str(row.k),
-        _NOTHING if row.knee_k is None else str(row.knee_k),
-        _NOTHING if row.knee_k is None else f"{row.knee_strength:.2f}",
+        NOT_KNOWN if row.knee_k is None else str(row.knee_k),
+        NOT_KNOWN if row.knee_k is None else f"{row.knee_strength:.2f}",
     ]
 
 
 def model_table(stats: Mapping[str, ModelStats]) -> Table:
-    """Measurements of several models as a table to print with ``rich``, each beside the first.
+    """Measurements of several models, each compared with the first, as a table to print with ``rich``.
 
-    Under every number stands its ratio to the first model's; under an accuracy, the difference in points.
+    Below every number is its ratio to the first model's; below an accuracy, the difference in points.
 
     Args:
         stats: Measurements by the name of the model.
@@ -187,7 +208,7 @@ def model_table(stats: Mapping[str, ModelStats]) -> Table:
     batch_sizes = sorted({row.stats.batch_size for row in rows})
     table = new_table(
         "Models",
-        caption="second lines: beside the first model; "
+        caption="second lines: relative to the first model; "
         f"latency: median for {' or '.join(map(str, batch_sizes)) or 'no'} samples",
     )
     table.add_column("model")
@@ -200,29 +221,19 @@ def model_table(stats: Mapping[str, ModelStats]) -> Table:
 
 def _measurements(row: ModelRow, *, is_base: bool) -> Iterable[Text]:
     values = (
-        _NOTHING if row.stats.accuracy is None else f"{row.stats.accuracy:.2%}",
+        NOT_KNOWN if row.stats.accuracy is None else percent(row.stats.accuracy, 2),
         f"{row.stats.n_parameters:,}",
         quantity(row.stats.n_macs),
         f"{1000 * row.stats.latency:.2f} ms",
     )
     if is_base:
         return [Text(value) for value in values]
-    change = _NOTHING if row.accuracy_change is None else f"{row.accuracy_change:+.2f}".replace("-", "−")
+    change = NOT_KNOWN if row.accuracy_change is None else signed(row.accuracy_change, ".2f")
     ratios = [row.parameters_ratio, row.macs_ratio, row.latency_ratio]
-    beside = [change, *(_NOTHING if ratio is None else f"{ratio:.2f} ×" for ratio in ratios)]
+    beside = [change, *(NOT_KNOWN if ratio is None else f"{ratio:.2f} ×" for ratio in ratios)]
     return [Text(f"{value}\n").append(other, "dim") for value, other in zip(values, beside, strict=True)]
 
 
-def quantity(n: int) -> str:
-    """A count in three digits and a unit: 950, 15.3 k, 1.53 M, 4.09 G."""
-    value, units = float(n), ["", " k", " M", " G", " T"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    digits = 0 if value == n else max(0, 2 - len(str(int(value))) + 1)
-    return f"{value:.{digits}f}{units[0]}"
-
-
 def new_table(title: str, caption: str | None = None) -> Table:
-    """An empty table in this library's style."""
+    """An empty table in the style of this library."""
     return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")

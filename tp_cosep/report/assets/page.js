@@ -65,13 +65,13 @@ function cell(text, value) {
 }
 
 function clusterTable(data, unit) {
-  const kept = new Set(data.kept);
+  const isKept = new Set(data.kept);
   const members = data.medoids.map(() => [[], []]);
-  data.labels.forEach((label, i) => members[label][kept.has(i) ? 0 : 1].push(i));
+  data.labels.forEach((label, i) => members[label][isKept.has(i) ? 0 : 1].push(i));
   const order = members.map((_, j) => j);
   order.sort((a, b) => members[b].flat().length - members[a].flat().length || a - b);
   const body = order.map((j) => {
-    const [stay, go] = members[j];
+    const [kept, pruned] = members[j];
     const row = document.createElement("tr");
     const name = make("th", "", { scope: "row" });
     name.dataset.v = data.medoids[j];
@@ -82,12 +82,12 @@ function clusterTable(data, unit) {
     const pairs = data.pairs.length ? pairsOf(data.pairs[j]) : [];
     row.append(name);
     if (data.pairs.length) row.append(cell(pairs.join(", "), pairs.join(", ")));
-    row.append(cell(stay.join(", "), stay.length), cell(go.join(", "), go.length));
+    row.append(cell(kept.join(", "), kept.length), cell(pruned.join(", "), pruned.length));
     return row;
   });
   const table = make("table", "", { className: "sorts" });
   const heading = document.createElement("tr");
-  const titles = ["medoid", ...(data.pairs.length ? ["tells apart best"] : []), `kept ${unit}s`, `pruned ${unit}s`];
+  const titles = ["medoid", ...(data.pairs.length ? ["separates best"] : []), `kept ${unit}s`, `pruned ${unit}s`];
   heading.append(...titles.map((title) => headingOf(title)));
   table.append(document.createElement("thead"), document.createElement("tbody"));
   table.tHead.append(heading);
@@ -147,10 +147,10 @@ function watch(plane, data, unit) {
     if (nearest < 0) return hide();
     const cluster = data.labels[nearest];
     const medoid = data.medoids[cluster];
-    const told = [`${unit} ${nearest}, ${kept.has(nearest) ? "kept" : "pruned"}`];
-    if (medoid !== nearest) told.push(`in the cluster of ${medoid}`);
-    if (data.pairs.length) told.push(...pairsOf(data.pairs[cluster]));
-    tip.textContent = told.join("\n");
+    const lines = [`${unit} ${nearest}, ${kept.has(nearest) ? "kept" : "pruned"}`];
+    if (medoid !== nearest) lines.push(`in the cluster of ${medoid}`);
+    if (data.pairs.length) lines.push(...pairsOf(data.pairs[cluster]));
+    tip.textContent = lines.join("\n");
     tip.hidden = false;
     const [width, height] = [tip.offsetWidth, tip.offsetHeight];
     const left = Math.min(event.clientX + 14, document.documentElement.clientWidth - width - 8);
