@@ -10,6 +10,7 @@ from fitted import group_with
 from models import Lambda, assert_untouched, build, fingerprint, images, initialise, seeded, vectors
 from torch import nn
 from torch.nn import functional as F
+from tp_cosep.compensation.options import MODES
 
 from tp_cosep import (
     Compensator,
@@ -20,7 +21,6 @@ from tp_cosep import (
     ReconstructionSelector,
     recalibrate,
 )
-from tp_cosep.compensation.options import MODES
 
 
 class Chain(nn.Module):

@@ -154,9 +154,7 @@ class TestPruner:
         model, x, y = build("resnet", 12)
         for pictures in (True, False):
             pruned = copy.deepcopy(model)
-            pruner = CoSePPruner(
-                pruned, x[:1], ReconstructionSelector().fit(model, [(x, y)]), embed=embed, **options
-            )
+            pruner = CoSePPruner(pruned, x[:1], ReconstructionSelector().fit(model, [(x, y)]), embed=embed, **options)
             pruner.step()
             assert {e.embedding is not None for e in pruner.plan if e.selection} == {pictures}
             assert all(e.embedding is None for e in pruner.plan if not e.selection)

@@ -26,11 +26,11 @@ class Budget:
 
     Attributes:
         views: The groups.
-        losses: For every group ``[n]``, what the first, second … component to go loses, ascending: the share of what a
-            reader sees, summed over the group's readers.
-        least: The number of components that every group keeps whatever the target.
+        losses: For every group ``[n]``, the loss of removing the first, second … component, ascending: the share of a
+            consumer's variance, summed over the group's consumers.
+        least: The number of components that every group keeps for any target.
         steps: The number of components that every group loses at once.
-        fixed: Components that groups lose whatever the target, by position; these lose no others.
+        fixed: Components that groups lose for any target, by position; these groups lose no others.
     """
 
     views: list[GroupView] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Budget:
     fixed: dict[int, int] = field(default_factory=dict)
 
     def costs(self, model: nn.Module, run: Callable[[], Any], unit: str) -> tuple[Costs, float]:
-        """What the model costs with what is told removed, and what it costs as it is."""
+        """What the model costs without its fixed components, and what it costs as it is."""
         costs = measure_costs(model, run, self.views, unit)
         whole = costs.total
         for i, n in self.fixed.items():
@@ -52,9 +52,9 @@ class Budget:
         return allocate(self.losses, costs, target, least=self.least, steps=self.steps)
 
     def lost(self, kept: list[int]) -> float:
-        """What goes, as a share of all that readers see."""
-        gone = sum(float(x[: len(x) - k].sum()) for x, k in zip(self.losses, kept, strict=True))
-        return gone / max(sum(float(x.sum()) for x in self.losses), 1e-30)
+        """The sum of the losses of removed components, as a share of all."""
+        removed = sum(float(x[: len(x) - k].sum()) for x, k in zip(self.losses, kept, strict=True))
+        return removed / max(sum(float(x.sum()) for x in self.losses), 1e-30)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class TradeOff:
     Attributes:
         macs: Multiply-accumulates for one sample, see :func:`tp_cosep.pruning.costs.measure_costs`.
         params: Parameters.
-        retained_variance: The share of what readers see that stays: 1 for the whole model. What a fine-tuned model's accuracy
-            will be it does not say; it says where the next step begins to cost more.
+        retained_variance: Share of the variance of consumers' inputs that is kept: 1 for the whole model. It does not
+            tell the accuracy of a fine-tuned model, but where the next channels begin to cost more.
         n_kept: Channels (or other components) that every group keeps, by its root layer.
     """
 
@@ -187,18 +187,18 @@ def counts_for_latency(
 def allocate(
     losses: Sequence[Tensor], costs: Costs, target: float, *, least: Sequence[int], steps: Sequence[int]
 ) -> list[int]:
-    """Take components away from wherever it loses least for what it saves, until a target is met.
+    """Remove components where that loses least for what it saves, until a target is met.
 
-    Again and again the group goes next whose next components have the lowest ratio of loss to saving. Savings shrink
-    while other groups lose components, since a layer's cost is a product of its inputs and outputs, so a ratio only
+    Again and again the next components of that group are removed that have the lowest ratio of loss to saving. Savings
+    shrink while other groups lose components, since a layer's cost is a product of its inputs and outputs, so a ratio only
     grows, and the lowest one that is up to date is the lowest of all. Where losses grow with every component, as they
     do here, this is the steepest descent that keeps the sum of losses low. The last step is the one that loses least.
 
     Args:
-        losses: For every group ``[n]``, what the first, second … component to go loses, ascending.
+        losses: For every group ``[n]``, the loss of removing the first, second … component, ascending.
         costs: What the model costs; components are taken away from it.
         target: The cost to reach.
-        least: The number of components that every group keeps whatever the target.
+        least: The number of components that every group keeps for any target.
         steps: The number of components that every group loses at once.
 
     Returns:

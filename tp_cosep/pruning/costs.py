@@ -130,9 +130,9 @@ def costs_beside(
     """Costs before and after side by side, by unit and layer.
 
     Args:
-        known: What an earlier step found so; what a layer cost before that step stays.
+        known: What an earlier step found; what a layer cost before that step is kept.
         before: Of this step, see :func:`layer_costs`.
-        after: Likewise; a layer that is gone costs nothing.
+        after: What they cost after it; a layer that was removed costs nothing.
 
     Returns:
         Pairs of costs.
@@ -144,7 +144,7 @@ def costs_beside(
 
 
 def _is_depthwise(layer: Any) -> bool:
-    """Whether every output reads a single input, so that its inputs cost nothing beside its outputs."""
+    """Whether every output consumes a single input, so that its inputs cost nothing beside its outputs."""
     return isinstance(layer, _ConvNd) and layer.groups == layer.in_channels == layer.out_channels
 
 
@@ -172,7 +172,7 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, _Part, bo
         run()
     parts: list[tuple[Any, _Part, bool]] = []
     for layer, n in found.items():
-        if isinstance(layer, nn.RNNBase):  # n is the number of times; the first layer alone reads what is pruned
+        if isinstance(layer, nn.RNNBase):  # n is the number of times; the first layer alone consumes what is pruned
             for name, p in layer.named_parameters():
                 if name.startswith("weight"):
                     parts.append((layer, _Part(n * p.numel()), name.startswith("weight_ih_l0")))
@@ -189,11 +189,11 @@ def _params(model: nn.Module, known: set[Any]) -> list[tuple[Any, _Part, bool]]:
         layer: Any = attention.get(id(p)) or layer_of[id(p)]
         # A parameter of the model's own is a layer to Torch-Pruning.
         is_layer = type(layer).__module__.startswith("torch.nn.") or layer in known
-        is_table = isinstance(layer, nn.Embedding)  # [entries, out]: what it reads are numbers of words
-        reads = is_layer and p.dim() > 1 and not is_table
+        is_table = isinstance(layer, nn.Embedding)  # [entries, out]: its inputs are numbers of words
+        consumes = is_layer and p.dim() > 1 and not is_table
         if isinstance(layer, nn.RNNBase):
-            reads = any(p is q for name, q in layer.named_parameters() if name.startswith("weight_ih_l0"))
-        found.append((layer if is_layer else p, _Part(p.numel()), reads))
+            consumes = any(p is q for name, q in layer.named_parameters() if name.startswith("weight_ih_l0"))
+        found.append((layer if is_layer else p, _Part(p.numel()), consumes))
     return found
 
 

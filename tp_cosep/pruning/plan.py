@@ -34,15 +34,15 @@ class PruningPlan:
 
     Attributes:
         groups: One entry per visit; iterative pruning visits a group several times.
-        options: The options that led here, for the reader.
+        options: The options that led here, for people.
         ignored_params: Names of parameters outside of layers that the groups leave alone.
         new_biases: Names of layers that were given a bias by a :class:`tp_cosep.Compensator`; :meth:`apply` gives
             them one of zeros, for weights to be loaded into.
         costs: By unit (``"macs"``, ``"params"``) and layer what it costs before and after, see
             :func:`tp_cosep.pruning.costs.layer_costs`; empty if that was not recorded.
-        structure: The model before pruning, see :func:`tp_cosep.graph.structure.structure_of`; :meth:`apply` refuses models
-            of another one. Empty where it is not known.
-        inputs: The shapes and types of the example inputs (:func:`tp_cosep.graph.structure.describe_inputs`), or ``None``.
+        structure: The model before pruning, see :func:`tp_cosep.graph.structure.structure_of`; :meth:`apply` refuses
+            models of another one. Empty if it is not known.
+        inputs: Shapes and types of the example inputs, see :func:`tp_cosep.graph.structure.describe_inputs`; or ``None``.
         versions: The versions of this library, torch and Torch-Pruning that made the plan.
     """
 

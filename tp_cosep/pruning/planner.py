@@ -253,7 +253,7 @@ class Planner:
             before = {name: n for name, (n, _) in plan.heads.items()}
             n_heads = max(before.values())
             n_kept = n_heads if heads is None else n_heads * len(heads.keep_idxs) // view.n_channels
-            # Keys and values that several query heads share stay.
+            # Keys and values that several query heads share are kept.
             after = {name: n_kept if n == n_heads else n for name, n in before.items()}
             if heads is not None or not settings.prune_head_dims:
                 changed = {name: (n, after[name]) for name, n in before.items()}
@@ -277,7 +277,7 @@ class Planner:
         counts: int | list[int] | None
         counts, reason = _in_scope(selector, each), "head_pruning_ratio"
         if all(ratio is None for ratio in ratios):
-            reason = "no head_pruning_ratio, so all heads stay"
+            reason = "no head_pruning_ratio, so all heads are kept"
             if self.settings.automatic and selector.is_automatic:
                 counts, reason = None, ""
         least = [max(1, ceil(k * (1 - self.settings.max_pruning_ratio) - 1e-9)) for k in n]

@@ -39,10 +39,10 @@ __all__ = ["CoSePPruner"]
 class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     """Prune a model with a selector: automatic counts per layer, a ratio, or a size of the whole model.
 
-    It is Torch-Pruning's ``BasePruner`` with another default: ``pruning_ratio=None`` keeps in every group the number
-    that the selector reads from its own curve (the guarded knee of the silhouette for :class:`tp_cosep.CoSePSelector`,
-    of the retained variance for :class:`tp_cosep.ReconstructionSelector`). A ratio removes that share of every layer;
-    the selector chooses which channels. Every other keyword of the stock pruner means what it means there.
+    It is Torch-Pruning's ``BasePruner`` with another default: ``pruning_ratio=None`` keeps in every group the number at
+    the guarded knee of the selector's own curve (the Mean Simplified Silhouette for :class:`tp_cosep.CoSePSelector`, the
+    retained variance for :class:`tp_cosep.ReconstructionSelector`). A ratio removes that share of every layer; the
+    selector chooses which channels. Every other keyword of the stock pruner means what it means there.
 
     Groups whose channels are the model's output are left alone, so the output keeps its shape. After every group the
     model runs on ``example_inputs``; if that, the pruning or a callback fails, the model is as it was before the call.
@@ -50,38 +50,37 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     Args:
         model: The model, as it was when the selector was fitted.
-        example_inputs: For tracing and for the forward passes: a tensor, a tuple of arguments or a dict.
-        importance: A :class:`CoSePSelector`; it need not be fitted if ``loader`` is given.
-        global_pruning: As in the stock pruner; needs a ``pruning_ratio``.
-        pruning_ratio: Share of channels to remove, or ``None`` for CoSeP's own counts.
-        target: What the pruned model may cost, ``{"macs": 0.5}``, ``{"params": 2e6}`` or ``{"latency": 0.5}``: shares
-            of the original below 1, numbers above (see :func:`tp_cosep.pruning.costs.measure_costs`). A latency is that of
-            ``example_inputs``, all of the batch, on the model's device, above 1 in milliseconds. The channels come from
-            where they lose least for what they save, over all layers (:func:`tp_cosep.pruning.budget.allocate`); for a
-            latency some pruned copies are timed. ``round_to`` makes widths that hardware likes.
-        loader: Calibration data to (re)fit the selector on, for ``layerwise`` and ``iterative_steps``.
-        layerwise: Prune as the papers do: group after group in the order in which they run, with fresh
-            moments for each.
-        fine_tune: ``fine_tune(model)``, called after every group with ``layerwise``, else once at the end of
-            a step.
+        example_inputs: For tracing and for forward passes: a tensor, a tuple of arguments or a dict.
+        importance: A selector; it need not be fitted if ``loader`` is given.
+        global_pruning: Rank channels over all layers for one ``pruning_ratio``, as in the stock pruner.
+        pruning_ratio: Share of channels to remove, in [0, 1], or ``None`` for the selector's own counts.
+        target: What the pruned model may cost: ``{"macs": 0.5}``, ``{"params": 2e6}`` or ``{"latency": 0.5}``; below 1
+            a share of the original, above the number itself (:func:`tp_cosep.pruning.costs.measure_costs`), of a latency
+            milliseconds for all of ``example_inputs`` on the model's device. Channels are removed from the groups that
+            lose least for what they save (:func:`tp_cosep.pruning.budget.allocate`); for a latency, pruned copies are
+            timed. ``round_to`` makes widths that hardware likes.
+        loader: Calibration data, to fit the selector (again) on and for ``compensate`` and ``recalibrate``.
+        layerwise: Prune as the papers do: group after group in the order in which they run, with statistics collected
+            again for each.
+        fine_tune: ``fine_tune(model)``, called after every group with ``layerwise``, else once at the end of a step.
         adapt: ``adapt(model)``, called after every group before the model runs again, to write new sizes into
             attributes that the model keeps for itself, such as ``model.hidden_dim = model.conv_proj.out_channels``.
-            (Numbers and sizes of attention heads are written already.)
+            Numbers and sizes of attention heads are written already.
         on_failure: What to do about a group that cannot be selected or pruned, or after which the model does not run:
-            ``"raise"``, or ``"skip"`` to leave it as it was, with the reason in the plan, and go on. Skipping needs
+            ``"raise"``, or ``"skip"`` to leave it as it was, with the reason in the plan, and go on. Skipping takes
             memory for one more copy of the weights.
-        verify: After every group compare the outputs on ``example_inputs`` with those that the model had when nothing
-            read the removed channels; a difference means that Torch-Pruning has mixed up channels, and counts as a
-            failure. Groups with layers that look at all channels at once (LayerNorm, attention) are not compared. Turn
-            it off for models that do so by other means, such as a mean over channels.
-        compensate: Refit what reads a group just before it is pruned, see :class:`Compensator`: ``True`` or a mode,
-            ``"one-shot"`` or ``"sequential"``, with the data of ``loader``; or a compensator of your own for this
-            model, fitted or not. After fine-tuning it measures anew before it is used again.
-        recalibrate: Estimate BatchNorm statistics anew on ``loader`` after each step (each group with ``layerwise``),
+        verify: After every group, compare the outputs on ``example_inputs`` with those of the model with the removed
+            channels masked; a difference means that Torch-Pruning has mixed up channels, and counts as a failure.
+            Groups with layers that look at all channels at once (LayerNorm, attention) are not compared. Turn it off
+            for models that do so by other means, such as a mean over channels.
+        compensate: Refit the consumers of a group just before it is pruned, see :class:`tp_cosep.Compensator`: ``True``
+            or a mode, ``"one-shot"`` or ``"sequential"``, with the data of ``loader``; or a compensator of your own for
+            this model, fitted or not. After fine-tuning it is fitted again before it is used again.
+        recalibrate: Re-estimate BatchNorm statistics on ``loader`` after each step (each group with ``layerwise``),
             before fine-tuning, see :func:`tp_cosep.recalibrate`.
-        pictures: Record in the plan what :meth:`PruningPlan.report` draws of each group: its channels in the plane, and
-            which classes their clusters tell apart.
-        fit_options: Keywords for :meth:`CoSePSelector.fit`, such as ``target_fn``, which repair and ``recalibrate``
+        embed: Record in the plan what :meth:`PruningPlan.report` draws of each group: its channels in the plane, and
+            the class pairs that their clusters tell apart.
+        fit_options: Keywords for the selector's ``fit``, such as ``target_fn``, which compensation and ``recalibrate``
             read batches with too.
         **options: Every other keyword of ``tp.pruner.BasePruner``.
 
@@ -97,6 +96,7 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
         >>> x, y = torch.randn(40, 1, 8, 8), torch.arange(40) % 3
+        >>> from tp_cosep import CoSePSelector
         >>> selector = CoSePSelector().fit(model, [(x, y)])
         >>> pruner = CoSePPruner(model, x[:1], importance=selector)
         >>> pruner.step()

@@ -34,14 +34,14 @@ def save(model: nn.Module, plan: PruningPlan, folder: str | os.PathLike[str]) ->
     """Write a pruned model: ``plan.json``, ``weights.safetensors`` and ``manifest.json``.
 
     Parameters and buffers are kept with their types, and tensors that several layers share are kept once. Other files
-    in the folder stay. If writing fails or is interrupted the old model stays; in the moment in which the three files
+    in the folder stay. If writing fails or is interrupted the old model is kept; in the moment in which the three files
     take their places, an interruption leaves a folder that :func:`load` refuses.
 
     A model that several pruners pruned in turn is saved with the plan of the last; the function that :func:`load` is
     given then applies the earlier ones: ``lambda: first.apply(make(), example_inputs)``.
 
     Args:
-        model: The model after pruning, and after whatever changed its weights since.
+        model: The model after pruning, and after anything that changed its weights since.
         plan: The plan that it was pruned by, from the model as its pruner got it.
         folder: Where to; made if it is missing.
 
@@ -93,7 +93,7 @@ def load(
         model_factory: Makes the unpruned model; its weights do not matter.
         example_inputs: For tracing; by default zeros of the shapes and types that the plan remembers.
         adapt: As for :meth:`PruningPlan.apply`.
-        **trace_options: Likewise.
+        **trace_options: As for ``DependencyGraph.build_dependency``.
 
     Returns:
         The pruned model in eval mode, on the device on which the factory made it.

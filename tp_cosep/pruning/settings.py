@@ -179,7 +179,7 @@ def _check_numbers(options: Mapping[str, Any]) -> None:
     if not isinstance(ratios, Mapping | None):
         raise InputError(f"CoSePPruner: expected pruning_ratio_dict to map layers to ratios, got {ratios!r}.")
     for layers, ratio in (ratios or {}).items():
-        # Counts are told to stock pruners by ratios a little below 0, see CoSePSelector.pruning_ratio_dict.
+        # A ratio a little below 0 means a count to stock pruners, see Selector.pruning_ratio_dict.
         if not (is_number(ratio) and -1 < ratio <= 1):
             raise InputError(f"CoSePPruner: expected pruning_ratio_dict of {layers!r} in [0, 1], got {ratio!r}.")
 
@@ -229,7 +229,7 @@ def check_target(
         )
     for name, is_given in (("pruning_ratio", not automatic), ("prune_num_heads", options.get("prune_num_heads"))):
         if is_given:
-            raise InputError(f"CoSePPruner: target= decides how much goes, and of channels; leave out {name}.")
+            raise InputError(f"CoSePPruner: target= decides how many channels are removed; leave out {name}.")
     return unit, float(value)
 
 

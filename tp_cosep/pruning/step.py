@@ -229,7 +229,7 @@ class PruningStep:
             The groups that lose channels.
 
         Raises:
-            BaseException: Whatever fails; the model and the pruner are then as they were.
+            BaseException: What failed; the model and the pruner are then as they were.
         """
         check_autograd()
         host, settings = self.host, self.host.settings
@@ -354,7 +354,7 @@ class PruningStep:
         self.left_alone.append(replace(plan, selection=None, reason=reason))
 
     def _record_rest(self) -> None:
-        """Record the groups that were not pruned, and the layers that no group showed, so that the plan hides nothing."""
+        """Record groups that were not pruned, and layers that no group showed, so that the plan hides nothing."""
         host = self.host
         for plan in (*self.planned.values(), *self.left_alone):
             self._record(plan.without(()))
