@@ -10,7 +10,6 @@ from fitted import group_with
 from models import Lambda, assert_untouched, build, fingerprint, images, initialise, seeded, vectors
 from torch import nn
 from torch.nn import functional as F
-from tp_cosep.compensation.options import MODES
 
 from tp_cosep import (
     Compensator,
@@ -21,6 +20,7 @@ from tp_cosep import (
     ReconstructionSelector,
     recalibrate,
 )
+from tp_cosep.compensation.compensator import MODES
 
 
 class Chain(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, ReconstructionSelector, recalibrate
-from tp_cosep.compensation.options import MODES
+from tp_cosep.compensation.compensator import MODES
 from tp_cosep.utils.data import run_model
 
 

@@ -30,7 +30,7 @@ def test_rows_times_maps_are_what_the_layer_computes(kind, per_position):
     x = input_of(conv)
     expected = conv(x) - conv.bias.view(-1, *[1] * len(conv.kernel_size))
     patches = patches_of(conv, per_position=per_position)
-    maps = patches.maps(conv.weight)
+    maps = patches.weight_matrix(conv.weight)
     groups, _, _, n_positions = maps.shape
     rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).for_layer("layer"))(
         x
@@ -47,8 +47,8 @@ def test_rows_of_a_linear_layer(repeat):
     linear = nn.Linear(24, 5).double()
     x = torch.randn(3, 2, 24, dtype=torch.float64, generator=seeded())
     patches = patches_of(linear, repeat=repeat)
-    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).for_layer("layer"))(x).reshape(3, 2, repeat, -1)
-    outputs = torch.einsum("ntpf,fop->nto", rows, patches.maps(linear.weight)[0])
+    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).of("layer"))(x).reshape(3, 2, repeat, -1)
+    outputs = torch.einsum("ntpf,fop->nto", rows, patches.weight_matrix(linear.weight)[0])
     torch.testing.assert_close(outputs, linear(x) - linear.bias)
     assert patches.n_products(x.shape) == 2 * 24 * 5
 
@@ -61,7 +61,7 @@ def test_maps_and_back(kind, per_position):
     )()
     patches = patches_of(layer, per_position=per_position)
     for weight in (layer.weight, layer.weight.transpose(0, 1).contiguous().transpose(0, 1)):
-        assert torch.equal(patches.weight(patches.maps(weight), weight), weight)
+        assert torch.equal(patches.weight_from_matrix(patches.weight_matrix(weight), weight), weight)
     assert n_outputs(layer) == {"linear": 5, "transposed": 4}.get(kind, layer.weight.shape[0])
 
 

@@ -190,9 +190,10 @@ def allocate(
     """Remove components where that loses least for what it saves, until a target is met.
 
     Again and again the next components of that group are removed that have the lowest ratio of loss to saving. Savings
-    shrink while other groups lose components, since a layer's cost is a product of its inputs and outputs, so a ratio only
-    grows, and the lowest one that is up to date is the lowest of all. Where losses grow with every component, as they
-    do here, this is the steepest descent that keeps the sum of losses low. The last step is the one that loses least.
+    shrink while other groups lose components, since a layer's cost is a product of its inputs and outputs, so a
+    ratio only grows, and the lowest one that is up to date is the lowest of all. Where losses grow with every
+    component, as they do here, this is the steepest descent that keeps the sum of losses low. The last step is the one
+    that loses least.
 
     Args:
         losses: For every group ``[n]``, the loss of removing the first, second … component, ascending.

@@ -42,7 +42,7 @@ class PruningPlan:
             :func:`tp_cosep.pruning.costs.layer_costs`; empty if that was not recorded.
         structure: The model before pruning, see :func:`tp_cosep.graph.structure.structure_of`; :meth:`apply` refuses
             models of another one. Empty if it is not known.
-        inputs: Shapes and types of the example inputs, see :func:`tp_cosep.graph.structure.describe_inputs`; or ``None``.
+        inputs: Shapes and types of the example inputs (:func:`tp_cosep.graph.structure.describe_inputs`), or ``None``.
         versions: The versions of this library, torch and Torch-Pruning that made the plan.
     """
 

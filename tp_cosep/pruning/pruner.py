@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
-import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 
 from tp_cosep.compensation.compensator import Compensator
 from tp_cosep.compensation.recovery import Recovery
@@ -18,7 +15,6 @@ from tp_cosep.graph.tracing import (
     TRACE_OPTIONS,
     cannot_follow,
     check_plain,
-    trace,
     trace_options,
     tracing,
 )
@@ -26,22 +22,22 @@ from tp_cosep.graph.verification import OutputCheck
 from tp_cosep.pruning.budget import Preview, trade_offs
 from tp_cosep.pruning.costs import UNITS
 from tp_cosep.pruning.plan import PruningPlan
-from tp_cosep.pruning.planner import NOT_MEASURED, Planner, PlannerMemory, Subject
+from tp_cosep.pruning.planner import PlannerMemory
+from tp_cosep.pruning.selector_pruner import SelectorPruner
 from tp_cosep.pruning.settings import PruneSettings, check_fit_keywords, check_pruner, check_target, own_options
-from tp_cosep.pruning.step import PruningStep, key_of
+from tp_cosep.pruning.step import PruningStep
 from tp_cosep.pruning.targets import budget_of
 from tp_cosep.selection.selector import Selector
-from tp_cosep.utils.data import run_model
 
 __all__ = ["CoSePPruner"]
 
 
-class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+class CoSePPruner(SelectorPruner):
     """Prune a model with a selector: automatic counts per layer, a ratio, or a size of the whole model.
 
     It is Torch-Pruning's ``BasePruner`` with another default: ``pruning_ratio=None`` keeps in every group the number at
-    the guarded knee of the selector's own curve (the Mean Simplified Silhouette for :class:`tp_cosep.CoSePSelector`, the
-    retained variance for :class:`tp_cosep.ReconstructionSelector`). A ratio removes that share of every layer; the
+    the guarded knee of the selector's own curve (the Mean Simplified Silhouette for :class:`tp_cosep.CoSePSelector`,
+    the retained variance for :class:`tp_cosep.ReconstructionSelector`). A ratio removes that share of every layer; the
     selector chooses which channels. Every other keyword of the stock pruner means what it means there.
 
     Groups whose channels are the model's output are left alone, so the output keeps its shape. After every group the
@@ -55,10 +51,10 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         global_pruning: Rank channels over all layers for one ``pruning_ratio``, as in the stock pruner.
         pruning_ratio: Share of channels to remove, in [0, 1], or ``None`` for the selector's own counts.
         target: What the pruned model may cost: ``{"macs": 0.5}``, ``{"params": 2e6}`` or ``{"latency": 0.5}``; below 1
-            a share of the original, above the number itself (:func:`tp_cosep.pruning.costs.measure_costs`), of a latency
-            milliseconds for all of ``example_inputs`` on the model's device. Channels are removed from the groups that
-            lose least for what they save (:func:`tp_cosep.pruning.budget.allocate`); for a latency, pruned copies are
-            timed. ``round_to`` makes widths that hardware likes.
+            a share of the original, above the number itself (:func:`tp_cosep.pruning.costs.measure_costs`), of a
+            latency milliseconds for all of ``example_inputs`` on the model's device. Channels are removed from the
+            groups that lose least for what they save (:func:`tp_cosep.pruning.budget.allocate`); for a latency, pruned
+            copies are timed. ``round_to`` makes widths that hardware likes.
         loader: Calibration data, to fit the selector (again) on and for ``compensate`` and ``recalibrate``.
         layerwise: Prune as the papers do: group after group in the order in which they run, with statistics collected
             again for each.
@@ -209,17 +205,6 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 ) from error
             raise
 
-    @property
-    def compensator(self) -> Compensator | None:
-        """The compensator; ``None`` without one."""
-        return self.recovery.compensator
-
-    def run(self, model: nn.Module | None = None) -> Any:
-        """Run the model, or a copy of it, on the example inputs."""
-        return (self._trace_options.get("forward_fn") or run_model)(
-            self.model if model is None else model, self.example_inputs
-        )
-
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Prune once: everything, or the next part of ``iterative_steps``.
 
@@ -270,78 +255,3 @@ class CoSePPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         step = min(self.current_step + 1, self.iterative_steps)
         planner = self.planner(self.memory.copy(), step)
         return trade_offs(budget_of(planner), self.model, self.run, unit, n_points)
-
-    def planner(self, memory: PlannerMemory | None = None, step: int | None = None) -> Planner:
-        """What plans the groups of the model as it is.
-
-        Args:
-            memory: What is remembered of earlier steps; by default the pruner's own.
-            step: Number of the step; by default the current one.
-
-        Returns:
-            The planner.
-        """
-        subject = Subject(
-            self.model,
-            self.example_inputs,
-            self.DG,
-            self.num_heads,
-            self.in_channel_groups,
-            self.out_channel_groups,
-            self.run,
-            self._check_pruning_ratio,
-        )
-        return Planner(
-            self.importance,
-            self.settings,
-            subject,
-            self.memory if memory is None else memory,
-            self.current_step if step is None else step,
-        )
-
-    @torch.no_grad()
-    def estimate_importance(self, group: Any) -> Tensor | None:
-        """Scores of a group for the stock pruner, which ranks them against those of other groups.
-
-        Returns:
-            ``[channels]``, or ``None`` to leave the group alone.
-        """
-        selector: Selector = self.importance
-        planner = self.planner()
-        scores: Tensor | None = None
-        try:
-            view = planner.view(group)
-            plan = planner.unselected(group, view)
-            if not plan.reason:
-                selection = selector.select(group, view=view)
-                scores = selector.scores(group, self.num_heads, selection)
-                reason = "ranked against other layers" if scores is not None else NOT_MEASURED
-                plan = planner.with_embedding(view, replace(plan, selection=selection, reason=reason))
-        except InputError as error:
-            scores, plan = None, planner.refused(group, error)
-        if self._step is not None:
-            self._step.planned[key_of(group)] = plan
-        return scores
-
-    def fit(self) -> None:
-        """Collect the selector's statistics of the model as it is."""
-        if self._observed is None:
-            self._observed = self.planner().layers()
-        options = {"layers": self._observed, "num_heads": self.num_heads, **self.fit_options}
-        self.importance.fit(self.model, self.loader, **options)
-
-    def ranked_groups(self) -> Iterator[Any]:
-        """The groups of the stock pruner, which ranks channels of several layers.
-
-        Yields:
-            The groups, each with the channels that are to be removed.
-        """
-        yield from self._prune()
-
-    def retrace(self) -> Any:
-        """Trace the model as it is.
-
-        Returns:
-            Its dependency graph.
-        """
-        return trace(self.model, self.example_inputs, ignored_params=self.ignored_params, **self._trace_options)
