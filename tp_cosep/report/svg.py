@@ -142,7 +142,8 @@ def _counts_in_words(plane: Plane, unit: str) -> str:
     n_joint = sum(size > 1 for size in sizes.values())
     text = (
         f"{len(plane.kept)} of {len(selection.labels)} {unit}s kept, in {len(selection.medoids)} clusters, {n_joint} "
-        f"of them with more than one {unit}. The axes show {shares[0]:.1%} and {shares[1]:.1%} of the squared distances."
+        f"of them with more than one {unit}. The axes show {shares[0]:.1%} and {shares[1]:.1%} of the "
+        "squared distances."
     )
     if n_largest > 1:
         text += f" The largest cluster, of {n_largest}, is that of {unit} {selection.medoids[largest]}."
