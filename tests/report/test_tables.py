@@ -97,7 +97,7 @@ class TestLayers:
 
 class TestMeasure:
     def test_parameters_and_macs(self):
-        """Counted by hand: products of the convolutions and the linear layer, and the elements of BatchNorm and ReLU."""
+        """Counted by hand: products of convolutions and the linear layer, elements of BatchNorm and ReLU."""
         stats = measure(net(), X, n_runs=1)
         assert stats.n_parameters == 12 * 3 * 9 + 2 * 12 + 10 * 12 * 9 + 160 * 4
         products = 64 * 12 * 3 * 9 + 16 * 10 * 12 * 9 + 160 * 4

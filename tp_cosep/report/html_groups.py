@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.report.labels import CRITERIA, Criterion, counted
-from tp_cosep.report.svg import positions_in_view
+from tp_cosep.report.svg import Plane
 from tp_cosep.report.tables import group_label
-from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components
+from tp_cosep.selection.embedding import GroupEmbedding, kept_components
 from tp_cosep.selection.result import GroupPlan
 
 __all__ = ["Costs", "GroupRow", "Visit", "group_rows", "total_costs"]
@@ -69,19 +70,25 @@ class Visit:
         ]
         return [(name, value) for name, value in facts if value]
 
+    @cached_property
+    def plane(self) -> Plane | None:
+        """The components as they are drawn, if the embedding was recorded."""
+        return None if self.embedding is None else Plane(self.selection, self.embedding)
+
     @property
     def clusters(self) -> dict[str, Any] | None:
         """The data that the script needs for the table of clusters and for the tips over the plane."""
-        selection, embedding = self.selection, self.embedding
-        if embedding is None:
+        if self.plane is None:
             return None
         return {
-            "labels": selection.labels,
-            "medoids": selection.medoids,
-            "kept": kept_components(selection, embedding),
-            "colours": cluster_colours(embedding.points, selection),
-            "xy": [x for position in positions_in_view(embedding) for x in position],
-            "pairs": [[x for pair in pairs for x in (*pair[:2], round(pair[2], 2))] for pairs in embedding.pairs],
+            "labels": self.selection.labels,
+            "medoids": self.selection.medoids,
+            "kept": self.plane.kept,
+            "colours": self.plane.colours,
+            "xy": [x for position in self.plane.positions for x in position],
+            "pairs": [
+                [x for pair in pairs for x in (*pair[:2], round(pair[2], 2))] for pairs in self.plane.embedding.pairs
+            ],
         }
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.report.labels import CRITERIA
 from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components
 
-__all__ = ["curve", "positions_in_view", "space"]
+__all__ = ["Plane", "curve", "space"]
 
 _WIDTH, _HEIGHT = 720, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 104, 18, 18, 88
@@ -65,24 +67,55 @@ def curve(selection: ChannelSelection, name: str) -> Markup:
     return _svg(_HEIGHT, description, marks)
 
 
-def space(selection: ChannelSelection, embedding: GroupEmbedding, name: str, unit: str = "channel") -> Markup:
+@dataclass(frozen=True)
+class Plane:
+    """A group's components as :func:`space` draws them.
+
+    Attributes:
+        selection: The selection.
+        embedding: The embedding of the same group.
+    """
+
+    selection: ChannelSelection
+    embedding: GroupEmbedding
+
+    @cached_property
+    def positions(self) -> list[tuple[int, int]]:
+        """Coordinates in the view, both axes on the same scale."""
+        xs, ys = zip(*self.embedding.positions, strict=True)
+        factor = (_WIDTH - 2 * _MARGIN) / (max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0)
+        x_middle, y_middle, half = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2, _WIDTH / 2
+        return [
+            (round(half + (x - x_middle) * factor), round(half - (y - y_middle) * factor))
+            for x, y in self.embedding.positions
+        ]
+
+    @cached_property
+    def colours(self) -> list[int]:
+        """The colour of every cluster, see :func:`tp_cosep.selection.embedding.cluster_colours`."""
+        return cluster_colours(self.embedding.points, self.selection)
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """The components kept."""
+        return kept_components(self.selection, self.embedding)
+
+
+def space(plane: Plane, name: str, unit: str = "channel") -> Markup:
     """A group's components in the plane: clusters by colour and by lines to their medoids, kept ones with a ring.
 
     Args:
-        selection: The selection.
-        embedding: The embedding of the same group.
+        plane: The components.
         name: The group's label.
         unit: What a component is.
 
     Returns:
         An ``svg`` element with a text alternative.
     """
-    at = positions_in_view(embedding)
-    kept = kept_components(selection, embedding)
+    selection, at, colours, kept = plane.selection, plane.positions, plane.colours, plane.kept
     is_kept = set(kept)
     size = 2 * round(min(11, max(4, 90 / math.sqrt(len(at)))))
     members_of: dict[str, list[int]] = {}
-    colours = cluster_colours(embedding.points, selection)
     for i, label in enumerate(selection.labels):
         members_of.setdefault("alone" if colours[label] < 0 else f"c{colours[label]}", []).append(i)
     marks = [_element("rect", class_="frame", x=1, y=1, width=_WIDTH - 2, height=_WIDTH - 2, rx=12)]
@@ -98,28 +131,18 @@ def space(selection: ChannelSelection, embedding: GroupEmbedding, name: str, uni
         if dots := _dots(at[i] for i in members if i in is_kept):
             marks.append(_path("dot gap", dots, stroke_width=size + 5))
             marks.append(_path(f"dot {colour}", dots, stroke_width=size))
-    description = f"{name}, {unit}s in the plane. {_counts_in_words(selection, embedding, len(kept), unit)}"
+    description = f"{name}, {unit}s in the plane. {_counts_in_words(plane, unit)}"
     return _svg(_WIDTH, description, marks, class_="plane")
 
 
-def positions_in_view(embedding: GroupEmbedding) -> list[tuple[int, int]]:
-    """Where :func:`space` draws the components, both axes on the same scale."""
-    xs, ys = zip(*embedding.positions, strict=True)
-    factor = (_WIDTH - 2 * _MARGIN) / (max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0)
-    x_middle, y_middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-    half = _WIDTH / 2
-    return [
-        (round(half + (x - x_middle) * factor), round(half - (y - y_middle) * factor)) for x, y in embedding.positions
-    ]
-
-
-def _counts_in_words(selection: ChannelSelection, embedding: GroupEmbedding, n_kept: int, unit: str) -> str:
+def _counts_in_words(plane: Plane, unit: str) -> str:
+    selection, shares = plane.selection, plane.embedding.shares
     sizes = Counter(selection.labels)
     ((largest, n_largest),) = sizes.most_common(1)
     n_joint = sum(size > 1 for size in sizes.values())
     text = (
-        f"{n_kept} of {len(selection.labels)} {unit}s kept, in {len(selection.medoids)} clusters, {n_joint} of them "
-        f"with more than one {unit}. The axes show {embedding.shares[0]:.1%} and {embedding.shares[1]:.1%} of the "
+        f"{len(plane.kept)} of {len(selection.labels)} {unit}s kept, in {len(selection.medoids)} clusters, {n_joint} "
+        f"of them with more than one {unit}. The axes show {shares[0]:.1%} and {shares[1]:.1%} of the "
         "squared distances."
     )
     if n_largest > 1:
@@ -129,10 +152,8 @@ def _counts_in_words(selection: ChannelSelection, embedding: GroupEmbedding, n_k
 
 def _element(tag: str, content: str = "", /, **attributes: str | float) -> Markup:
     """An SVG element; values and text are escaped, ``_`` in an attribute's name is a hyphen."""
-    pairs = Markup("").join(
-        Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items()
-    )
-    return Markup("<{0}{1}>{2}</{0}>" if content else "<{0}{1}/>").format(tag, pairs, content)
+    pairs = "".join(f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"' for name, value in attributes.items())
+    return Markup(f"<{tag}{pairs}>{escape(content)}</{tag}>" if content else f"<{tag}{pairs}/>")
 
 
 def _path(class_: str, d: str, **attributes: str | float) -> Markup:
