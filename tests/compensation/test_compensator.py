@@ -424,7 +424,7 @@ def test_a_failure_later_on_puts_everything_back():
     assert_untouched(model, before)
     assert pruner.compensator.refits == []
     assert not pruner.compensator.is_fitted
-    pruner.fine_tune = None
+    pruner.settings = replace(pruner.settings, fine_tune=None)
     pruner.step()
     assert [r.reason for r in pruner.compensator.refits] == [""] * 4
 
@@ -538,6 +538,6 @@ def test_too_little_data_is_said_to_be():
     model, x, _ = build("vgg", 12)
     compensator = Compensator(model, x[:1], max_positions=4)
     with pytest.warns(
-        UserWarning, match=r"few samples for what 4 layers read \(.*'conv3' 4 for 108\); a repair may do"
+        UserWarning, match=r"few samples for the inputs of 4 layers \(.*'conv3' 4 for 108\); a refit may do"
     ):
         compensator.fit([x[:1]], progress=False)

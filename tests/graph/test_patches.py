@@ -47,7 +47,7 @@ def test_rows_of_a_linear_layer(repeat):
     linear = nn.Linear(24, 5).double()
     x = torch.randn(3, 2, 24, dtype=torch.float64, generator=seeded())
     patches = patches_of(linear, repeat=repeat)
-    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).of("layer"))(x).reshape(3, 2, repeat, -1)
+    rows = patches.sampler(x.shape, 10**9, PositionSampler(x, 0).for_layer("layer"))(x).reshape(3, 2, repeat, -1)
     outputs = torch.einsum("ntpf,fop->nto", rows, patches.weight_matrix(linear.weight)[0])
     torch.testing.assert_close(outputs, linear(x) - linear.bias)
     assert patches.n_products(x.shape) == 2 * 24 * 5
