@@ -4,14 +4,13 @@ import re
 
 import pytest
 import torch
-from fitted import fitted, widths
+from fitted import fitted, make_selector, widths
 from models import assert_untouched, build, fingerprint
 from torch import nn
 
 from tp_cosep import (
     Compensator,
     CoSePPruner,
-    CoSePSelector,
     InputError,
     PruningError,
     ReconstructionSelector,
@@ -82,11 +81,11 @@ def test_example_inputs_that_the_model_does_not_take(inputs):
     assert_refused(lambda: CoSePPruner(model, inputs, selector, rounding=8), "keyword argument 'rounding'", TypeError)
 
 
-@pytest.mark.parametrize("space", ["joint", "class-means", "separability", "reconstruction", "correlation"])
-def test_a_single_class(space):
+@pytest.mark.parametrize("kind", ["reconstruction", "cosep", "reconstruction without classes"])
+def test_a_single_class(kind):
     model, x, y = build("vgg", 10)
-    selector = CoSePSelector(kind=kind)
-    if space in ("reconstruction", "correlation"):
+    selector = make_selector(kind=kind)
+    if kind == "reconstruction without classes":
         assert selector.fit(model, [(x, 0 * y)]).is_fitted
         return
     message = "got 1 (class 0), 0 of them with a single sample; every space but 'reconstruction' and 'correlation'"

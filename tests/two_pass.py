@@ -2,6 +2,11 @@
 
 import numpy as np
 
+from tp_cosep.calibration.class_observer import measured_layers
+from tp_cosep.calibration.collect import collect
+from tp_cosep.calibration.statistics import StatisticsSpec
+from tp_cosep.utils.data import CalibrationData
+
 
 def pooled(x, spatial):
     """Average every dimension behind the channels over at most ``spatial`` windows, as adaptive pooling does."""
@@ -23,3 +28,13 @@ def assert_two_pass(moments, x, y, spatial, rtol=1e-9):
     scale = np.abs(mean).max()
     np.testing.assert_allclose(moments.mean.numpy(), mean, rtol=rtol, atol=rtol * scale)
     np.testing.assert_allclose(moments.var.numpy(), var, rtol=rtol, atol=rtol * scale**2)
+
+
+def collect_moments(model, loader, *, layers=None, **options):
+    """Class moments of all layers of a model, or of some; options of the spec and of the data."""
+    fields = {
+        name: options.pop(name) for name in ("spatial", "observe", "channel_dims", "memory_budget") if name in options
+    }
+    spec = StatisticsSpec(class_moments=True, **{"channel_dims": {}, **fields})
+    layers = measured_layers(model, spec.channel_dims) if layers is None else layers
+    return collect(model, CalibrationData(loader, **options), spec, layers=layers).moments

@@ -1,3 +1,5 @@
+from tp_cosep.utils.data import CalibrationData
+
 """Attention maps: as the model itself computes them, and how far apart two heads are by them."""
 
 import copy
@@ -82,7 +84,9 @@ def built(*hows, **options):
 
 
 def collected(model, batches, **options):
-    return collect_attention(model, batches, attention_heads(model), progress=False, **options)
+    return collect_attention(
+        model, CalibrationData(batches, progress=False, target_fn=target_fn), attention_heads(model), **options
+    )
 
 
 def block_means(maps, size):

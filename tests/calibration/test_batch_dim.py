@@ -9,11 +9,10 @@ from fitted import fitted
 from models import Lambda, assert_untouched, build, fingerprint, images, initialise, seeded, vectors
 from torch import nn
 from torch.nn import functional as F
-from two_pass import assert_two_pass
+from two_pass import assert_two_pass, collect_moments
 
 from tp_cosep import CoSePPruner, CoSePSelector, ReconstructionSelector
 from tp_cosep.calibration.batch_dim import Layout, find_layout, to_samples
-from tp_cosep.calibration.class_observer import collect_moments
 from tp_cosep.errors import InputError
 
 

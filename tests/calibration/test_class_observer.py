@@ -6,9 +6,8 @@ import pytest
 import torch
 from models import Lambda, assert_untouched, build, fingerprint, initialise, seeded, vectors
 from torch import nn
-from two_pass import assert_two_pass
+from two_pass import assert_two_pass, collect_moments
 
-from tp_cosep.calibration.class_observer import collect_moments
 from tp_cosep.errors import InputError
 from tp_cosep.utils.data import run_model
 

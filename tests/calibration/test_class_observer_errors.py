@@ -2,8 +2,8 @@ import pytest
 import torch
 from models import Lambda, assert_untouched, build, fingerprint, images
 from torch import nn
+from two_pass import collect_moments
 
-from tp_cosep.calibration.class_observer import collect_moments
 from tp_cosep.errors import InputError
 
 

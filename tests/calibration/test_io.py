@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from fitted import group_with
+from fitted import group_with, make_selector
 from models import assert_untouched, build, fingerprint
 from moment_helpers import OPTIONS, assert_same, batches
 from safetensors.torch import save_file
 
-from tp_cosep import CoSePSelector, InputError, ReconstructionSelector
+from tp_cosep import InputError, ReconstructionSelector
 from tp_cosep.utils.files import read_safetensors, write_safetensors
 
 
@@ -42,11 +42,11 @@ def test_slow_batches_are_kept_by_the_clock(tmp_path, monkeypatch):
 def test_a_pass_goes_on_where_it_was_interrupted(tmp_path, options, n):
     model, x, y = build("resnet", 12)
     given, path = batches(x, y), tmp_path / "moments.safetensors"
-    whole = CoSePSelector(**options).fit(model, given, progress=False)
+    whole = make_selector(**options).fit(model, given, progress=False)
     keep = {"checkpoint": path, "checkpoint_every": 2, "progress": False}
     before = fingerprint(model)
     with pytest.raises(KeyboardInterrupt):
-        CoSePSelector(**options).fit(model, Interrupted(given, n), **keep)
+        make_selector(**options).fit(model, Interrupted(given, n), **keep)
     assert path.is_file() == (n >= 2)
     n_run = 0
 
@@ -55,11 +55,11 @@ def test_a_pass_goes_on_where_it_was_interrupted(tmp_path, options, n):
         n_run += len(args[0]) > 3  # runs on a few samples are for the trace, the layouts and the sizes
 
     handle = model.conv1.register_forward_hook(count)
-    again = CoSePSelector(**options).fit(model, given, **keep)
+    again = make_selector(**options).fit(model, given, **keep)
     assert n_run == sum(len(y) > 3 for _, y in given[n // 2 * 2 :])
     assert_same(again, whole)
     n_run = 0
-    finished = CoSePSelector(**options).fit(model, given, **keep)
+    finished = make_selector(**options).fit(model, given, **keep)
     handle.remove()
     assert n_run == 0
     assert_same(finished, whole)
@@ -89,17 +89,17 @@ def other_model(model, path):
 
 
 def other_options(model, path):
-    return {"spatial": 4}, "measured was .*, is .*; delete it to measure anew"
+    return {"spatial": 4}, "measured was .*, is .*; delete it to collect again"
 
 
 def torn(model, path):
     path.write_bytes(path.read_bytes()[:-100])
-    return {}, "damaged, or no file of moments"
+    return {}, "damaged, or no file of statistics"
 
 
 def foreign(model, path):
     save_file({"x": torch.zeros(2)}, path)
-    return {}, "expected a file of moments, got another one"
+    return {}, "expected a file of statistics, got another one"
 
 
 def newer(model, path):
@@ -119,8 +119,8 @@ def test_files_that_do_not_fit_are_refused(kept, spoil):
     model, x, y, path = kept
     options, message = spoil(model, path)
     before, bytes_before = fingerprint(model), path.read_bytes()
-    with pytest.raises(InputError, match=f"moments '.*kept': .*{message}"):
-        CoSePSelector(**{"spatial": 2, **options}).fit(model, batches(x, y), checkpoint=path, progress=False)
+    with pytest.raises(InputError, match=f"statistics '.*kept': .*{message}"):
+        make_selector(**{"spatial": 2, **options}).fit(model, batches(x, y), checkpoint=path, progress=False)
     assert path.read_bytes() == bytes_before
     assert_untouched(model, before)
 

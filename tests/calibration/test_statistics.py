@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from fitted import group_with
+from fitted import group_with, make_selector
 from models import build
 from moment_helpers import OPTIONS, assert_same, batches
 from processes import data
@@ -16,11 +16,12 @@ from tp_cosep import (
     NotFittedError,
     ReconstructionSelector,
 )
+from tp_cosep.calibration.statistics import Statistics
 from tp_cosep.utils.files import write_safetensors
 
 
 def fitted(model, x, y, **options):
-    return CoSePSelector(**options).fit(model, batches(x, y), progress=False)
+    return make_selector(**options).fit(model, batches(x, y), progress=False)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -28,7 +29,7 @@ def test_saved_moments_come_back(tmp_path, options):
     model, x, y = build("resnet", 12)
     before, path = fitted(model, x, y, **options), tmp_path / "moments.safetensors"
     before.save_statistics(path)
-    after = CoSePSelector(**options).load_statistics(path, copy.deepcopy(model), n_classes=before_classes(before))
+    after = make_selector(**options).load_statistics(path, copy.deepcopy(model), n_classes=before_classes(before))
     assert_same(after, before)
     assert before.measured == after.measured
     CoSePPruner(model, x[:1], importance=after).step()  # layers are those of the model that was given
@@ -45,7 +46,7 @@ def test_saved_attention_maps_come_back(tmp_path):
     model = nn.ModuleDict({"q": nn.Linear(4, 4)})
     selector = AttentionMapSelector()
     selector.statistics.attention = {"q": torch.rand(2, 2)}
-    selector._hold(model, {}, {})
+    selector._hold(Statistics())
     selector.save_statistics(tmp_path / "maps")
     again = AttentionMapSelector().load_statistics(tmp_path / "maps", model)
     assert torch.equal(again.statistics.attention["q"], selector.statistics.attention["q"])
@@ -66,12 +67,12 @@ def test_moments_of_something_else_are_refused(tmp_path):
             fresh.load_statistics(path, other, **options)
     for options in ({"kind": "cosep"}, {"spatial": 2}, {"kind": "reconstruction without classes"}):
         with pytest.raises(InputError, match="measured was"):
-            CoSePSelector(**options).load_statistics(path, model)
+            make_selector(**options).load_statistics(path, model)
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     for damaged in (whole[:-7], whole[:middle], flipped, b"", b"{}" * 40):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="damaged, or no file of moments"):
+        with pytest.raises(InputError, match="damaged, or no file of statistics"):
             fresh.load_statistics(path, model)
     with pytest.raises(InputError, match="found none"):
         fresh.load_statistics(tmp_path / "nothing", model)
@@ -82,7 +83,7 @@ def test_a_checkpoint_is_not_taken_for_moments(tmp_path):
     model, x, y = build("vgg", 10)
     path = tmp_path / "checkpoint"
     ReconstructionSelector().fit(model, batches(x, y), checkpoint=path, progress=False)
-    with pytest.raises(InputError, match=r"moments .*checkpoint"):
+    with pytest.raises(InputError, match=r"statistics .*checkpoint"):
         ReconstructionSelector().load_statistics(path, model)
 
 
@@ -134,7 +135,7 @@ def test_nothing_to_save_before_fit(tmp_path):
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_estimated_moments_take_what_was_said(options, name):
     model, x, y = build(name, 12)
-    needed = CoSePSelector(**options).memory_estimate(model, x[:2], int(y.max()) + 1)
+    needed = make_selector(**options).memory_estimate(model, x[:2], int(y.max()) + 1)
     selector = fitted(model, x, y, **options)
     tables = [*selector.statistics.moments.values(), *(m.classes for m in selector.statistics.inputs.values())]
     assert needed.class_moments == sum(m.mean.nbytes + m.m2.nbytes for m in tables)

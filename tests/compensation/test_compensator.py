@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch

@@ -19,7 +19,6 @@ from tp_cosep.functional.selection import select_channels
 from tp_cosep.functional.separability import pooled_gram, profile_gram, profiles
 from tp_cosep.graph.heads import attention_groups, attention_heads
 from tp_cosep.graph.tracing import ROOT_TYPES, trace
-from tp_cosep.selection.heads import select_heads
 
 
 def points(n, seed=0, dims=3):
@@ -232,7 +231,7 @@ def stock(model, x, selector, num_heads, **options):
 def scores_of(model, x, selector, num_heads):
     """By layer the scores of heads and of dimensions, each from its own selection."""
     groups = attention_groups(trace(model, x[:1]), num_heads, ROOT_TYPES)
-    heads = [s.scores.view(4, 6)[:, 0] for s in select_heads(selector, groups, dict(num_heads))]
+    heads = [s.scores.view(4, 6)[:, 0] for s in selector.select_heads(groups, dict(num_heads))]
     return heads, [selector.select(group).scores[:6] for group in groups]
 
 
@@ -327,7 +326,7 @@ def test_heads_of_a_layer_that_was_not_measured():
     groups = attention_groups(trace(model, x[:1]), num_heads, ROOT_TYPES)
     assert isinstance(groups[0][0].dep.target.module, nn.Linear)
     with pytest.raises(NotFittedError, match=r"call fit\(model, loader\) first"):
-        select_heads(fresh, groups, num_heads)
+        fresh.select_heads(groups, num_heads)
     del selector.statistics.moments["layers.1.qkv"]
     with pytest.raises(InputError, match=r"layer 'layers\.1\.qkv': expected class moments, got none"):
-        select_heads(selector, groups, num_heads)
+        selector.select_heads(groups, num_heads)

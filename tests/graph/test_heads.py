@@ -24,7 +24,6 @@ from tp_cosep.functional.separability import profiles
 from tp_cosep.graph.groups import read_group
 from tp_cosep.graph.heads import attention_groups, attention_heads, head_parameters, heads_of, update_owners
 from tp_cosep.graph.tracing import ROOT_TYPES, trace
-from tp_cosep.selection.heads import select_heads
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Unwrapped parameters detected"),
@@ -500,7 +499,7 @@ def attention_group(model, x, i=0):
 def head_distances(model, x, y):
     group, numbers = attention_group(model, x)
     selector = ReconstructionSelector(spatial=2).fit(model, [(x, y)], progress=False)
-    return selector.space.head_distances([read_group(group, n_heads=heads_of(group, numbers)[0])])
+    return selector.criterion.head_distances([read_group(group, n_heads=heads_of(group, numbers)[0])])
 
 
 def plant_copies(attention, of):
@@ -679,7 +678,7 @@ def test_selecting_heads_changes_nothing():
     model, x, _, selector = made("fused")
     group, numbers = attention_group(model, x)
     before = fingerprint(model)
-    first, second = (select_heads(selector, [group], numbers, n_keep=3)[0] for _ in range(2))
+    first, second = (selector.select_heads([group], numbers, n_keep=3)[0] for _ in range(2))
     assert first == second
     assert (first.n_channels, len(first.keep_idxs), first.k) == (24, 18, 3)
     assert_untouched(model, before)

@@ -188,7 +188,7 @@ def test_iterative_steps_reach_the_counts_of_a_single_step(kind, width, ratio):
 
 @pytest.mark.parametrize("kind", ["reconstruction", "cosep"])
 @pytest.mark.parametrize("how", [{}, {"target": {"macs": 0.4}}, {"pruning_ratio": 0.5}], ids=str)
-def test_iterative_steps_without_a_loader_ask_for_one(space, how):
+def test_iterative_steps_without_a_loader_ask_for_one(kind, how):
     model, x, y = build("vgg", 12)
     selector = fitted(model, x, y, kind=kind)
     pruner = CoSePPruner(model, x[:1], selector, iterative_steps=2, **how)

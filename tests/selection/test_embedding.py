@@ -139,7 +139,8 @@ class TestPruner:
         model, x, y = build("mlp", 10)
         selector = fitted(model, x, y)
         pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
-        distances = {pruner.planner.view(g).name: selector.distances(g) for g in pruner.planner.groups()}
+        planner = pruner.planner()
+        distances = {planner.view(g).name: selector.distances(g) for g in planner.groups()}
         pruner.step()
         for group_plan in pruner.plan:
             if group_plan.selection is not None:
@@ -152,11 +153,11 @@ class TestPruner:
     @pytest.mark.parametrize("options", [{"pruning_ratio": 0.5, "global_pruning": True}, {"target": {"macs": 0.5}}, {}])
     def test_every_choice_has_a_picture_and_can_do_without(self, options, tmp_path):
         model, x, y = build("resnet", 12)
-        for pictures in (True, False):
+        for embed in (True, False):
             pruned = copy.deepcopy(model)
             pruner = CoSePPruner(pruned, x[:1], ReconstructionSelector().fit(model, [(x, y)]), embed=embed, **options)
             pruner.step()
-            assert {e.embedding is not None for e in pruner.plan if e.selection} == {pictures}
+            assert {e.embedding is not None for e in pruner.plan if e.selection} == {embed}
             assert all(e.embedding is None for e in pruner.plan if not e.selection)
             pruner.plan.save(tmp_path / "plan.json")
             assert PruningPlan.load(tmp_path / "plan.json") == pruner.plan

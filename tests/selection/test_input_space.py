@@ -1,5 +1,6 @@
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ from fitted import group_with
 from models import KINDS, PRODUCERS, assert_untouched, build, fingerprint
 from torch import nn
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError, ReconstructionSelector
+from tp_cosep import AttentionMapSelector, CoSePPruner, CoSePSelector, InputError, ReconstructionSelector
 from tp_cosep.functional.elimination import Elimination, backward_elimination
 from tp_cosep.functional.selection import select_by_elimination
 from tp_cosep.graph.groups import read_group
-from tp_cosep.selection.input_space import CLASS_WEIGHT, INPUT_SPACES, consumers_of, correlation_distances
+from tp_cosep.selection.input_space import consumers_of, correlation_distances
 
-COLUMN_SPACES = ("class-means", "reconstruction", "joint")
+CLASS_WEIGHTS = (0, 0.5, 3)
 
 
 def inputs_of(model, name, x):
@@ -65,16 +66,12 @@ def test_readers_of_a_group():
     moments = measured(model, x, y)
     view = read_group(group_with(model, x, "stem"))
     names = [m.name for m in view.consumers if m.name in moments]
-    for space in INPUT_SPACES:
-        parts = dict(zip(names, consumers_of(view, moments, space), strict=True))
+    for class_weight in CLASS_WEIGHTS:
+        parts = dict(zip(names, consumers_of(view, moments, class_weight), strict=True))
         assert set(parts) == {"conv1", "conv3", "shortcut"}
         for name, part in parts.items():
             m, weight = moments[name], model.get_submodule(name).weight.detach().double()
-            expected = {
-                "class-means": m.between_classes,
-                "joint": m.covariance + CLASS_WEIGHT * m.between_classes,
-            }.get(space, m.covariance)
-            torch.testing.assert_close(part.covariance, expected)
+            torch.testing.assert_close(part.covariance, m.covariance + class_weight * m.between_classes)
             costs = torch.zeros(10, 10, dtype=torch.float64)
             for filters in weight:  # one output: [in, height, width]
                 kernel_positions = [filters[:, i, j] for i, j in itertools.product(*map(range, filters.shape[1:]))]
@@ -82,7 +79,7 @@ def test_readers_of_a_group():
                 costs += sum(torch.outer(w, w) for w in kernel_positions) / variance
             torch.testing.assert_close(part.costs, costs)
             assert torch.equal(part.components, torch.arange(10))
-    distances = correlation_distances(view, moments, "correlation")
+    distances = correlation_distances(view, moments, class_weight=0)
     expected = sum(1 - _correlation(moments[n].covariance).abs() for n in ("conv1", "conv3", "shortcut")) / 3
     torch.testing.assert_close(distances, expected, rtol=1e-6, atol=1e-9)
 
@@ -92,14 +89,16 @@ def _correlation(covariance):
     return covariance / scale / scale[:, None]
 
 
-@pytest.mark.parametrize("space", COLUMN_SPACES)
-def test_selection_is_what_elimination_leaves(space):
+@pytest.mark.parametrize("class_weight", CLASS_WEIGHTS)
+def test_selection_is_what_elimination_leaves(class_weight):
     model, x, y = build("resnet", 12)
-    selector = CoSePSelector(space=space, spatial=2).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(class_weight=class_weight, spatial=2).fit(model, [(x, y)], progress=False)
     for channels, names in PRODUCERS["resnet"].items():
         group = group_with(model, x, names[0])
         view = read_group(group)
-        elimination = backward_elimination(consumers_of(view, selector.statistics.inputs, space), view.n_components)
+        elimination = backward_elimination(
+            consumers_of(view, selector.statistics.inputs, class_weight), view.n_components
+        )
         for k in (1, 5, view.n_components):
             selection = selector.select(group, n_keep=k)
             assert selection.keep_idxs == tuple(sorted(elimination.order[-k:].tolist())), channels
@@ -107,12 +106,12 @@ def test_selection_is_what_elimination_leaves(space):
         assert scores.argsort().tolist() == elimination.order.tolist()
 
 
-@pytest.mark.parametrize("space", COLUMN_SPACES)
-def test_of_copies_one_stays(space):
+@pytest.mark.parametrize("class_weight", CLASS_WEIGHTS)
+def test_of_copies_one_stays(class_weight):
     model, x, y = build("vgg", 12)
     with torch.no_grad():
         model.conv2.weight[6:], model.conv2.bias[6:] = 2.5 * model.conv2.weight[:6], 2.5 * model.conv2.bias[:6]
-    selector = CoSePSelector(kind=kind).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(class_weight=class_weight).fit(model, [(x, y)], progress=False)
     selection = selector.select(group_with(model, x, "conv2"), n_keep=6)
     assert sorted(i % 6 for i in selection.keep_idxs) == [*range(6)]
     # What goes is said to be represented by its copy.
@@ -131,7 +130,7 @@ def test_a_cluster_keeps_what_reconstructs_best():
         medoids, chosen = plain.select(group), selector.select(group)
         assert medoids.labels == chosen.labels
         assert sorted({chosen.labels[i] for i in chosen.keep_idxs}) == [*range(chosen.k)]
-        parts = consumers_of(read_group(group), selector.statistics.inputs, "reconstruction")
+        parts = consumers_of(read_group(group), selector.statistics.inputs, class_weight=0)
         order = backward_elimination(parts, len(chosen.labels), torch.tensor(chosen.labels)).order
         assert chosen.keep_idxs == tuple(sorted(order[-chosen.k :].tolist()))
         differ += medoids.keep_idxs != chosen.keep_idxs
@@ -139,12 +138,18 @@ def test_a_cluster_keeps_what_reconstructs_best():
 
 
 @pytest.mark.parametrize(
-    "options", [{"space": s} for s in INPUT_SPACES] + [{"representative": "reconstruction"}], ids=str
+    "make",
+    [
+        ReconstructionSelector,
+        partial(ReconstructionSelector, class_weight=0),
+        partial(CoSePSelector, representative="reconstruction"),
+    ],
+    ids=["reconstruction", "without classes", "clusters"],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_pruners(kind, options):
+def test_pruners(kind, make):
     model, x, y = build(kind, 12)
-    selector = CoSePSelector(**options).fit(model, [(x, y)], progress=False)
+    selector = make().fit(model, [(x, y)], progress=False)
     for pruner_type, more in ((CoSePPruner, {}), (tp.pruner.BasePruner, {"ignored_layers": ["head"]})):
         pruned = copy.deepcopy(model)
         if "ignored_layers" in more:
@@ -200,23 +205,25 @@ def test_the_count_is_the_knee_of_the_coverage_and_covers_nearly_all():
 def test_as_published():
     selector = CoSePSelector.published()
     assert (selector.spatial, selector.knee, selector.metric) == (None, "first", "jm")
-    assert (selector.space_name, selector.method, selector.representative) == ("separability", "k-medoids", "medoid")
-    assert selector.observe == "outputs"
+    assert (selector.representative, selector.observe) == ("medoid", "outputs")
     assert CoSePSelector.published(representative="max_norm").representative == "max_norm"
 
 
 def test_refusals():
-    for options, message in (
-        ({"space": "elsewhere"}, "expected space"),
-        ({"method": "magic"}, "expected method"),
-        ({"kind": "cosep", "method": "column-subset"}, "separability profiles do not tell"),
-        ({"space": "joint", "observe": "inputs"}, "belongs to space='separability'"),
-        ({"space": "joint", "representative": "max_norm"}, "makes no clusters; add method='k-medoids'"),
-        ({"space": "joint", "metric": "hellinger"}, "belongs to space='separability'"),
-        ({"representative": "best"}, "expected representative"),
+    for make, options, message in (
+        (ReconstructionSelector, {"class_weight": -1}, "expected class_weight to be a finite number ≥ 0, got -1"),
+        (ReconstructionSelector, {"class_weight": float("inf")}, "expected class_weight"),
+        (ReconstructionSelector, {"class_weight": "much"}, "expected class_weight"),
+        (ReconstructionSelector, {"knee": "magic"}, "ReconstructionSelector: expected knee of"),
+        (CoSePSelector, {"observe": "consumers"}, "CoSePSelector: expected observe of"),
+        (CoSePSelector, {"representative": "best"}, "expected representative"),
+        (AttentionMapSelector, {"backend": "none"}, "AttentionMapSelector: expected backend of"),
     ):
         with pytest.raises(InputError, match=message):
-            CoSePSelector(**options)
+            make(**options)
+    for make, option in ((ReconstructionSelector, "metric"), (CoSePSelector, "class_weight"), (CoSePSelector, "space")):
+        with pytest.raises(TypeError, match=option):
+            make(**{option: "jm"})
     model, x, y = build("vgg", 12)
     before = fingerprint(model)
     with pytest.raises(InputError, match="gave none"):
@@ -300,27 +307,15 @@ def test_separability_where_nothing_reads_by_weights():
     assert (model.stem.out_features, model.lstm.input_size, model.lstm.hidden_size) == (6, 6, 8)
 
 
-def test_options_about_clusters_mean_separability():
-    assert ReconstructionSelector().space_name == "joint"
-    for options in (
-        {"metric": "hellinger"},
-        {"observe": "inputs"},
-        {"representative": "medoid"},
-        {"method": "k-medoids"},
-    ):
-        assert CoSePSelector(**options).space_name == "separability"
-    assert CoSePSelector(space="joint", representative="medoid", method="k-medoids").space_name == "joint"
-
-
 def test_a_reader_that_was_not_measured():
     model, x, y = build("vgg", 12)
     selector = ReconstructionSelector().fit(model, [(x, y)], layers=["conv1"], progress=False)
     assert selector.layers == ["conv2"]
     assert selector.select(group_with(model, x, "conv1")) is not None
-    with pytest.raises(InputError, match=r"layer 'conv3': what it reads was not measured.* put 'conv2' into ignored"):
+    with pytest.raises(InputError, match=r"layer 'conv3': its input was not observed.* put 'conv2' into ignored"):
         selector.select(group_with(model, x, "conv2"))
     with pytest.raises(
-        InputError, match=r"needs 0 MiB .*the memory_budget is 0 MiB; the largest: conv2 .*space='separability'"
+        InputError, match=r"needs 0 MiB .*the memory_budget is 0 MiB; the largest: conv2 .*CoSePSelector"
     ):
         ReconstructionSelector(memory_budget=1000).fit(model, [(x, y)], progress=False)
 
@@ -338,14 +333,14 @@ def test_labels_predicted_and_a_class_that_is_missing():
     assert int(predicted["conv2"].classes.count.sum()) == len(x)
 
 
-@pytest.mark.parametrize("space", COLUMN_SPACES)
-def test_a_dead_layer_keeps_one_channel(space):
+@pytest.mark.parametrize("class_weight", CLASS_WEIGHTS)
+def test_a_dead_layer_keeps_one_channel(class_weight):
     model, x, y = build("vgg", 12)
     with torch.no_grad():
         model.conv2.weight.zero_()
         model.conv2.bias.fill_(-1)  # a ReLU behind: 0 for every sample
         model.conv3.weight[5:] = 0  # outputs that never move
-    selector = CoSePSelector(kind=kind).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(class_weight=class_weight).fit(model, [(x, y)], progress=False)
     dead = selector.select(group_with(model, x, "conv2"))
     assert (dead.k, len(dead.keep_idxs)) == (1, 1)
     pruner = CoSePPruner(model, x[:1], selector, target={"macs": 0.5})

@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 import torch_pruning as tp
+from fitted import make_selector
 from models import assert_untouched, build, fingerprint, vectors
 from torch import nn
 
@@ -46,7 +47,7 @@ def group_of(model, x, name):
 )
 def test_unknown_options(options, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        CoSePSelector(**options)
+        make_selector(**options)
 
 
 def test_options_that_are_known():

@@ -103,7 +103,7 @@ def _drop_rare_classes(
     if len(samples) - len(rare) < 2:
         raise InputError(
             f"fit: expected samples of at least two classes, got {len(samples)} (class {_enumerate(sorted(samples))}), "
-            f"{len(rare)} of them with a single sample; every space but 'reconstruction' and 'correlation' needs "
+            fX
             "classes to tell apart."
         )
     if not rare:
