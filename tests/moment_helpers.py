@@ -5,7 +5,7 @@ import torch
 OPTIONS = [
     {"kind": "cosep"},
     {"kind": "reconstruction"},
-    {"representative": "reconstruction"},
+    {"kind": "cosep", "representative": "reconstruction"},
     {"kind": "reconstruction without classes"},
 ]
 

@@ -88,7 +88,9 @@ def test_a_single_class(kind):
     if kind == "reconstruction without classes":
         assert selector.fit(model, [(x, 0 * y)]).is_fitted
         return
-    message = "got 1 (class 0), 0 of them with a single sample; every space but 'reconstruction' and 'correlation'"
+    message = (
+        "got 1 (class 0), 0 of them with a single sample; every selector but ReconstructionSelector(class_weight=0)"
+    )
     assert_refused(lambda: selector.fit(model, [(x, 0 * y)]), message)
 
 

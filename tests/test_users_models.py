@@ -105,7 +105,7 @@ def test_moments_from_before_the_layer_in_front_was_pruned():
     ignored = [model.fc2, model.fc3, model.head]
     tp.pruner.MetaPruner(model, x[:1], selector, pruning_ratio=0.5, ignored_layers=ignored).step()
     assert widths(model) == {"fc1": 5, "fc2": 11, "fc3": 10, "head": 4}
-    message = r"layer 'fc2': measured with weights of shape \(11, 10\), they are \(11, 5\) now; call fit\(\) again"
+    message = r"layer 'fc2': observed with weights of shape \(11, 10\), they are \(11, 5\) now; call fit\(\) again"
     with pytest.raises(InputError, match=message):
         selector.select(group_with(model, x, "fc2"))
 

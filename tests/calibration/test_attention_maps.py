@@ -1,5 +1,3 @@
-from tp_cosep.utils.data import CalibrationData
-
 """Attention maps: as the model itself computes them, and how far apart two heads are by them."""
 
 import copy
@@ -17,6 +15,7 @@ from tp_cosep import AttentionMapSelector, CoSePPruner, InputError
 from tp_cosep.calibration.attention_maps import collect_attention
 from tp_cosep.functional.attention_distances import jensen_shannon_distances
 from tp_cosep.graph.heads import attention_heads
+from tp_cosep.utils.data import CalibrationData
 
 LENGTH = 6
 
@@ -83,7 +82,7 @@ def built(*hows, **options):
     return model, vectors(24, shape=(LENGTH, 20))
 
 
-def collected(model, batches, **options):
+def collected(model, batches, target_fn=None, **options):
     return collect_attention(
         model, CalibrationData(batches, progress=False, target_fn=target_fn), attention_heads(model), **options
     )
@@ -282,7 +281,7 @@ def test_a_loader_without_batches():
 def test_a_model_without_heads():
     model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
     x, _ = vectors()
-    with pytest.raises(InputError, match="compares attention heads, found none by name; pass num_heads="):
+    with pytest.raises(InputError, match="attention maps are those of heads, found none by name; pass num_heads="):
         AttentionMapSelector().fit(model, [x], progress=False)
 
 
@@ -362,7 +361,7 @@ def test_maps_of_heads_that_are_gone(metric_scope):
     with pytest.raises(InputError, match=r"attention maps cover \d heads, the layer has \d; call fit\(\) again after"):
         stale.step()
     assert_untouched(model, before)
-    assert selector.fit(model, [x], progress=False).attention["layers.0.q_proj"].shape[1:] == (8, 8)
+    assert selector.fit(model, [x], progress=False).statistics.attention["layers.0.q_proj"].shape[1:] == (8, 8)
     stale.step()
 
 

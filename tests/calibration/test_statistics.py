@@ -16,6 +16,7 @@ from tp_cosep import (
     NotFittedError,
     ReconstructionSelector,
 )
+from tp_cosep.calibration.io import fingerprint
 from tp_cosep.calibration.statistics import Statistics
 from tp_cosep.utils.files import write_safetensors
 
@@ -31,7 +32,7 @@ def test_saved_moments_come_back(tmp_path, options):
     before.save_statistics(path)
     after = make_selector(**options).load_statistics(path, copy.deepcopy(model), n_classes=before_classes(before))
     assert_same(after, before)
-    assert before.measured == after.measured
+    assert before.layers == after.layers
     CoSePPruner(model, x[:1], importance=after).step()  # layers are those of the model that was given
     selected = [s.select(group_with(build("resnet", 12)[0], x, "conv1")) for s in (before, after)]
     assert selected[0] == selected[1]
@@ -45,8 +46,7 @@ def before_classes(selector):
 def test_saved_attention_maps_come_back(tmp_path):
     model = nn.ModuleDict({"q": nn.Linear(4, 4)})
     selector = AttentionMapSelector()
-    selector.statistics.attention = {"q": torch.rand(2, 2)}
-    selector._hold(Statistics())
+    selector._hold(Statistics(attention={"q": torch.rand(2, 2)}, fingerprint=fingerprint(model)))
     selector.save_statistics(tmp_path / "maps")
     again = AttentionMapSelector().load_statistics(tmp_path / "maps", model)
     assert torch.equal(again.statistics.attention["q"], selector.statistics.attention["q"])
@@ -131,7 +131,9 @@ def test_nothing_to_save_before_fit(tmp_path):
         ReconstructionSelector().save_statistics(tmp_path / "moments")
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"observe": "inputs"}, {"kind": "cosep", "spatial": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, {"kind": "cosep", "observe": "inputs"}, {"kind": "cosep", "spatial": None}], ids=str
+)
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_estimated_moments_take_what_was_said(options, name):
     model, x, y = build(name, 12)

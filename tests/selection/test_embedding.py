@@ -13,7 +13,7 @@ from models import build, images, initialise, vectors
 from torch import nn
 from torch.nn import functional as F
 
-from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningPlan, ReconstructionSelector
+from tp_cosep import CoSePPruner, InputError, PruningPlan, ReconstructionSelector
 from tp_cosep.functional.selection import select_channels
 from tp_cosep.pruning.costs import layer_costs
 from tp_cosep.selection.embedding import GroupEmbedding, cluster_colours, kept_components, plane
@@ -126,12 +126,12 @@ class TestPairs:
 
     def test_not_known_where_classes_were_not_measured(self):
         model, x, y = build("mlp", 10)
-        selector = CoSePSelector(space="correlation").fit(model, [(x, y)])
+        selector = ReconstructionSelector(class_weight=0).fit(model, [(x, y)])
         pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
         pruner.step()
         embedding = pruner.plan.groups[0].embedding
         assert embedding.pairs == ()
-        assert embedding.note == "classes were not measured where its channels are compared"
+        assert embedding.note == "classes were not observed where its channels are compared"
 
 
 class TestPruner:

@@ -235,7 +235,7 @@ def test_refusals():
     tp.pruner.BasePruner(
         model, x[:1], tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=[model.head]
     ).step()
-    with pytest.raises(InputError, match=r"layer 'conv2': measured with weights of shape .* call fit\(\) again"):
+    with pytest.raises(InputError, match=r"layer 'conv2': observed with weights of shape .* call fit\(\) again"):
         selector.select(group_with(model, x, "conv1"))
 
 

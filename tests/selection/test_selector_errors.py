@@ -3,7 +3,6 @@ import re
 import pytest
 import torch
 import torch_pruning as tp
-from fitted import make_selector
 from models import assert_untouched, build, fingerprint, vectors
 from torch import nn
 
@@ -12,7 +11,7 @@ from tp_cosep.graph.tracing import trace
 
 
 def fitted(model, x, y, **options):
-    return CoSePSelector(**{"kind": "cosep", **options}).fit(model, [(x, y)], progress=False)
+    return CoSePSelector(**options).fit(model, [(x, y)], progress=False)
 
 
 def group_of(model, x, name):
@@ -47,7 +46,7 @@ def group_of(model, x, name):
 )
 def test_unknown_options(options, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        make_selector(**options)
+        CoSePSelector(**options)
 
 
 def test_options_that_are_known():
@@ -66,7 +65,7 @@ def test_an_unfitted_selector():
     model, x, _ = build("mlp", 10)
     selector, group = ReconstructionSelector(), group_of(model, x[:1], "fc1")
     pruner = tp.pruner.MetaPruner(model, x[:1], importance=selector, pruning_ratio=0.5)
-    message = r"CoSePSelector: no data seen yet; call fit\(model, loader\) first"
+    message = r"ReconstructionSelector: no data seen yet; call fit\(model, loader\) first"
     for use in (
         lambda: selector(group),
         lambda: selector.select(group),

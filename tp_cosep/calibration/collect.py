@@ -61,6 +61,10 @@ def collect(
         InputError: If the loader, the labels or the activations cannot be used, or memory does not suffice.
     """
     if spec.attention_maps:
+        if not spec.num_heads:
+            raise InputError(
+                "fit: attention maps are those of heads, found none by name; pass num_heads= to the selector."
+            )
         return Statistics(attention=collect_attention(model, data, spec.num_heads), fingerprint=fingerprint(model))
     check_data(data)
     adapter = data.adapter(model, with_labels=spec.with_labels)

@@ -103,8 +103,8 @@ def _drop_rare_classes(
     if len(samples) - len(rare) < 2:
         raise InputError(
             f"fit: expected samples of at least two classes, got {len(samples)} (class {_enumerate(sorted(samples))}), "
-            fX
-            "classes to tell apart."
+            f"{len(rare)} of them with a single sample; every selector but ReconstructionSelector(class_weight=0) and "
+            "AttentionMapSelector requires classes to tell apart."
         )
     if not rare:
         return moments
