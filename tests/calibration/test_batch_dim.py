@@ -257,7 +257,7 @@ def test_a_model_that_does_not_run_on_a_part_of_a_batch():
 
 def test_layers_by_name():
     model, x, y = build("mlp", 10)
-
+    everything = collect(model, [(x, y)])
     batches = [(x[:30], y[:30]), (x[30:], y[30:])]
     for layers, names in [(["fc3", "fc1"], ["fc1", "fc3"]), (("fc2",), ["fc2"]), (iter(["fc2", "?"]), ["fc2"])]:
         moments = collect(model, batches, layers=layers)
