@@ -111,7 +111,19 @@ def test_without_repair_and_fine_tuning(tmp_path):
 
 def test_layer_by_layer(tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["prune", *MLP, "--layerwise", "--published", "--compensate", "off", "--epochs", 1, "--output", out]
+    words = [
+        "prune",
+        *MLP,
+        "--layerwise",
+        "--selector",
+        "published",
+        "--compensate",
+        "off",
+        "--epochs",
+        1,
+        "--output",
+        out,
+    ]
     assert run(*words) == 0
     text = capsys.readouterr().out
     plan = PruningPlan.load(out / "plan.json")

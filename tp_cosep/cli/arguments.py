@@ -91,8 +91,8 @@ def contradiction(options: argparse.Namespace, command: argparse.ArgumentParser)
     given = {name for name, value in vars(options).items() if value != command.get_default(name)}
     if {"target", "pruning_ratio"} <= given:
         return "--pruning-ratio: not together with --target, which says how much every layer keeps"
-    if {"published", "space"} <= given:
-        return "--space: not together with --published, whose space is separability"
+    if getattr(options, "selector", None) == "reconstruction" and "max_class_pairs" in given:
+        return "--max-class-pairs: not with --selector reconstruction, which does not compare pairs of classes"
     if "data" in given:
         is_own = options.data.partition(":")[0] not in DATA_KINDS
         meaningless = {"input_size", "mean", "std", "download", "test_share", "batch_size", "workers"}
@@ -288,12 +288,16 @@ def _data(command: argparse.ArgumentParser) -> None:
 
 def _pruning(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("selection")
-    spaces = ("joint", "reconstruction", "class-means", "correlation", "separability")
-    group.add_argument("--space", choices=spaces, help="what channels are compared by (default: joint)")
-    group.add_argument("--published", action="store_true", help="CoSeP exactly as published")
+    group.add_argument(
+        "--selector",
+        choices=("reconstruction", "cosep", "published"),
+        default="reconstruction",
+        help="how channels are selected: by what refitted consumers lose, by medoids in separability space, or as CoSeP "
+        "was published (default: %(default)s)",
+    )
     group.add_argument("--spatial", type=_count, metavar="N", help="cells per dimension of maps (default: 4)")
     group.add_argument("--memory-budget", type=_positive, metavar="GIB", help="for measuring (default: 4)")
-    group.add_argument("--max-class-pairs", type=_count, metavar="N", help="that separability looks at")
+    group.add_argument("--max-class-pairs", type=_count, metavar="N", help="of a sample, for cosep and published")
     group.add_argument("--labels", choices=("given", "predicted"), default="given", help="default: %(default)s")
     group.add_argument(
         "--rare-classes", choices=("error", "drop"), default="error", help="with a single sample (default: %(default)s)"

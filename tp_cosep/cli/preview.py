@@ -16,7 +16,7 @@ from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.pruning.pruner import CoSePPruner
 from tp_cosep.report.benchmark import ModelStats, measure
 from tp_cosep.report.tables import group_label, new_table
-from tp_cosep.selection.cosep import CoSePSelector
+from tp_cosep.selection.selector import Selector
 
 __all__ = ["run"]
 
@@ -64,7 +64,7 @@ def _sizes(now: tuple[float, float], whole: tuple[float, float]) -> list[str]:
 
 
 def _pruned(
-    options: argparse.Namespace, subject: Subject, selector: CoSePSelector, target: tuple[str, float] | None
+    options: argparse.Namespace, subject: Subject, selector: Selector, target: tuple[str, float] | None
 ) -> tuple[PruningPlan, ModelStats]:
     model = deepcopy(subject.model)
     pruner = CoSePPruner(model, subject.example, importance=selector, **pruner_options(options, target))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tp_cosep.cli.processes import Processes
 from tp_cosep.errors import InputError
 from tp_cosep.graph.tracing import resolve_layers
 from tp_cosep.selection.cosep import CoSePSelector
+from tp_cosep.selection.reconstruction import ReconstructionSelector
+from tp_cosep.selection.selector import Selector
 from tp_cosep.utils.data import BatchAdapter, evaluating, logits_of, n_samples, run_model, take_samples
 from tp_cosep.utils.distributed import agreed
 
@@ -83,27 +86,29 @@ def _prepared(options: argparse.Namespace, processes: Processes) -> Subject:
     return Subject(model, data, example)
 
 
-def selector_of(options: argparse.Namespace) -> CoSePSelector:
+def selector_of(options: argparse.Namespace) -> Selector:
     """The selector that the options ask for, not fitted."""
     budget = options.memory_budget
     chosen = {
-        "space": options.space,
         "spatial": options.spatial,
         "memory_budget": None if budget is None else int(budget * 2**30),
         "max_class_pairs": options.max_class_pairs,
-        "seed": options.seed,
     }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return CoSePSelector.published(**given) if options.published else CoSePSelector(**given)
+    selectors: dict[str, Callable[..., Selector]] = {
+        "reconstruction": ReconstructionSelector,
+        "cosep": CoSePSelector,
+        "published": CoSePSelector.published,
+    }
+    return selectors[options.selector](**{name: value for name, value in chosen.items() if value is not None})
 
 
 def fit_options(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
-    """Keywords of :meth:`tp_cosep.CoSePSelector.fit`."""
+    """Keywords of :meth:`tp_cosep.Selector.fit`."""
     return {"labels": options.labels, "rare_classes": options.rare_classes, "progress": processes.is_first}
 
 
-def fitted(options: argparse.Namespace, subject: Subject, processes: Processes, kept: Path | None) -> CoSePSelector:
-    """Measure the model; a pass that was interrupted goes on from the file that keeps it."""
+def fitted(options: argparse.Namespace, subject: Subject, processes: Processes, kept: Path | None) -> Selector:
+    """Fit the selector; an interrupted pass goes on from the file that keeps it."""
     return selector_of(options).fit(
         subject.model,
         subject.data.calibration,
