@@ -129,7 +129,9 @@ def test_default_is_stable_on_the_layers_of_the_demo():
     n = len(images.train_labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
     moments = [
-        CoSePSelector().fit(net, [(images.train_images[half], images.train_labels[half])], progress=False).moments
+        CoSePSelector()
+        .fit(net, [(images.train_images[half], images.train_labels[half])], progress=False)
+        .statistics.moments
         for half in (order[: n // 2], order[n // 2 :])
     ]
     for name in ("conv1", "conv2", "conv3", "conv4"):

@@ -442,7 +442,7 @@ def test_all_heads_stay_without_a_ratio_of_their_own():
     pruner = head_pruner(model, x, selector, pruning_ratio=0.5, head_pruning_ratio=0.0)
     pruner.step()
     assert [layer.num_heads for layer in model.layers] == [4, 4]
-    assert {e.reason for e in head_entries(pruner.plan)} == {"no head_pruning_ratio, so all heads stay"}
+    assert {e.reason for e in head_entries(pruner.plan)} == {"no head_pruning_ratio, so all heads are kept"}
 
 
 @pytest.mark.parametrize(
@@ -822,5 +822,5 @@ def test_what_cannot_be_ranked_or_taken_apart_is_refused():
     model, x = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval(), torch.randn(4, 5, 16)
     with pytest.raises(InputError, match="got a MultiheadAttention"):
         CoSePPruner(model, x, ReconstructionSelector(), num_heads={model.self_attn: 4})
-    with pytest.raises(InputError, match="compares heads only"):
+    with pytest.raises(InputError, match="compare heads only"):
         CoSePPruner(model, x, AttentionMapSelector(), pruning_ratio=0.5, global_pruning=True)

@@ -150,12 +150,12 @@ def test_allocation_in_steps_and_its_bounds():
     assert Costs([], 0).total == 0
 
 
-@pytest.mark.parametrize("kind", ["reconstruction", "cosep"])
+@pytest.mark.parametrize("selects", ["reconstruction", "cosep"])
 @pytest.mark.parametrize("unit", COUNTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_pruner_meets_a_target(kind, unit, space):
+def test_pruner_meets_a_target(kind, unit, selects):
     model, x, y = build(kind, 21 if kind == "mlp" else 24)
-    selector = fitted(model, x, y, kind=kind)
+    selector = fitted(model, x, y, kind=selects)
     whole = COUNTS[unit](model, x)
     for target, share in (({unit: 0.6}, 0.6), ({unit: 0.3 * whole}, 0.3)):
         pruned = copy.deepcopy(model)

@@ -306,11 +306,14 @@ def test_a_layer_with_one_channel_stays():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"importance": tp.importance.MagnitudeImportance()}, "expected a CoSePSelector .* got .*MagnitudeImportance"),
-        ({"importance": None}, "expected a CoSePSelector as importance, got NoneType"),
+        (
+            {"importance": tp.importance.MagnitudeImportance()},
+            "expected a selector as importance, such as CoSePSelector, got .*MagnitudeImportance",
+        ),
+        ({"importance": None}, "expected a selector as importance, such as CoSePSelector, got NoneType"),
         ({"global_pruning": True}, "global_pruning .* needs a pruning_ratio, got None"),
         ({"isomorphic": True}, "isomorphic .* needs a pruning_ratio, got None"),
-        ({"layerwise": True}, "layerwise=True measures anew before every group; pass loader="),
+        ({"layerwise": True}, "layerwise=True collects statistics again before every group; pass loader="),
         ({"layerwise": True, "pruning_ratio": 0.5}, "layerwise=True .* pass loader="),
     ],
 )

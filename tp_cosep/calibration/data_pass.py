@@ -60,7 +60,8 @@ def run_pass(
         Number of samples by label; empty without labels.
 
     Raises:
-        InputError: If no batch has a sample, or labels are not as :meth:`tp_cosep.utils.data.BatchAdapter.labels` requires.
+        InputError: If no batch has a sample, or labels are not as :meth:`tp_cosep.utils.data.BatchAdapter.labels`
+        requires.
     """
     n_done, samples = (0, Counter[int]()) if checkpoint is None else checkpoint.restore()
     adapter = data.adapter(model, with_labels=with_labels)

@@ -46,10 +46,11 @@ class Compensator:
             compensator(group)
             group.prune()
 
-    A consumer's removed inputs are predicted from its kept ones, by ridge regression on the second moments of its inputs
-    (:mod:`tp_cosep.functional.least_squares`), so its outputs change as little as possible for a linear layer. If a
-    removed channel is a linear combination of kept ones, they do not change. The constant part goes into the bias. If
-    there is none, it is subtracted from the running mean of a BatchNorm that is the only consumer, or a bias is added.
+    A consumer's removed inputs are predicted from its kept ones, by ridge regression on the second moments of its
+    inputs (:mod:`tp_cosep.functional.least_squares`), so its outputs change as little as possible for a linear layer.
+    If a removed channel is a linear combination of kept ones, they do not change. The constant part goes into the bias.
+    If there is none, it is subtracted from the running mean of a BatchNorm that is the only consumer, or a bias is
+    added.
 
     Kernel positions (padding included) have coefficients of their own in layers of up to ``max_features`` features,
     which compensates far more. In larger layers all kernel positions of a channel share them: then an error remains
@@ -70,10 +71,10 @@ class Compensator:
     Args:
         model: The unpruned model.
         example_inputs: Inputs for tracing.
-        mode: ``"one-shot"`` fits to inputs of the unpruned model. ``"sequential"`` then measures, before each group, its
-            consumers' inputs x′ in the pruned model, and fits to the outputs of the original,
-            ``min ‖W x − W′ x′‖²``, so that errors do not accumulate. It keeps a copy of the model, and every group costs
-            two passes over the loader, which has to give the same data every time.
+        mode: ``"one-shot"`` fits to inputs of the unpruned model. ``"sequential"`` then measures, before each group,
+            its consumers' inputs x′ in the pruned model, and fits to the outputs of the original,
+            ``min ‖W x − W′ x′‖²``, so that errors do not accumulate. It keeps a copy of the model, and every group
+            costs two passes over the loader, which has to give the same data every time.
         max_positions: Sampled positions per sample of a convolution's map (or rows of a linear layer); by default as
             many as cost a third of the layer's own products, from 3 to 12.
         max_features: Largest number of features, kernel positions included, for which kernel positions have
@@ -158,8 +159,8 @@ class Compensator:
         """Measure the inputs of all consumers of prunable channels, in one pass and in eval mode.
 
         Args:
-            loader: Batches of inputs, or of inputs and labels, which are ignored. A few hundred samples suffice for small
-                networks; a layer with n features requires more than n positions over all samples.
+            loader: Batches of inputs, or of inputs and labels, which are ignored. A few hundred samples suffice for
+                small networks; a layer with n features requires more than n positions over all samples.
             target_fn: Reads any other kind of batch: ``target_fn(batch) -> (inputs, labels)``.
             progress: Show a progress bar on a terminal.
 

@@ -64,8 +64,8 @@ class Calibrated(ABC):
         are replaced; they are kept if this one fails.
 
         Args:
-            model: The model. Inputs are moved to its device, and floating inputs are cast to its floating type if it has
-                just one.
+            model: The model. Inputs are moved to its device, and floating inputs are cast to its floating type if it
+                has just one.
             loader: Batches ``(inputs, labels)``; inputs a tensor, a tuple of arguments or a dict of keyword arguments;
                 labels integers ≥ 0, one per sample.
             layers: Names of the layers to observe. By default those of groups that can be pruned, which a trace on the
@@ -141,7 +141,7 @@ class Calibrated(ABC):
         save_statistics(path, {"measured": self._spec.facts()}, self.statistics)
 
     def load_statistics(self, path: str | os.PathLike[str], model: nn.Module, *, n_classes: int | None = None) -> Self:
-        """Take the statistics that a selector with the same options collected of the same model, instead of :meth:`fit`.
+        """Take the statistics that a selector with the same options collected of the same model, without data.
 
         Options that only decide what is selected, such as ``knee`` or ``n_keep``, may differ.
 

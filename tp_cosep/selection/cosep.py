@@ -33,22 +33,22 @@ class CoSePSelector(Selector):
     Source: Levin & Singer, arXiv 2505.13225. Departures (``docs/method.md`` has the reasons): the strongest knee,
     guarded, instead of Kneedle's first, and maps pooled to 4 × 4 cells; :meth:`published` is the papers' form.
 
-    The profile of a channel joins those of all layers that create (or consume) it: squared distances are summed over the
-    layers, each divided by the length of its profiles.
+    The profile of a channel joins those of all layers that create (or consume) it: squared distances are summed over
+    the layers, each divided by the length of its profiles.
 
     Args:
         metric: How classes are told apart: ``"jm"``, ``"hellinger"``, ``"wasserstein"`` or a function, see
             :data:`tp_cosep.functional.separability.PairMetric`.
-        spatial: Cells per dimension that maps are pooled to; ``None`` for every pixel, ``"auto"`` for the largest number
-            that fits ``memory_budget``.
+        spatial: Cells per dimension that maps are pooled to; ``None`` for every pixel, ``"auto"`` for the largest
+            number that fits ``memory_budget``.
         knee: ``"guarded"``, ``"strongest"`` or ``"first"``, see :func:`tp_cosep.functional.knee.find_knee`.
         representative: Which member of a cluster is kept: ``"medoid"``, ``"max_norm"`` (the largest L1 norm of the
             weights that create it), ``"reconstruction"`` (the members that together let the refitted consumers lose
             least) or a Torch-Pruning importance, whose best-scored member is.
         n_keep: Keep exactly this many channels of every group (at most all it has), instead of the knee's.
         keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
-        observe: ``"outputs"`` of the layers that create a channel, or ``"inputs"`` of the layers that consume it, behind
-            additions, normalisation and activations.
+        observe: ``"outputs"`` of the layers that create a channel, or ``"inputs"`` of the layers that consume it,
+            behind additions, normalisation and activations.
         max_class_pairs: With more class pairs, profiles hold a sample of about so many, in which every class occurs
             equally often; ``sampling_errors`` says how precise that is.
         backend: Of the k-medoids solver, see :func:`tp_cosep.functional.kmedoids.k_medoids`.
@@ -137,8 +137,8 @@ class CoSePSelector(Selector):
     def published(cls, **changed: Any) -> CoSePSelector:
         """CoSeP exactly as published (arXiv 2505.13225 v2).
 
-        Every pixel is a cell of its own, JM distances of layers' outputs, k-medoids for every k, Kneedle's first knee of
-        the Mean Simplified Silhouette, medoids kept.
+        Every pixel is a cell of its own, JM distances of layers' outputs, k-medoids for every k, Kneedle's first knee
+        of the Mean Simplified Silhouette, medoids kept.
 
         Args:
             **changed: Options that are to differ.

@@ -53,7 +53,8 @@ class Criterion(Protocol):
             views: Groups whose components are heads.
 
         Returns:
-            ``[heads, heads]`` float64, the heads of all groups one after another; ``None`` if a group has no statistics.
+            ``[heads, heads]`` float64, the heads of all groups one after another; ``None`` if a group has no
+            statistics.
         """
 
     def layers(self, view: GroupView) -> tuple[str, ...]:

@@ -26,8 +26,8 @@ class HeadOptions:
     """How heads are selected.
 
     Attributes:
-        scope: ``"layer"``, or ``"model"`` for one space of all heads of the model, with at least one kept in every layer.
-        rules: Options of :func:`tp_cosep.functional.selection.select_channels`.
+        scope: ``"layer"``, or ``"model"`` for one space of all heads of the model, with at least one kept in every
+        layer. rules: Options of :func:`tp_cosep.functional.selection.select_channels`.
         preference: ``preference(group, view)`` gives ``[heads]``, the most preferred head of a cluster being kept, or
             ``None`` for the medoid.
     """

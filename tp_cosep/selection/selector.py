@@ -107,8 +107,8 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         Args:
             group: A ``tp.Group``; a group with a part of the channels stands for the whole one.
             n_keep: Number of components to keep, in place of the selector's own rule.
-            view: The group as :func:`tp_cosep.graph.groups.read_group` describes it, for a pruner that was given channel
-                groups, or for a selection among heads; read here if not given.
+            view: The group as :func:`tp_cosep.graph.groups.read_group` describes it, for a pruner that was given
+                channel groups, or for a selection among heads; read here if not given.
             round_to: Keep a multiple of this many components.
 
         Returns:
