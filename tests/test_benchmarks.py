@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.compare import cells
-from benchmarks.compare.cells import REPAIRS, Cell, Records, measure
+from benchmarks.compare.cells import COMPENSATIONS, Cell, Records, measure
 from benchmarks.compare.data import Images, augmented
 from benchmarks.compare.methods import METHODS, VARIANTS, DiagonalHessian, Fpgm
 from benchmarks.compare.networks import NETWORKS, build, vgg
@@ -39,8 +39,8 @@ def tiny_network(*_):
 def test_every_selection_prunes_half_and_is_measured_once(method, tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "trained", tiny_network)
     records = Records(tmp_path / "tiny.jsonl")
-    for refit in REPAIRS[: 3 if method == "joint" else 1]:
-        measure(replace(CELL, method=method, refit=refit), tiny_data(), records)
+    for compensation in COMPENSATIONS[: 3 if method == "joint" else 1]:
+        measure(replace(CELL, method=method, compensation=compensation), tiny_data(), records)
     found = dict(Records(tmp_path / "tiny.jsonl"))
     assert len(found) == 2 * (3 if method == "joint" else 1)
     for cell, record in found.items():

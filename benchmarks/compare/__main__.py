@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare.cells import REPAIRS, Cell, Records, groups_of, measure
+from benchmarks.compare.cells import COMPENSATIONS, Cell, Records, groups_of, measure
 from benchmarks.compare.data import load
 from benchmarks.compare.latency import measure_latency
 from benchmarks.compare.methods import METHODS
@@ -47,7 +47,7 @@ def main() -> None:
     part.add_argument("names", nargs="+", metavar="NETWORK-DATA-SEED")
     part.add_argument("--methods", default=",".join(METHODS).replace(", ", "; "), help="separated by commas")
     part.add_argument("--amounts", default="half", help="half, 2x, knee, or each: half of one group at a time")
-    part.add_argument("--repairs", default=",".join(REPAIRS))
+    part.add_argument("--compensations", default=",".join(COMPENSATIONS))
     part.add_argument("--epochs", type=float, default=0)
     part.add_argument("--calibration", default="1000", help="numbers of images, separated by commas")
     part.add_argument("--base", type=int, help="index of the trained network; that of the seed by default")
@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> None:
         amounts = args.amounts
         if amounts == "each":
             amounts = ",".join(f"half of {group}" for group in groups_of(network, images))
-        lists = (amounts, args.repairs, args.methods, args.calibration)
-        for amount, repair, method, n in itertools.product(*(x.split(",") for x in lists)):
+        lists = (amounts, args.compensations, args.methods, args.calibration)
+        for amount, compensation, method, n in itertools.product(*(x.split(",") for x in lists)):
             method = method.replace("; ", ", ")
-            cell = Cell(network, data, int(seed), amount, method, repair, True, args.epochs, int(n), base)
+            cell = Cell(network, data, int(seed), amount, method, compensation, True, args.epochs, int(n), base)
             measure(cell, images, records)
 
 

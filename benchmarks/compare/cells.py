@@ -1,4 +1,4 @@
-"""One cell of the comparison: prune a trained network in one way, repair it, fine-tune it, and measure."""
+"""One cell of the comparison: prune a trained network in one way, compensation it, fine-tune it, and measure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from benchmarks.compare.methods import GLOBAL, LAYER_BY_LAYER, SHARED_OUT, impor
 from benchmarks.compare.networks import build
 from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
 from tp_cosep import Compensator, CoSePPruner, recalibrate
-from tp_cosep.selection.cosep import ratio_for
+from tp_cosep.selection.selector import ratio_for
 
-__all__ = ["FINE_TUNING", "REPAIRS", "Cell", "Records", "checkpoint", "groups_of", "measure", "ratio_for_speedup"]
+__all__ = ["COMPENSATIONS", "FINE_TUNING", "Cell", "Records", "checkpoint", "groups_of", "measure", "ratio_for_speedup"]
 
-REPAIRS = ("none", "one-shot", "sequential")
+COMPENSATIONS = ("none", "one-shot", "sequential")
 #: How pruned networks are fine-tuned, whatever selected them.
 FINE_TUNING = Recipe(epochs=1, rate=0.05, warm_up=0.1)
 
@@ -40,10 +40,10 @@ class Cell:
             such as ``"2x"``, reached by one ratio for all layers unless the method ranks or shares out over layers; or
             ``"knee"``, the selection's own counts.
         method: The selection.
-        repair: One of :data:`REPAIRS`.
+        compensation: One of :data:`COMPENSATIONS`.
         recalibrated: Whether BatchNorm statistics were estimated anew.
         epochs: Of fine-tuning.
-        n_calibration: Images that selection and repair look at.
+        n_calibration: Images that selection and compensation look at.
         base: Index of the trained network.
     """
 
@@ -52,7 +52,7 @@ class Cell:
     seed: int
     amount: str
     method: str
-    repair: str
+    compensation: str
     recalibrated: bool
     epochs: float = 0
     n_calibration: int = 1000
@@ -190,7 +190,7 @@ def layer_by_layer(
         loader=batches,
         layerwise=True,
         fine_tune=lambda m: train(m, images, recipe, cell.seed),
-        compensate=cell.repair != "none" and cell.repair,
+        compensate=cell.compensation != "none" and cell.compensation,
         recalibrate=True,
         fit_options={"progress": False},
     )
@@ -223,13 +223,13 @@ def measure(cell: Cell, images: Images, records: Records) -> None:
     imp = importance(cell.method, model, batches)
     seconds = {"measure": time.perf_counter() - start}
     pruner, ratio = pruner_for(cell, model, imp, batches)
-    repair = None
-    if cell.repair != "none":
-        repair = Compensator(model, x, mode=cell.repair).fit(batches, progress=False)
+    compensation = None
+    if cell.compensation != "none":
+        compensation = Compensator(model, x, mode=cell.compensation).fit(batches, progress=False)
     start = time.perf_counter()
     for group in pruner.step(interactive=True):
-        if repair is not None:
-            repair(group)
+        if compensation is not None:
+            compensation(group)
         group.prune()
     seconds["prune"] = time.perf_counter() - start
     after = tp.utils.count_ops_and_params(model, x)

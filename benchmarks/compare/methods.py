@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,20 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tp_cosep import CoSePSelector
-from tp_cosep.graph.groups import read_group
+from tp_cosep import ChannelSelection, CoSePSelector, ReconstructionSelector
+from tp_cosep.functional import select_channels
+from tp_cosep.graph.groups import GroupView, read_group
 
-__all__ = ["GLOBAL", "LAYER_BY_LAYER", "METHODS", "SHARED_OUT", "VARIANTS", "importance"]
+__all__ = [
+    "GLOBAL",
+    "LAYER_BY_LAYER",
+    "METHODS",
+    "RETIRED",
+    "RETIRED_VARIANTS",
+    "SHARED_OUT",
+    "VARIANTS",
+    "importance",
+]
 
 _Batches = list[tuple[Tensor, Tensor]]
 
@@ -88,8 +99,24 @@ def _taylor(model: nn.Module, batches: _Batches) -> Any:
     return tp.importance.GroupTaylorImportance()
 
 
-def _selector(labels: str = "given", **options: Any) -> Callable[[nn.Module, _Batches], Any]:
-    return lambda model, batches: CoSePSelector(**options).fit(model, batches, labels=labels, progress=False)
+class CorrelationSelector(ReconstructionSelector):
+    """k-medoids on 1 − |ρ|, ρ the correlation of two channels in their consumers' inputs; labels are not looked at."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(class_weight=0, **options)
+
+    def _select(self, group: Any, view: GroupView, n_keep: int | None, round_to: int | None) -> ChannelSelection | None:
+        distances = self.criterion.distances(view)
+        if distances is None:
+            return None
+        return select_channels(distances, n_keep=n_keep, knee=self.knee, round_to=round_to)
+
+
+def _fitted(make: Callable[..., Any], labels: str = "given", **options: Any) -> Callable[[nn.Module, _Batches], Any]:
+    return lambda model, batches: make(**options).fit(model, batches, labels=labels, progress=False)
+
+
+_cosep, _joint = partial(_fitted, CoSePSelector), partial(_fitted, ReconstructionSelector)
 
 
 #: Importances by name: ``f(model, calibration batches)``.
@@ -102,15 +129,14 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "fpgm": lambda model, batches: Fpgm(),
     "taylor": _taylor,
     "hessian": DiagonalHessian,
-    "correlation": _selector(space="correlation"),
-    "cosep": _selector(space="separability"),
-    "cosep, max-norm": _selector(representative="max_norm"),
-    "cosep, consumers": _selector(observe="inputs"),
-    "cosep, reconstruction": _selector(representative="reconstruction"),
+    "correlation": _fitted(CorrelationSelector),
+    "cosep": _cosep(),
+    "cosep, max-norm": _cosep(representative="max_norm"),
+    "cosep, consumers": _cosep(observe="inputs"),
+    "cosep, reconstruction": _cosep(representative="reconstruction"),
     "cosep, as published": lambda model, batches: CoSePSelector.published().fit(model, batches, progress=False),
-    "class-means": _selector(space="class-means"),
-    "reconstruction": _selector(space="reconstruction"),
-    "joint": _selector(kind="reconstruction"),
+    "reconstruction": _joint(class_weight=0),
+    "joint": _joint(),
 }
 #: Selections over all layers together: channels are ranked for one ratio.
 GLOBAL = {"l2, global": "l2", "lamp, global": "lamp", "bn-scale, global": "bn-scale", "taylor, global": "taylor"}
@@ -120,22 +146,29 @@ LAYER_BY_LAYER = ("joint, layer by layer", "cosep, layer by layer")
 SHARED_OUT = {"joint, shared out": "joint", "l2, counts of joint": "joint"}
 #: Changes of one option, to see what it decides.
 VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
-    "cosep, 1 cell": _selector(space="separability", spatial=1),
-    "cosep, 8 × 8 cells": _selector(space="separability", spatial=8),
-    "cosep, strongest knee": _selector(space="separability", knee="strongest"),
-    "cosep, first knee": _selector(space="separability", knee="first"),
-    "joint, 2 × 2 cells": _selector(spatial=2),
-    "joint, 8 × 8 cells": _selector(spatial=8),
-    "joint, strongest knee": _selector(knee="strongest"),
-    "cosep, Hellinger": _selector(metric="hellinger"),
-    "cosep, Wasserstein": _selector(metric="wasserstein"),
-    "cosep, labels predicted": _selector(labels="predicted", space="separability"),
-    "joint, labels predicted": _selector(labels="predicted", kind="reconstruction"),
-    "joint, 1 cell": _selector(spatial=1, kind="reconstruction"),
-    "joint, k-medoids": _selector(space="joint", method="k-medoids"),
-    "class-means, k-medoids": _selector(space="class-means", method="k-medoids"),
-    "correlation, column subset": _selector(space="correlation", method="column-subset"),
+    "cosep, 1 cell": _cosep(spatial=1),
+    "cosep, 8 × 8 cells": _cosep(spatial=8),
+    "cosep, strongest knee": _cosep(knee="strongest"),
+    "cosep, first knee": _cosep(knee="first"),
+    "joint, 2 × 2 cells": _joint(spatial=2),
+    "joint, 8 × 8 cells": _joint(spatial=8),
+    "joint, strongest knee": _joint(knee="strongest"),
+    "cosep, Hellinger": _cosep(metric="hellinger"),
+    "cosep, Wasserstein": _cosep(metric="wasserstein"),
+    "cosep, labels predicted": _cosep(labels="predicted"),
+    "joint, labels predicted": _joint(labels="predicted"),
+    "joint, 1 cell": _joint(spatial=1),
 }
+
+
+#: Selections that the package has no more, and changes of one option; their records are still in the tables.
+RETIRED = ("class-means",)
+RETIRED_VARIANTS = (
+    "cosep, GB-AFS silhouette",
+    "joint, k-medoids",
+    "class-means, k-medoids",
+    "correlation, column subset",
+)
 
 
 def importance(name: str, model: nn.Module, batches: _Batches) -> Any:

@@ -11,17 +11,18 @@ from typing import Any
 
 from safetensors import safe_open
 
-from benchmarks.compare.cells import REPAIRS, Cell, Records
-from benchmarks.compare.methods import METHODS, VARIANTS
+from benchmarks.compare.cells import COMPENSATIONS, Cell, Records
+from benchmarks.compare.methods import METHODS, RETIRED, RETIRED_VARIANTS, VARIANTS
 from benchmarks.compare.training import checkpoint
 
 __all__ = ["plot_results", "results_page"]
 
 _Row = tuple[Cell, dict[str, Any]]
 
+_KNOWN = (*METHODS, *RETIRED)
 _OURS = ("joint", "reconstruction", "class-means")
 _COSEP = tuple(m for m in METHODS if m.startswith("cosep"))
-_COLUMNS = [(repair, recalibrated) for repair in REPAIRS for recalibrated in (False, True)]
+_COLUMNS = [(compensation, recalibrated) for compensation in COMPENSATIONS for recalibrated in (False, True)]
 _HEADINGS = ["nothing", "BN", "one-shot", "one-shot + BN", "sequential", "sequential + BN"]
 _PANELS_IN_A_ROW = 4
 _PAPER = (
@@ -61,8 +62,8 @@ def _by_method(rows: list[_Row], key: Any) -> dict[str, dict[Any, list[float]]]:
 
 def _half_table(rows: list[_Row]) -> str:
     """Half of the channels of every layer, no fine-tuning."""
-    rows = [r for r in rows if r[0].amount == "half" and r[0].method in METHODS and r[0].n_calibration == 1000]
-    accuracies = _by_method(rows, lambda c: (c.repair, c.recalibrated))
+    rows = [r for r in rows if r[0].amount == "half" and r[0].method in _KNOWN and r[0].n_calibration == 1000]
+    accuracies = _by_method(rows, lambda c: (c.compensation, c.recalibrated))
     seconds = defaultdict(list)
     for cell, record in rows:
         seconds[cell.method].append(record["seconds"]["measure"])
@@ -82,17 +83,17 @@ def _half_table(rows: list[_Row]) -> str:
     )
 
 
-def _aim(network: str, data: str, rows: list[_Row], repair: str) -> list[object] | None:
-    """Points lost after a repair by ours and by the best other selection, on the seeds that joint has.
+def _aim(network: str, data: str, rows: list[_Row], compensation: str) -> list[object] | None:
+    """Points lost after a compensation by ours and by the best other selection, on the seeds that joint has.
 
-    One-shot repair is followed by new statistics; sequential repair does not need them.
+    One-shot compensation is followed by new statistics; sequential compensation does not need them.
 
     Returns:
         A row of the table; ``None`` if too few selections were measured.
     """
     rows = [
-        r for r in rows if r[0].amount == "half" and r[0].repair == repair
-        and r[0].recalibrated == (repair == "one-shot") and r[0].method in METHODS and r[0].n_calibration == 1000
+        r for r in rows if r[0].amount == "half" and r[0].compensation == compensation
+        and r[0].recalibrated == (compensation == "one-shot") and r[0].method in _KNOWN and r[0].n_calibration == 1000
     ]  # fmt: skip
     lost: dict[str, dict[int, float]] = defaultdict(dict)
     for cell, record in rows:
@@ -106,7 +107,8 @@ def _aim(network: str, data: str, rows: list[_Row], repair: str) -> list[object]
         return None
     best = min(others, key=lambda m: others[m])
     return [
-        network, data, repair + (" + BN" if repair == "one-shot" else ""), len(seeds), f"{means['joint']:.1f}",
+        network, data, compensation + (" + BN" if compensation == "one-shot" else ""), len(seeds),
+        f"{means['joint']:.1f}",
         f"{means['cosep']:.1f}" if "cosep" in means else "", f"{others[best]:.1f} ({best}, of {len(others)})",
         f"{means['joint'] / others[best]:.2f}",
     ]  # fmt: skip
@@ -117,9 +119,9 @@ def _fine_tuned_table(rows: list[_Row]) -> str:
     if not rows:
         return ""
     pruned = [r for r in rows if r[0].method != "unpruned"]
-    columns = sorted({(c.amount, c.epochs, c.repair) for c, _ in pruned})
-    found = _by_method(pruned, lambda c: (c.amount, c.epochs, c.repair))
-    # As long a fine-tuning of what was not pruned is the same whatever repairs the others.
+    columns = sorted({(c.amount, c.epochs, c.compensation) for c, _ in pruned})
+    found = _by_method(pruned, lambda c: (c.amount, c.epochs, c.compensation))
+    # As long a fine-tuning of what was not pruned is the same whatever compensations the others.
     unpruned = {(c.amount, c.epochs, c.seed): r["accuracy"] for c, r in rows if c.method == "unpruned"}
     for column in columns:
         if accuracies := [a for (*key, _), a in unpruned.items() if tuple(key) == column[:2]]:
@@ -129,7 +131,7 @@ def _fine_tuned_table(rows: list[_Row]) -> str:
         [
             "selection",
             *(
-                f"{a}, {e:g} {'epoch' if e == 1 else 'epochs'}, {'no repair' if r == 'none' else r}"
+                f"{a}, {e:g} {'epoch' if e == 1 else 'epochs'}, {'no compensation' if r == 'none' else r}"
                 for a, e, r in columns
             ),
         ],
@@ -139,7 +141,7 @@ def _fine_tuned_table(rows: list[_Row]) -> str:
 
 def _equal_macs_table(rows: list[_Row]) -> str:
     rows = [
-        r for r in rows if r[0].amount.endswith("x") and not r[0].epochs and r[0].repair == "one-shot"
+        r for r in rows if r[0].amount.endswith("x") and not r[0].epochs and r[0].compensation == "one-shot"
         and r[0].method != "unpruned"
     ]  # fmt: skip
     if not rows:
@@ -171,7 +173,9 @@ def _equal_macs_table(rows: list[_Row]) -> str:
 def _groups_table(rows: list[_Row]) -> str:
     """What is lost where a single group loses half of its channels."""
     rows = [
-        r for r in rows if r[0].amount.startswith("half of ") and not r[0].recalibrated and r[0].repair == "one-shot"
+        r
+        for r in rows
+        if r[0].amount.startswith("half of ") and not r[0].recalibrated and r[0].compensation == "one-shot"
     ]
     if not rows:
         return ""
@@ -200,12 +204,12 @@ def _own_counts_table(rows: list[_Row]) -> str:
 
 
 def _variants_table(rows: list[_Row]) -> str:
-    wanted = [*VARIANTS, "cosep", "joint", "class-means", "correlation"]
+    wanted = [*VARIANTS, *RETIRED_VARIANTS, "cosep", "joint", "class-means", "correlation"]
     rows = [
-        r for r in rows if r[0].amount == "half" and r[0].repair == "one-shot" and r[0].method in wanted
+        r for r in rows if r[0].amount == "half" and r[0].compensation == "one-shot" and r[0].method in wanted
         and r[0].n_calibration == 1000 and r[0].seed == 0
     ]  # fmt: skip
-    if not any(c.method in VARIANTS for c, _ in rows):
+    if not any(c.method in (*VARIANTS, *RETIRED_VARIANTS) for c, _ in rows):
         return ""
     found = _by_method(rows, lambda c: c.recalibrated)
     return _table(
@@ -215,7 +219,7 @@ def _variants_table(rows: list[_Row]) -> str:
 
 
 def _calibration_table(rows: list[_Row]) -> str:
-    rows = [r for r in rows if r[0].amount == "half" and r[0].repair == "one-shot" and r[0].seed == 0]
+    rows = [r for r in rows if r[0].amount == "half" and r[0].compensation == "one-shot" and r[0].seed == 0]
     numbers = sorted({c.n_calibration for c, _ in rows})
     if len(numbers) < 2:
         return ""
@@ -284,14 +288,16 @@ def results_page(folder: Path, introduction: str) -> str:
     header = [
         "network",
         "data",
-        "repair",
+        "compensation",
         "seeds",
         "joint loses",
         "cosep loses",
         "best other selection loses",
         "joint / best other",
     ]
-    aims = (_aim(*key, rows, repair) for key, rows in records.items() for repair in ("one-shot", "sequential"))
+    aims = (
+        _aim(*key, rows, compensation) for key, rows in records.items() for compensation in ("one-shot", "sequential")
+    )
     parts.append(_table(header, filter(None, aims)))
     for heading, text, table_of in _SECTIONS:
         tables = [(key, table_of(rows)) for key, rows in records.items()]
@@ -308,8 +314,8 @@ def results_page(folder: Path, introduction: str) -> str:
 _SECTIONS = (
     (
         "## At equal MACs, no fine-tuning",
-        "One-shot repair without and with recalibration; in brackets how many times fewer MACs. One ratio for all "
-        "layers, but for "
+        "One-shot compensation without and with recalibration; in brackets how many times fewer MACs. One ratio for "
+        "all layers, but for "
         '*global* (ranked over layers, at most nine tenths of a layer go), *shared out* (`target={"macs": …}`) and '
         "*counts of joint* (what joint shared out, filled by another selection).",
         _equal_macs_table,
@@ -317,10 +323,10 @@ _SECTIONS = (
     (
         "## Which layers",
         "Points of accuracy lost where a single group loses half of its channels and all others stay whole; one-shot "
-        "repair, without recalibration, which costs more than it brings where so little goes.",
+        "compensation, without recalibration, which costs more than it brings where so little goes.",
         _groups_table,
     ),
-    ("## The selections' own counts", "What a knee gives; one-shot repair and recalibration.", _own_counts_table),
+    ("## The selections' own counts", "What a knee gives; one-shot compensation and recalibration.", _own_counts_table),
     (
         "## After fine-tuning",
         "*Layer by layer*: as the papers do, a group at a time, measured anew and fine-tuned in between, as long in "
@@ -339,7 +345,7 @@ _PAPERS_SAY = (
 
 
 def plot_results(folder: Path, target: Path) -> None:
-    """Draw accuracy by selection with one-shot repair and recalibration, a panel for every network."""
+    """Draw accuracy by selection with one-shot compensation and recalibration, a panel for every network."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -353,8 +359,8 @@ def plot_results(folder: Path, target: Path) -> None:
         ax.remove()
     for ax, ((network, data), rows) in zip(axes.flat, records.items(), strict=False):
         chosen = [
-            r for r in rows if r[0].amount == "half" and r[0].repair == "one-shot" and r[0].recalibrated
-            and r[0].method in METHODS and r[0].n_calibration == 1000
+            r for r in rows if r[0].amount == "half" and r[0].compensation == "one-shot" and r[0].recalibrated
+            and r[0].method in _KNOWN and r[0].n_calibration == 1000
         ]  # fmt: skip
         found = {m: v[None] for m, v in _by_method(chosen, lambda c: None).items()}
         order = sorted(found, key=lambda m: statistics.mean(found[m]))
@@ -370,7 +376,7 @@ def plot_results(folder: Path, target: Path) -> None:
         ax.tick_params(labelsize=8)
         ax.set_xlabel("test accuracy, %  (dotted: unpruned)", fontsize=8)
     fig.suptitle(
-        "Half of every layer, one-shot repair + BN: what readers need (blue), CoSeP (orange), others (grey)",
+        "Half of every layer, one-shot compensation + BN: what readers need (blue), CoSeP (orange), others (grey)",
         fontsize=10,
     )
     fig.tight_layout()

@@ -140,7 +140,7 @@ def test_a_layer_in_two_groups(ratio, monkeypatch):
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=ratio)
     message = (
         r"layer '(stem|bn0|conv2|bn2)': its channel 0 belongs to the groups of 'stem' and of 'conv2', which would be "
-        "chosen apart; put one of these into ignored_layers"
+        "selected apart; put one of these into ignored_layers"
     )
     assert_refused(model, message, pruner.step)
 

@@ -61,7 +61,7 @@ def run_pass(
 
     Raises:
         InputError: If no batch has a sample, or labels are not as :meth:`tp_cosep.utils.data.BatchAdapter.labels`
-        requires.
+            requires.
     """
     n_done, samples = (0, Counter[int]()) if checkpoint is None else checkpoint.restore()
     adapter = data.adapter(model, with_labels=with_labels)

@@ -292,9 +292,9 @@ def _pruning(command: argparse.ArgumentParser) -> None:
         "--selector",
         choices=("reconstruction", "cosep", "published"),
         default="reconstruction",
-       
-        help="how channels are selected: by what
-    refitted consumers lose, by medoids in separability space, or as CoSeP " "was published (default: %(default)s)", )
+        help="how channels are selected: by what refitted consumers lose, by medoids in separability space, or as "
+        "CoSeP was published (default: %(default)s)",
+    )
     group.add_argument("--spatial", type=_count, metavar="N", help="cells per dimension of maps (default: 4)")
     group.add_argument("--memory-budget", type=_positive, metavar="GIB", help="for measuring (default: 4)")
     group.add_argument("--max-class-pairs", type=_count, metavar="N", help="of a sample, for cosep and published")

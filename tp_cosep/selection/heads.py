@@ -27,7 +27,8 @@ class HeadOptions:
 
     Attributes:
         scope: ``"layer"``, or ``"model"`` for one space of all heads of the model, with at least one kept in every
-        layer. rules: Options of :func:`tp_cosep.functional.selection.select_channels`.
+            layer.
+        rules: Options of :func:`tp_cosep.functional.selection.select_channels`.
         preference: ``preference(group, view)`` gives ``[heads]``, the most preferred head of a cluster being kept, or
             ``None`` for the medoid.
     """
