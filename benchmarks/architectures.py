@@ -137,7 +137,7 @@ def table() -> str:
         "",
         f"{len(known)} families of torchvision and timm, one small member of each with random weights and small",
         "inputs, were measured on eight samples and pruned automatically and at 50 %, with",
-        '`on_failure="skip"` and `space="separability"`. In every row it was checked that each layer of each pruned',
+        '`on_failure="skip"` and `CoSePSelector`. In every row it was checked that each layer of each pruned',
         "group lost exactly the",
         "chosen channels, that the model runs forward and backward afterwards, and that the plan, applied to a fresh",
         "copy, gives bit-equal weights.",
