@@ -1,5 +1,6 @@
 """What the documentation shows is run as it stands, its numbers are those that come out, and no name is left out."""
 
+import pkgutil
 import re
 import socket
 import subprocess
@@ -99,3 +100,20 @@ def test_the_site_is_built_without_warnings_and_asks_no_other_server(tmp_path):
     anchors = set(re.findall(r'id="?tp_cosep\.(\w+)"?', "".join(pages.values())))
     assert {*tp_cosep.__all__} <= anchors
     assert 'href="#tp_cosep.CoSePSelector.fit"' in pages["api/selector/index.html"]  # from a role in a docstring
+
+
+def test_the_page_on_architecture_names_what_there_is():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`(tp_cosep(?:\.\w+)+)`", text))
+    assert len(names) > 40
+    for name in names:
+        path = name.split(".")
+        value = pkgutil.resolve_name(name if len(path) < 4 else f"{'.'.join(path[:3])}:{'.'.join(path[3:])}")
+        assert value is not None, name
+
+
+def test_the_figure_of_the_rooms_is_that_of_the_imports():
+    pytest.importorskip("grimp")
+    command = [sys.executable, DOCS / "architecture.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tp_cosep._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from tp_cosep.calibration.memory import MemoryEstimate
     from tp_cosep.compensation.bn_statistics import recalibrate
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from tp_cosep.selection.reconstruction import ReconstructionSelector
     from tp_cosep.selection.result import GroupPlan
     from tp_cosep.selection.selector import Selector
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AttentionMapSelector",

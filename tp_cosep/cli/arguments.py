@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tp_cosep
+from tp_cosep._version import __version__
 
 __all__ = ["DATA_KINDS", "EXAMPLES", "contradiction", "parser"]
 
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage, 130 interrupted.",
         allow_abbrev=False,
     )
-    top.add_argument("--version", action="version", version=f"tp-cosep {tp_cosep.__version__}")
+    top.add_argument("--version", action="version", version=f"tp-cosep {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, about, add in (
         ("prune", "measure, prune, repair and fine-tune a model", _prune),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tp_cosep._version import __version__
 from tp_cosep.errors import InputError
 
 __all__ = ["check_structure", "describe_inputs", "fingerprint_of", "structure_of", "versions", "zeros_for"]
@@ -107,8 +108,6 @@ def zeros_for(description: Any, device: torch.device) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of the libraries that determine a plan."""
-    from tp_cosep import __version__
-
     return {
         "tp_cosep": __version__,
         "torch": str(torch.__version__),

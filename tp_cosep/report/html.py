@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-import tp_cosep
+from tp_cosep._version import __version__
 from tp_cosep.errors import InputError
 from tp_cosep.report.benchmark import ModelStats
 from tp_cosep.report.html_groups import Costs, GroupRow, group_rows, total_costs
@@ -95,7 +95,7 @@ def _page(content: PageContent, stats: Mapping[str, ModelStats], names: Mapping[
     labels = {label for group in content.groups for label in _labels_of(group)}
     context = {
         "title": "Pruning plan" if content.title is None else str(content.title),
-        "version": tp_cosep.__version__,
+        "version": __version__,
         "style": Markup(style),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
