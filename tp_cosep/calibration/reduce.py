@@ -47,7 +47,7 @@ def merged_classes(observer: ClassObserver | None, device: torch.device) -> tupl
 def merged_inputs(
     found: dict[str, InputStatistics], model: nn.Module, device: torch.device
 ) -> dict[str, InputStatistics]:
-    """What readers see of the data of all processes; class moments are left out.
+    """Second moments of the data of all processes; class moments are left out.
 
     Args:
         found: What this process saw, by layer name.

@@ -1,4 +1,4 @@
-"""What the commands can be told, on the command line and in a file. Imports nothing that takes long."""
+"""The options of the commands, on the command line and in a file. Imports nothing that takes long."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"tp-cosep {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, about, add in (
-        ("prune", "measure, prune, repair and fine-tune a model", _prune),
+        ("prune", "prune a model, compensate for what was removed, and fine-tune it", _prune),
         ("preview", "show what targets would keep, without pruning", _preview),
         ("report", "show a plan", _report),
         ("apply", "prune another copy of a model by a plan", _apply),
@@ -123,7 +123,7 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "sample); 'none' (default) lets every layer keep the number that its curve says",
     )
     group.add_argument("--pruning-ratio", type=_share, metavar="SHARE", help="a fixed share of every layer instead")
-    group = command.add_argument_group("repair")
+    group = command.add_argument_group("compensation")
     group.add_argument(
         "--compensate",
         choices=("off", "one-shot", "sequential"),
@@ -135,7 +135,7 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "--recalibrate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="estimate BatchNorm statistics anew (default: yes)",
+        help="re-estimate BatchNorm statistics (default: yes)",
     )
     group = command.add_argument_group("fine-tuning, through Accelerate")
     group.add_argument("--epochs", type=_whole, default=0, metavar="N", help="after pruning (default: 0)")
@@ -152,7 +152,7 @@ def _prune(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--layerwise",
         action="store_true",
-        help="the papers' schedule: group after group, measured anew and fine-tuned in between; if interrupted in it, "
+        help="the papers' schedule: group after group, fitted again and fine-tuned in between; if interrupted in it, "
         "pruning begins anew",
     )
     group.add_argument(

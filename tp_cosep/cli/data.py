@@ -36,7 +36,7 @@ class Data:
     """Batches ``(inputs, labels)``; those of this process where there are several.
 
     Attributes:
-        about: What the data is, for the reader.
+        about: What the data is, for people.
         train: Batches of an epoch, shuffled by its number; as many in every process.
         calibration: Training samples without augmentation, the same ones every time.
         test: Test samples, which serve for nothing but accuracies.

@@ -30,7 +30,7 @@ class ImageData:
     """Labelled images in two parts; nothing but the final accuracies may look at the test part.
 
     Attributes:
-        source: Where the images come from, for the reader.
+        source: Where the images come from, for people.
         train_images: ``[n, 1, height, width]`` float32, standardised over the training part.
         train_labels: ``[n]`` int64.
         test_images: ``[m, 1, height, width]``, standardised with the training part's mean and deviation.

@@ -1,4 +1,4 @@
-"""``tp-cosep prune``: measure, prune, repair, fine-tune, save; and go on after an interruption."""
+"""``tp-cosep prune``: fit, prune, compensate, fine-tune, save; and go on after an interruption."""
 
 from __future__ import annotations
 

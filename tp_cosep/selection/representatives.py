@@ -33,7 +33,7 @@ def preference_of(
             :class:`tp_cosep.CoSePSelector`.
         group: The group, for an importance.
         view: What there is to know of it.
-        consumers: What its readers see, for ``"reconstruction"``; without any the medoid is kept.
+        consumers: The group's consumers, for ``"reconstruction"``; without any the medoid is kept.
 
     Returns:
         The preference.
@@ -73,7 +73,7 @@ def preference_of(
 
 
 def _last_to_go(consumers: Sequence[Consumer], n: int) -> Callable[[Tensor], Tensor]:
-    """Prefer what the readers can do without last, while every cluster keeps one."""
+    """Prefer the members that are eliminated last, while every cluster keeps one."""
 
     def preference(labels: Tensor) -> Tensor:
         order = backward_elimination(consumers, n, labels.to(consumers[0].covariance.device)).order
