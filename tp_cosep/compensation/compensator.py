@@ -192,7 +192,7 @@ class Compensator:
         _check_memory(all_patches, self.memory_budget)
         consumers = {p.layer: ConsumerState.unpruned(name, p) for name, p in all_patches.items()}
         data = CalibrationData(loader, target_fn, progress=progress)
-        n_seen = self._measure(data, consumers)
+        n_seen = _measure(self, data, consumers)
         _warn_of_few(consumers.values())
         self._consumers, self._data, self._n_samples = consumers, data, n_seen
         self._attention = set(attention_heads(self.model))
@@ -201,34 +201,8 @@ class Compensator:
             self._original = dict(zip(self.model.modules(), original.modules(), strict=True))
         return self
 
-    def _measure(self, data: CalibrationData, consumers: Mapping[nn.Module, ConsumerState]) -> int:
-        """Measure the inputs of all consumers; returns the number of samples."""
-        moments = {consumer.name: consumer.moments for consumer in consumers.values()}
-        patches = {consumer.name: consumer.patches for consumer in consumers.values()}
-
-        def run() -> tuple[int, int]:
-            n_batches, n_seen = 0, 0
-            with evaluating(self.model):
-                for _, inputs, _ in data.batches(data.adapter(self.model), "second moments"):
-                    positions = PositionSampler(inputs, self.seed)
-                    with sampling_inputs(
-                        patches,
-                        positions,
-                        lambda name, rows: moments[name].update(rows),
-                        max_positions=self.max_positions,
-                    ):
-                        self._run(self.model, inputs)
-                    n_batches += 1
-                    n_seen += n_samples(inputs) or 0
-            return n_batches, n_seen
-
-        n_batches, n_seen = agreed(run)
-        merged_seconds(list(moments.values()))
-        if not n_batches and not any(m.n_rows for m in moments.values()):
-            raise InputError("Compensator: expected at least one batch, the loader gave none.")
-        return n_seen
-
-    def _run(self, model: nn.Module, inputs: Any) -> None:
+    def run(self, model: nn.Module, inputs: Any) -> None:
+        """Run a model on inputs, by ``forward_fn`` if there is one."""
         (self.forward_fn or run_model)(model, inputs)
 
     @torch.no_grad()
@@ -297,7 +271,7 @@ class Compensator:
             self._original,
             losing,
             self._data,
-            run=self._run,
+            run=self.run,
             max_positions=self.max_positions,
             # Other positions for every group, so that errors are not estimated on the positions of earlier fits.
             seed=self.seed + 1 + len(self.refits),
@@ -307,6 +281,34 @@ class Compensator:
             refit_to_original(consumer, self._original[layer], sums[layer], self.ridge)
             for layer, consumer in losing.items()
         ]
+
+
+def _measure(options: Compensator, data: CalibrationData, consumers: Mapping[nn.Module, ConsumerState]) -> int:
+    """Measure the inputs of all consumers; returns the number of samples."""
+    moments = {consumer.name: consumer.moments for consumer in consumers.values()}
+    patches = {consumer.name: consumer.patches for consumer in consumers.values()}
+
+    def run() -> tuple[int, int]:
+        n_batches, n_seen = 0, 0
+        with evaluating(options.model):
+            for _, inputs, _ in data.batches(data.adapter(options.model), "second moments"):
+                positions = PositionSampler(inputs, options.seed)
+                with sampling_inputs(
+                    patches,
+                    positions,
+                    lambda name, rows: moments[name].update(rows),
+                    max_positions=options.max_positions,
+                ):
+                    options.run(options.model, inputs)
+                n_batches += 1
+                n_seen += n_samples(inputs) or 0
+        return n_batches, n_seen
+
+    n_batches, n_seen = agreed(run)
+    merged_seconds(list(moments.values()))
+    if not n_batches and not any(m.n_rows for m in moments.values()):
+        raise InputError("Compensator: expected at least one batch, the loader gave none.")
+    return n_seen
 
 
 def _warn_of_few(consumers: Iterable[ConsumerState]) -> None:
