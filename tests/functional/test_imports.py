@@ -8,6 +8,7 @@ import pytest
 from tp_cosep import functional
 
 
+@pytest.mark.slow
 def test_functional_imports_nothing_of_the_package_but_errors():
     code = """
 import sys, tp_cosep.functional

@@ -26,6 +26,7 @@ from tp_cosep.graph.heads import attention_groups, attention_heads, head_paramet
 from tp_cosep.graph.tracing import ROOT_TYPES, trace
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Unwrapped parameters detected"),
     # Embeddings of positions and the like have no batch.
     pytest.mark.filterwarnings("ignore:fit. cannot measure"),
@@ -193,7 +194,6 @@ def zeroed_outputs(model, x, group_plans):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.slow
 def test_whole_heads_go_and_the_rest_of_the_model_is_as_before(name, tmp_path):
     model, x, _, selector = made(name)
     before, again = copy.deepcopy(model), copy.deepcopy(model)
@@ -271,7 +271,6 @@ def test_attention_that_writes_its_width_down_is_refused_and_stays_whole():
 
 @pytest.mark.parametrize("name", ["fused", "separate", "timm vit", "timm swin", "hf vit", "hf bert"])
 @pytest.mark.parametrize("heads_too", [False, True])
-@pytest.mark.slow
 def test_the_same_dimensions_of_every_head_go(name, heads_too):
     model, x, _, selector = made(name)
     before, again = copy.deepcopy(model), copy.deepcopy(model)
@@ -316,7 +315,6 @@ def test_heads_and_dimensions_are_left_alone_if_neither_is_asked_for():
     assert [e.reason for e in pruner.plan if e.heads] == ["prune_num_heads and prune_head_dims are off"] * 2
 
 
-@pytest.mark.slow
 def test_torchs_own_attention_loses_the_same_dimensions_of_every_head(tmp_path):
     torchvision = pytest.importorskip("torchvision")
 
@@ -379,7 +377,6 @@ def test_the_knee_decides_how_many_heads_stay():
 
 @pytest.mark.parametrize("name", ["fused", "separate"])
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
-@pytest.mark.slow
 def test_iterative_steps_reach_the_heads_asked_for(name, ratio):
     model, x, y, _ = made(name)
     before = copy.deepcopy(model)
@@ -394,7 +391,6 @@ def test_iterative_steps_reach_the_heads_asked_for(name, ratio):
 
 
 @pytest.mark.parametrize("name", COMPARABLE)
-@pytest.mark.slow
 def test_heads_of_the_whole_model_in_one_space(name):
     model, x, _, selector = made(name)
     selector.scope = "model"
@@ -619,7 +615,6 @@ def test_a_ratio_of_heads_that_share_keys_means_what_it_means_to_the_stock_prune
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("with_dims", [False, True])
-@pytest.mark.slow
 def test_layer_after_layer(scope, with_dims):
     model, x, y, _ = made("separate")
     before = copy.deepcopy(model)

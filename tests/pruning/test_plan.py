@@ -23,10 +23,15 @@ def planned(kind, width, **options):
     return model, x[:1], pruned, pruner.plan
 
 
+@pytest.fixture(scope="module")
+def plan():
+    return planned("resnet", 10)[3]
+
+
 @pytest.fixture
-def plan_file(tmp_path):
+def plan_file(plan, tmp_path):
     path = tmp_path / "plan.json"
-    planned("resnet", 10)[3].save(path)
+    plan.save(path)
     return path
 
 

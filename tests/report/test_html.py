@@ -553,6 +553,7 @@ class TestBrowser:
         assert len(browser.find_elements("css selector", "details")) == 200
 
 
+@pytest.mark.slow
 def test_report_does_not_import_pruning():
     """The views depend on values only."""
     code = (
