@@ -7,7 +7,7 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
-from tp_cosep import CoSePSelector, ReconstructionSelector
+from tp_cosep import ReconstructionSelector, Selector
 from tp_cosep.cli.demo import accuracy, train, train_net
 
 
@@ -39,7 +39,7 @@ def main(epochs: int | None = None, steps: int = 3) -> dict[str, list[tuple[floa
         )
         after = []
         for step in range(steps):
-            if step and isinstance(importance, CoSePSelector):
+            if step and isinstance(importance, Selector):
                 importance.fit(model, calibration)  # what it measured belongs to the layers before the last step
             pruner.step()
             train(model, images, epochs=1, rate=0.03, seed=step)

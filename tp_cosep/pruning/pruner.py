@@ -89,6 +89,7 @@ class CoSePPruner(SelectorPruner):
         PruningError: If the model does not run on the inputs, or Torch-Pruning cannot follow it.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
         >>> x, y = torch.randn(40, 1, 8, 8), torch.arange(40) % 3
