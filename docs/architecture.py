@@ -1,81 +1,108 @@
 """Draw which room of the package imports which: ``python docs/architecture.py`` writes docs/architecture.svg.
 
-The arrows are read from the code; nothing but the order of the rooms is written down here, and the import contract in
-pyproject.toml is where that comes from.
+The imports are read from the code, the order of the rooms from the import contract in pyproject.toml. With ``--check``
+nothing is written; the exit status says whether the figure is up to date.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
 import grimp
 
-FLOORS = [
-    ["cli"],
-    ["pruning"],
-    ["report"],
-    ["selection", "compensation"],
-    ["calibration"],
-    ["graph"],
-    ["utils", "functional"],
-    ["errors"],
-]
-#: Rooms that most others import; the arrows to them would hide the others.
-EVERYWHERE = ("utils", "errors")
-_WIDTH, _HEIGHT, _BOX, _STEP = 760, 36, 190, 74
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGE = "tp_cosep"
+_FOLDER = Path(__file__).parent
+_FIGURE = _FOLDER / "architecture.svg"
+_BOX_X, _BOX_WIDTH, _BOX_HEIGHT, _STEP = 30, 250, 34, 48
+_LANE_X, _LANE_STEP = _BOX_X + _BOX_WIDTH + 60, 40
+# Okabe and Ito's colours without yellow, which is too pale for lines, and two dark ones.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5195", "#8C564B")
 
 
-def imports() -> dict[tuple[str, str], int]:
-    """How many imports of one room's modules go to another room, by the pair of rooms."""
-    graph = grimp.build_graph("tp_cosep", exclude_type_checking_imports=False)
-    rooms = {room for floor in FLOORS for room in floor}
-    counts: dict[tuple[str, str], int] = {}
+def floors() -> list[list[str]]:
+    """The rooms, from the top floor down; rooms of one floor do not import each other."""
+    document = tomllib.loads((_FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = document["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    named = [[name.strip() for name in layer.split("|")] for layer in layers]
+    return [rooms for floor in named if (rooms := [name for name in floor if not name.startswith("_")])]
+
+
+def imports(graph: grimp.ImportGraph, rooms: list[str]) -> Counter[tuple[str, str]]:
+    """How many modules of one room import modules of another room, counted by pair."""
+    counts: Counter[tuple[str, str]] = Counter()
     for module in graph.modules:
         for imported in graph.find_modules_directly_imported_by(module):
-            a, b = (f"{name}.".split(".")[1] for name in (module, imported))
-            if a != b and {a, b} <= rooms and b not in EVERYWHERE:
-                counts[a, b] = counts.get((a, b), 0) + 1
+            importer, room = (f"{name}.".split(".")[1] for name in (module, imported))
+            if importer != room and importer in rooms and room in rooms:
+                counts[importer, room] += 1
     return counts
 
 
 def figure() -> str:
-    """The rooms as boxes, the highest floor on top, and an arrow from each room to those that it imports."""
-    places = {
-        room: (_WIDTH * (i + 1) / (len(floor) + 1), 20 + _STEP * level)
-        for level, floor in enumerate(FLOORS)
-        for i, room in enumerate(floor)
-    }
+    """The rooms one below another, and for each imported room a lane that its importers are joined to by dots."""
+    graph = grimp.build_graph(PACKAGE)
+    rooms = [room for floor in floors() for room in floor]
+    counts = imports(graph, rooms)
+    middle = {room: 24 + _STEP * i + _BOX_HEIGHT // 2 for i, room in enumerate(rooms)}
+    imported = [room for room in rooms if any(b == room for _, b in counts)]
+    lane = {room: _LANE_X + _LANE_STEP * i for i, room in enumerate(imported)}
+    colour = dict(zip(imported, cycle(_COLOURS), strict=False))
+    right = _BOX_X + _BOX_WIDTH
+    width, height = max(lane.values()) + 30, _STEP * len(rooms) + 34
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_STEP * len(FLOORS)}" '
-        'font-family="sans-serif">',
-        '<defs><marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
-        f'<rect width="{_WIDTH}" height="{_STEP * len(FLOORS)}" fill="#fff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" role="img">',
+        "<title>Imports between the rooms of the package</title>",
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
-    for (a, b), n in sorted(imports().items()):
-        (x1, y1), (x2, y2) = places[a], places[b]
-        far = abs(y2 - y1) > _STEP * 1.5
-        # Imports that skip floors swing out to a side, so that they do not run through the boxes between.
-        bend = (_WIDTH * (0.04 if (x1 + x2) / 2 <= _WIDTH / 2 else 0.96) - (x1 + x2) / 2) * 0.9 if far else 0
-        start, end = y1 + _HEIGHT, y2 - 2
+    for floor in floors():
+        top = middle[floor[0]] - _BOX_HEIGHT // 2 - 5
+        bottom = middle[floor[-1]] + _BOX_HEIGHT // 2 + 5
         lines.append(
-            f'<path d="M{x1:.0f} {start:.0f}C{x1 + bend:.0f} {start + 20:.0f} {x2 + bend:.0f} {end - 20:.0f} '
-            f'{x2:.0f} {end:.0f}" fill="none" stroke="#555" stroke-opacity=".55" '
-            f'stroke-width="{min(1 + n / 8, 4):.1f}" marker-end="url(#end)"><title>{a} imports {b}: {n}</title></path>'
+            f'<rect x="{_BOX_X - 12}" y="{top}" width="{_BOX_WIDTH + 24}" height="{bottom - top}" rx="8" '
+            'fill="#eef3f8"/>'
         )
-    for room, (x, y) in places.items():
+    for importer in rooms:
+        lanes = [lane[room] for room in imported if (importer, room) in counts]
+        if lanes:
+            y = middle[importer] + 6
+            lines.append(f'<path d="M{right} {y}H{max(lanes)}" stroke="#999" stroke-width="1"/>')
+    for room in imported:
+        importers = [a for a in rooms if (a, room) in counts]
+        x, y = lane[room], middle[room] - 7
         lines.append(
-            f'<rect x="{x - _BOX / 2:.0f}" y="{y}" width="{_BOX}" height="{_HEIGHT}" rx="6" fill="#eef3f8" '
-            f'stroke="#0072B2"/><text x="{x:.0f}" y="{y + 24}" text-anchor="middle" font-size="17">{room}</text>'
+            f'<path d="M{x} {middle[importers[0]] + 6}V{y}H{right + 7}" fill="none" stroke="{colour[room]}" '
+            f'stroke-width="2"/><path d="M{right} {y}l9 -4.5v9z" fill="{colour[room]}"/>'
+        )
+        lines += [
+            f'<circle cx="{x}" cy="{middle[a] + 6}" r="5" fill="{colour[room]}">'
+            f"<title>{a} imports {room}: {counts[a, room]}</title></circle>"
+            for a in importers
+        ]
+    for room in rooms:
+        n_modules = len(graph.find_descendants(f"{PACKAGE}.{room}"))
+        y = middle[room] - _BOX_HEIGHT // 2
+        outline = colour.get(room, "#555")
+        lines.append(
+            f'<rect x="{_BOX_X}" y="{y}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="5" fill="#fff" '
+            f'stroke="{outline}" stroke-width="2"/>'
+            f'<text x="{_BOX_X + 14}" y="{y + 23}" font-size="17">{room}</text>'
+            f'<text x="{right - 14}" y="{y + 22}" font-size="12" text-anchor="end" fill="#555">'
+            f"{f'{n_modules} modules' if n_modules else '1 module'}</text>"
         )
     return "\n".join([*lines, "</svg>", ""])
 
 
 if __name__ == "__main__":
-    target = Path(__file__).with_name("architecture.svg")
-    if "--check" in sys.argv:
-        if target.read_text(encoding="utf-8") != figure():
-            sys.exit("docs/architecture.svg is out of date: run python docs/architecture.py")
-    else:
-        target.write_text(figure(), encoding="utf-8")
+    if "--check" not in sys.argv:
+        _FIGURE.write_text(figure(), encoding="utf-8")
+    elif _FIGURE.read_text(encoding="utf-8") != figure():
+        sys.exit("docs/architecture.svg is out of date: run python docs/architecture.py")
