@@ -102,14 +102,19 @@ def test_the_site_is_built_without_warnings_and_asks_no_other_server(tmp_path):
     assert 'href="#tp_cosep.CoSePSelector.fit"' in pages["api/selector/index.html"]  # from a role in a docstring
 
 
-def test_the_page_on_architecture_names_what_there_is():
+def test_the_page_on_code_structure_names_what_there_is():
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     names = set(re.findall(r"`(tp_cosep(?:\.\w+)+)`", text))
-    assert len(names) > 40
+    assert len(names) > 80
     for name in names:
         path = name.split(".")
         value = pkgutil.resolve_name(name if len(path) < 4 else f"{'.'.join(path[:3])}:{'.'.join(path[3:])}")
-        assert value is not None, name
+        defined = getattr(value, "__module__", name)
+        assert name.startswith(defined) or not defined.startswith("tp_cosep"), f"{name} is defined in {defined}"
+    files = re.findall(r"`((?:tp_cosep|docs|benchmarks)/[\w./]+)`", text)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    rooms = {path.parent.name for path in (ROOT / "tp_cosep").glob("*/__init__.py")} | {"errors"}
+    assert {*re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)} == rooms
 
 
 def test_the_figure_of_the_rooms_is_that_of_the_imports():
