@@ -303,6 +303,7 @@ def test_a_sample_of_pairs_has_every_class_as_often(monkeypatch, classes, max_pa
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.slow
 def test_a_sample_of_pairs_estimates_the_mean_over_all(metric):
     moments = random_moments(6, 31, 2)
     exact = profile_gram(moments, metric)
@@ -313,6 +314,7 @@ def test_a_sample_of_pairs_estimates_the_mean_over_all(metric):
     assert float(samples.std(0).mean()) < float(one_shift.std(0).mean())
 
 
+@pytest.mark.slow
 def test_the_error_of_a_sample_is_that_of_many_samples():
     moments = random_moments(classes=61, components=9, n=300)
     exact, nothing = pooled_gram([moments], [None])

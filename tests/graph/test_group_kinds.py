@@ -871,6 +871,7 @@ def test_a_pruned_model_computes_what_it_did_without_the_channels(run, convs, he
     assert_same_state(pruner.plan.apply(fresh, x[:2]).state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_shufflenet_is_pruned_or_left_as_it_was():
     models = pytest.importorskip("torchvision").models
     model, (x, y) = initialise(models.ShuffleNetV2([1, 1, 1], [8, 8, 16, 16, 32], num_classes=4)), images(16, size=16)
@@ -1125,6 +1126,7 @@ def lost_channels(model, example, plan, options):
 
 
 @pytest.mark.parametrize("kind", REAL)
+@pytest.mark.slow
 def test_models_of_torchvision(kind):
     pytest.importorskip("torchvision")
     make, given = REAL[kind]

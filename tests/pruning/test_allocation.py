@@ -153,6 +153,7 @@ def test_allocation_in_steps_and_its_bounds():
 @pytest.mark.parametrize("selects", ["reconstruction", "cosep"])
 @pytest.mark.parametrize("unit", COUNTS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_pruner_meets_a_target(kind, unit, selects):
     model, x, y = build(kind, 21 if kind == "mlp" else 24)
     selector = fitted(model, x, y, kind=selects)
@@ -171,6 +172,7 @@ def test_pruner_meets_a_target(kind, unit, selects):
             assert e.selection.keep_idxs == selector.select(group, n_keep=e.selection.k).keep_idxs
 
 
+@pytest.mark.slow
 def test_target_with_other_options():
     model, x, y = build("vgg", 24)
     whole, selector = macs_by_hooks(model, x), fitted(model, x, y, kind="reconstruction")

@@ -164,6 +164,7 @@ def test_the_plan_of_a_global_ratio_of_zero():
 
 @pytest.mark.parametrize("ratio", [None, 0.37, 0.6])
 @pytest.mark.parametrize(("kind", "width"), [("vgg", 10), ("resnet", 12), ("mlp", 21)])
+@pytest.mark.slow
 def test_iterative_steps_reach_the_counts_of_a_single_step(kind, width, ratio):
     model, x, y = build(kind, width)
     once, before = copy.deepcopy(model), widths(model)

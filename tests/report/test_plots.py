@@ -220,6 +220,7 @@ class TestSeparabilitySpace:
         assert ax.get_title(loc="left") == "separability space of 1 channel"
 
     @pytest.mark.parametrize("n", [8, 512])
+    @pytest.mark.slow
     def test_marks_stay_apart(self, n):
         """Many dots cover only a small part of the axes; few dots are large enough to see."""
         x = points(n, n, 5, 0.0)

@@ -109,6 +109,7 @@ class TestPairs:
         assert len(group_plan.selection.medoids) == 5
         assert_pairs(group_plan.embedding, best_pairs(read.reshape(len(x), 10, 4), y, group_plan.selection))
 
+    @pytest.mark.slow
     def test_among_some_of_many_classes(self):
         """As many classes as can be compared in a moment, evenly spaced, the first and the last among them."""
         n = 600

@@ -195,6 +195,7 @@ def test_a_count_beyond_the_group():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # inside torch.compile
+@pytest.mark.slow
 def test_wrapped_models():
     from tp_cosep import Compensator, CoSePPruner
 
