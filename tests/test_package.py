@@ -32,3 +32,9 @@ def test_the_package_alone_is_light():
 def test_files_that_are_no_code_are_there():
     assert (ROOT / "py.typed").is_file()
     assert (ROOT / "pruning" / "plan.schema.json").is_file()
+
+
+def test_the_citation_is_of_this_version():
+    text = (ROOT.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {tp_cosep.__version__}\n" in text
+    assert "arXiv:2505.13225" in text
