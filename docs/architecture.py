@@ -49,7 +49,8 @@ def imports(graph: grimp.ImportGraph, rooms: list[str]) -> Counter[tuple[str, st
 
 def figure() -> str:
     """The rooms one below another, and for each imported room a lane that its importers are joined to by dots."""
-    graph = grimp.build_graph(PACKAGE)
+    sys.path.insert(0, str(_FOLDER.parent))  # the checkout, not an installed copy
+    graph = grimp.build_graph(PACKAGE, cache_dir=None)
     rooms = [room for floor in floors() for room in floor]
     counts = imports(graph, rooms)
     middle = {room: 24 + _STEP * i + _BOX_HEIGHT // 2 for i, room in enumerate(rooms)}
