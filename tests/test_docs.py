@@ -10,6 +10,7 @@ import pytest
 from snippets import ROOT, Classifier, python_blocks, run_blocks
 
 import tp_cosep
+from tp_cosep import functional
 
 DOCS = ROOT / "docs"
 FIRST = python_blocks(ROOT / "README.md")[0]  # imports, and the selector that all pages take for granted
@@ -99,6 +100,8 @@ def test_the_site_is_built_without_warnings_and_asks_no_other_server(tmp_path):
         assert not re.search(r":(?:attr|class|data|func|meth|mod):", html), name
     anchors = set(re.findall(r'id="?tp_cosep\.(\w+)"?', "".join(pages.values())))
     assert {*tp_cosep.__all__} <= anchors
+    pure = set(re.findall(r'id="?tp_cosep\.functional\.\w+\.(\w+)"?', pages["api/method/index.html"]))
+    assert {*functional.__all__} - {*tp_cosep.__all__} <= pure
     assert 'href="#tp_cosep.CoSePSelector.fit"' in pages["api/selector/index.html"]  # from a role in a docstring
 
 
