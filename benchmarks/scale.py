@@ -1,12 +1,12 @@
-"""What a thousand classes, wide layers and much data cost.
+"""Cost of a thousand classes, wide layers and much data.
 
-    python -m benchmarks.scale collect     # measuring a ResNet-50, beside its plain forward pass
-    python -m benchmarks.scale select      # selecting in all of its groups, exactly and from sampled class pairs
-    python -m benchmarks.scale medoids     # k-medoids for all k, beside FasterPAM and scikit-learn-extra's PAM
+    python -m benchmarks.scale collect     # statistics of a ResNet-50, against a plain forward pass
+    python -m benchmarks.scale select      # selection in all of its groups, from all class pairs and from a sample
+    python -m benchmarks.scale medoids     # k-medoids for all k, against FasterPAM and scikit-learn-extra's PAM
     python -m benchmarks.scale growth      # exponents in classes, channels and samples
-    python -m benchmarks.scale profile     # where the time of a selection goes
+    python -m benchmarks.scale profile     # profile of a selection
 
-Each prints Markdown. Times that are divided by each other are taken in turns in one run.
+Each prints Markdown. Times that are compared are taken in turns in one run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.selection import latent
 from benchmarks.selection import timed as by_processor
-from tp_cosep import ClassMoments, CoSePSelector
+from tp_cosep import ClassMoments, CoSePSelector, ReconstructionSelector, Selector
 from tp_cosep.cli.torchvision_shim import import_torchvision
 from tp_cosep.functional.kmedoids import KMedoids, k_medoids_path
 from tp_cosep.functional.selection import ChannelSelection, select_channels
@@ -47,7 +47,7 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had, in MiB."""
+    """Peak memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -55,28 +55,30 @@ def peak_mib() -> float:
 
 
 def collect(size: int, batch: int, n_batches: int, name: str) -> None:
-    """Time of measuring beside that of a plain forward pass of the same batch, taken in turns."""
+    """Time of collecting statistics against that of a plain forward pass of the same batch, taken in turns."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(name).eval()
     images = torch.randn(batch, 3, size, size)
     print(f"{name}, batches of {batch} at {size}², 1000 classes, {torch.get_num_threads()} threads\n")
-    print("| measured | batch / forward, median | least … most | before the first batch, in forwards |")
+    print("| statistics | batch / forward, median | least … most | before the first batch, in forwards |")
     print("| --- | --- | --- | --- |")
-    kinds: dict[str, dict[str, Any]] = {
-        'class moments, `space="separability", spatial=1`': {"kind": "cosep", "spatial": 1},
-        'class moments, `space="separability"` (4 × 4 cells)': {"kind": "cosep"},
-        'second moments, `space="reconstruction"`': {"kind": "reconstruction without classes"},
-        "both, the default": {},
+    budget = {"memory_budget": 2**36}
+    selectors: dict[str, Selector] = {
+        "class moments, `CoSePSelector(spatial=1)`": CoSePSelector(spatial=1, **budget),
+        "class moments, `CoSePSelector()` (4 × 4 cells)": CoSePSelector(**budget),
+        "second moments, `ReconstructionSelector(class_weight=0)`": ReconstructionSelector(class_weight=0, **budget),
+        "second moments and class means, `ReconstructionSelector()`": ReconstructionSelector(**budget),
     }
-    for what, options in kinds.items():
-        ratios, first = _ratios(model, images, n_batches, options)
+    for what, selector in selectors.items():
+        ratios, first = _ratios(model, images, n_batches, selector)
         print(
             f"| {what} | {statistics.median(ratios):.2f} | {min(ratios):.2f} … {max(ratios):.2f} | {first:.1f} |",
             flush=True,
         )
 
 
-def _ratios(model: nn.Module, images: Tensor, n_batches: int, options: dict[str, Any]) -> tuple[list[float], float]:
+def _ratios(model: nn.Module, images: Tensor, n_batches: int, selector: Selector) -> tuple[list[float], float]:
+    """Quotients of all batches but the first, and what the first takes beyond them, in forward passes."""
     plain: list[float] = []
     measured: list[float] = []
 
@@ -96,7 +98,6 @@ def _ratios(model: nn.Module, images: Tensor, n_batches: int, options: dict[str,
     forward()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fit: ")  # classes seen only once, few samples
-        selector = CoSePSelector(memory_budget=2**36, **options)
         selector.fit(model, loader(), rare_classes="drop", progress=False)
     ratios = [m / p for m, p in zip(measured, plain, strict=True)]
     return ratios[1:], measured[0] / plain[0] - statistics.median(ratios[1:])
@@ -106,7 +107,7 @@ def _ratios(model: nn.Module, images: Tensor, n_batches: int, options: dict[str,
 
 
 def class_moments(n_classes: int, n_components: int, seed: int) -> ClassMoments:
-    """Moments as those of a trained layer: class means from a few causes that classes share, spreads of any size."""
+    """Moments like those of a trained layer: class means of low rank plus noise, log-normal variances."""
     g = torch.Generator().manual_seed(seed)
     rank = max(8, n_components // 8)
     causes = torch.randn(n_classes, rank, generator=g, dtype=torch.float64)
@@ -119,7 +120,7 @@ def class_moments(n_classes: int, n_components: int, seed: int) -> ClassMoments:
 
 
 def select(name: str, n_classes: int, n_pairs: int) -> None:
-    """Time, memory and agreement of selections from all class pairs and from a sample of them."""
+    """Time and memory of selections from all class pairs and from a sample, and how well the two agree."""
     model = torchvision.models.get_model(name).eval()
     example = torch.randn(1, 3, 224, 224)
     widths = {n: m.out_channels for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
@@ -129,11 +130,10 @@ def select(name: str, n_classes: int, n_pairs: int) -> None:
     before = peak_mib()
     found: dict[str, tuple[list[ChannelSelection | None], float]] = {}
     for what, options in {
-        f"{n_pairs:,} pairs, another seed": {"max_class_pairs": n_pairs, "seed": 1},
         f"{n_pairs:,} pairs": {"max_class_pairs": n_pairs},
         "all pairs": {},
     }.items():
-        selector = CoSePSelector(spatial=1, **options)  # type: ignore[arg-type]
+        selector = CoSePSelector(spatial=1, **options)
         selector.statistics.moments = moments
         used = time.process_time()
         found[what] = timed(lambda s=selector: [s.select(group) for group in groups])  # type: ignore[misc]
@@ -160,7 +160,7 @@ def select(name: str, n_classes: int, n_pairs: int) -> None:
 
 
 def medoids(largest: int) -> None:
-    """k-medoids for all k against other packages, on the same matrices."""
+    """k-medoids for all k, against other packages on the same matrices."""
     import kmedoids
 
     print("| n | other | ours, processor s | other's | other / ours | mean TD, ours / other's | worst |")
@@ -186,7 +186,7 @@ def medoids(largest: int) -> None:
             lambda a=array, n=n: [kmedoids.fasterpam(a, k, random_state=0).loss for k in range(2, n + 1)],  # type: ignore
         )
     try:
-        import sklearn_extra  # noqa: F401 -- to see whether it is there
+        import sklearn_extra  # noqa: F401 -- whether it is installed
     except ImportError:
         print("\nscikit-learn-extra is not installed here (it needs Python < 3.12 and numpy < 2).")
     else:
@@ -213,7 +213,7 @@ def exponent(xs: list[float], ys: list[float]) -> float:
 
 
 def growth() -> None:
-    """Fitted exponents of the parts of a selection."""
+    """Fitted exponents of each part of a selection."""
     print("| of | in | sizes | processor s | exponent | in theory |")
     print("| --- | --- | --- | --- | --- | --- |")
 
@@ -242,7 +242,7 @@ def growth() -> None:
 
 
 def profile() -> None:
-    """Where the time of distances and of a selection goes."""
+    """Profiles of the distances and of a selection."""
     moments, distances = class_moments(1000, 512, 0), latent(1024)
     for what, call in {
         "distances, 512 channels, 1000 classes": lambda: profile_gram(moments),
@@ -255,7 +255,7 @@ def profile() -> None:
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the requested part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("collect", "select", "medoids", "growth", "profile"))
     parser.add_argument("--network", default="resnet50", help="of torchvision (default: %(default)s)")

@@ -51,8 +51,8 @@ def test_attention_heads(capsys):
     assert capsys.readouterr().out.count("heads [") == 3
 
 
-def test_repair(capsys):
-    results = load("repair").main(epochs=2)
+def test_compensation(capsys):
+    results = load("compensation").main(epochs=2)
     assert list(results) == ["L2", "CoSeP", "joint"]
     for pruned, repaired, _ in results.values():
         assert repaired > pruned

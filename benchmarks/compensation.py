@@ -1,6 +1,6 @@
-"""What measuring for a repair costs, beside a plain forward pass of the same images, and what the refits cost.
+"""Cost of compensation: the pass that collects second moments, as a multiple of a plain forward pass, and the refits.
 
-python benchmarks/repair.py
+python -m benchmarks.compensation
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     cases = {name: (build(name), 32, 250, 4) for name in NETWORKS if name not in ("vgg16", "densenet40", "resnet56")}
     for name in ("resnet18", "resnet50", "mobilenet_v2"):
         cases[f"torchvision {name}"] = (torchvision.models.get_model(name), 224, 16, 8)
-    print("| network | images | forward, s | measuring / forward | refits, s | second moments, MiB |")
+    print("| network | images | forward, s | collecting / forward | refits, s | second moments, MiB |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (model, size, batch, n_batches) in cases.items():
         model.eval()
@@ -49,7 +49,7 @@ def main() -> None:
 
         compensator = Compensator(model, batches[0][:1])
         forward()
-        # In turns, so that what else the machine does falls on both; the quotient is that of neighbours.
+        # In turns, so that other load falls on both; each ratio is of two neighbouring runs.
         rounds = [
             (seconds(forward), seconds(lambda c=compensator, b=batches: c.fit(b, progress=False)))
             for _ in range(N_ROUNDS)
