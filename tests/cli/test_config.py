@@ -1,5 +1,6 @@
 """The command line, and options in files."""
 
+import inspect
 import shlex
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tp_cosep import AttentionMapSelector, CoSePSelector, ReconstructionSelector
 from tp_cosep.cli import main as cli
-from tp_cosep.cli.arguments import EXAMPLES, parser
+from tp_cosep.cli.arguments import EXAMPLES, SELECTOR_OPTIONS, parser
 from tp_cosep.cli.config import parse
 from tp_cosep.cli.demo import DATA
+from tp_cosep.cli.setup import selector_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["prune", "--model", "m:f", "--data", "d:f", "--output", "out"]
@@ -89,6 +92,7 @@ def test_the_command_line_wins(tmp_path):
         ("a.yaml", "ignored-layers: [a, no]", "for 'ignored-layers', got ['a', False]; if it is meant as text"),
         ("a.toml", "epochs = 'many'", "argument --epochs: expected a whole number from 0, got 'many'"),
         ("a.toml", "selector = 'here'", "argument --selector: invalid choice: 'here'"),
+        ("a.toml", "scope = 'model'", "--scope: not with --selector reconstruction; it is an option of attention"),
         ("a.toml", "target = {macs = 0.5, params = 3}", "expected a single value for 'target'"),
         ("a.toml", "epochs = ", "a.toml': expected TOML, got"),
         ("a.yaml", "epochs: [", "a.yaml': expected YAML, got"),
@@ -149,7 +153,18 @@ def test_a_file_that_is_not_there(capsys):
         ("--target macs=half", "argument --target: expected a number above 0, got 'half'"),
         ("--mean nan", "argument --mean: expected a number, got 'nan'"),
         ("--target macs=0.5 --pruning-ratio 0.5", "--pruning-ratio: not together with --target"),
-        ("--max-class-pairs 9", "--max-class-pairs: not with --selector reconstruction"),
+        (
+            "--max-class-pairs 9",
+            "--max-class-pairs: not with --selector reconstruction; it is an option of cosep, published",
+        ),
+        ("--selector cosep --class-weight 0", "--class-weight: not with --selector cosep; it is an option of reconstr"),
+        ("--selector published --metric jm", "--metric: not with --selector published; it is an option of cosep"),
+        (
+            "--selector attention --spatial 4",
+            "--spatial: not with --selector attention; it is an option of reconstruct",
+        ),
+        ("--selector attention --target macs=0.5", "--target: not with --selector attention, which selects heads"),
+        ("--scope model", "--scope: not with --selector reconstruction; it is an option of attention"),
         ("--input-size 32", "--input-size: not with --data d:f; a function of yours decides that"),
         ("--mean 0.5 --std 0.5", "--mean: not with --data d:f"),
         ("--download", "--download: not with --data d:f"),
@@ -199,3 +214,45 @@ def test_help_does_not_wait_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "expected"),
+    [
+        ("", ReconstructionSelector, {"class_weight": 3.0, "spatial": 4, "memory_budget": 2**32}),
+        (
+            "--class-weight 0 --spatial 2 --memory-budget 0.5",
+            ReconstructionSelector,
+            {"class_weight": 0, "spatial": 2, "memory_budget": 2**29},
+        ),
+        ("--selector cosep", CoSePSelector, {"metric": "jm", "representative": "medoid", "knee": "guarded"}),
+        (
+            "--selector cosep --metric hellinger --observe inputs --representative max_norm --knee first",
+            CoSePSelector,
+            {"metric": "hellinger", "observe": "inputs", "representative": "max_norm", "knee": "first"},
+        ),
+        (
+            "--selector published --max-class-pairs 9",
+            CoSePSelector,
+            {"knee": "first", "spatial": None, "max_class_pairs": 9},
+        ),
+        ("--selector attention --scope model", AttentionMapSelector, {"scope": "model", "knee": "guarded"}),
+    ],
+)
+def test_the_selector_has_its_options(words, kind, expected):
+    selector = selector_of(parsed(*BASE, *words.split()))
+    assert type(selector) is kind
+    assert {name: getattr(selector, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", SELECTOR_OPTIONS)
+def test_every_selector_accepts_the_options_that_the_command_line_gives_it(name):
+    parameters = inspect.signature(type(selector_of(parsed(*BASE, "--selector", name)))).parameters
+    assert set(SELECTOR_OPTIONS[name]) <= set(parameters)
+
+
+def test_preview_has_no_heads(capsys):
+    with pytest.raises(SystemExit):
+        parsed("preview", *BASE[1:5], "--selector", "attention")
+    assert "invalid choice: 'attention'" in capsys.readouterr().err
+    assert not hasattr(parsed("preview", *BASE[1:5]), "scope")

@@ -91,8 +91,8 @@ class TestRun:
         """Against a count from the channels that the plan keeps."""
         _, result, _ = finished
         widths = {"trained": [1, *WIDTHS]}
-        widths["pruned, repaired"] = [1, *(result.model.get_submodule(layer).out_channels for layer in LAYERS)]
-        assert widths["pruned, repaired"] != widths["trained"]
+        widths["pruned, compensated"] = [1, *(result.model.get_submodule(layer).out_channels for layer in LAYERS)]
+        assert widths["pruned, compensated"] != widths["trained"]
         for name, w in widths.items():
             kernels = [9 * a * b for a, b in pairwise(w)]
             assert result.stats[name].n_parameters == sum(kernels) + 2 * sum(w) - 2 + 10 * w[-1] + 10
@@ -101,7 +101,10 @@ class TestRun:
             touched = sum(3 * p * n for p, n in zip(pixels, w[1:], strict=True)) + 64 * w[2] + 16 * w[4] + 10
             products = sum(p * n for p, n in zip(pixels, kernels, strict=True)) + 10 * w[-1]
             assert result.stats[name].n_macs == products + touched
-        for pruned, whole in (("pruned, fine-tuned", "pruned, repaired"), ("unpruned, fine-tuned as long", "trained")):
+        for pruned, whole in (
+            ("pruned, fine-tuned", "pruned, compensated"),
+            ("unpruned, fine-tuned as long", "trained"),
+        ):
             assert result.stats[pruned].n_parameters == result.stats[whole].n_parameters
             assert result.stats[pruned].n_macs == result.stats[whole].n_macs
 

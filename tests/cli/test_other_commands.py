@@ -80,12 +80,12 @@ def test_prune_writes_a_page(tmp_path, monkeypatch):
     assert run("prune", *MLP, "--pruning-ratio", 0.5, "--output", tmp_path / "a") == 0
     ((path, more),) = pages
     assert path == tmp_path / "a" / "report.html"
-    assert list(more["stats"]) == ["unpruned", "repaired"]
+    assert list(more["stats"]) == ["unpruned", "compensated"]
     assert more["class_names"] is None
 
     monkeypatch.undo()
     assert run("prune", *MLP, "--pruning-ratio", 0.5, "--output", tmp_path / "b") == 0
-    assert "repaired" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
+    assert "compensated" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "b" / prune.SUMMARY).is_file()
     assert not (tmp_path / "b" / "unfinished").exists()
 

@@ -74,17 +74,17 @@ def right(net, batches):
 
 
 def test_digits_from_end_to_end(weights, tmp_path, capsys):
-    """Half of the multiplications go, and the digits are still told apart; random weights would get a tenth."""
+    """Half of the multiplications are pruned, and accuracy stays high; random weights would get a tenth."""
     words = ["prune", *NET, "--weights", weights, "--target", "macs=0.5", "--epochs", 2, "--output", tmp_path / "out"]
     assert run(*words, "--calibration", 500, "--learning-rate", 0.03) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".html") == RESULT
     found = tp_cosep.load(tmp_path / "out", lambda: project.make_net(12))
     found_accuracies = summary(tmp_path / "out")["accuracies"]
-    assert list(found_accuracies) == ["unpruned", "pruned", "repaired", "fine-tuned"]
+    assert list(found_accuracies) == ["unpruned", "pruned", "compensated", "fine-tuned"]
     test = project.make_loaders()[1]
     assert found_accuracies["fine-tuned"] == pytest.approx(right(found, test))
     assert found_accuracies["fine-tuned"] > 0.85
-    assert found_accuracies["repaired"] > found_accuracies["pruned"]
+    assert found_accuracies["compensated"] > found_accuracies["pruned"]
     net = project.make_net(12)
     net.load_state_dict(torch.load(weights, weights_only=True))
     assert found_accuracies["unpruned"] == pytest.approx(right(net.eval(), test))
@@ -97,7 +97,7 @@ def test_digits_from_end_to_end(weights, tmp_path, capsys):
     assert "accuracy, fine-tuned: " in capsys.readouterr().out
 
 
-def test_without_repair_and_fine_tuning(tmp_path):
+def test_without_compensation_and_fine_tuning(tmp_path):
     out = tmp_path / "out"
     assert (
         run("prune", *NET, *SMALL, "--compensate", "off", "--no-recalibrate", "--pruning-ratio", 0.5, "--output", out)
@@ -169,7 +169,7 @@ def test_dry_run(tmp_path, capsys):
     for part in (
         "project:make_mlp: 3,122 parameters",
         "prune a target of macs=0.5",
-        "repair by refitting (one-shot) and new BatchNorm statistics",
+        "compensate by refitting (one-shot) and BatchNorm re-estimation",
         "fine-tune for 3 epochs (sgd, learning rate 0.01, mixed precision: no, 1 processes on cpu)",
         f"write plan.json, weights.safetensors, manifest.json, summary.json and report.html to {out}",
     ):
@@ -249,8 +249,8 @@ def test_a_run_goes_on_and_ends_as_it_would_have(where, at, optimizer, tmp_path,
     assert not (tmp_path / "parts" / "manifest.json").exists()
     assert run(*words, tmp_path / "parts") == 0
     out = capsys.readouterr().out
-    assert f"going on with the run in {tmp_path / 'parts'}" in out
-    # What was done is not done again.
+    assert f"continuing the run in {tmp_path / 'parts'}" in out
+    # Finished parts are not repeated.
     assert ("pruning\n" in out) == (where == (prune, "CoSePPruner"))
     assert out.count("  epoch ") == {"CoSePPruner": 3, "_epoch": 4 - at, "_keep": 2, "measure_models": 0}[where[1]]
     files = [p.name for p in (tmp_path / "parts").iterdir()]
@@ -279,7 +279,7 @@ def test_other_options_are_refused(unfinished, tmp_path, capsys):
         assert run(*unfinished, *changed) == 1
         assert message in capsys.readouterr().err
     assert run(*unfinished, "--dry-run") == 0
-    assert "go on with the unfinished run" in capsys.readouterr().out
+    assert "continue the unfinished run" in capsys.readouterr().out
     assert run(*unfinished, "--workers", 0, "--debug") == 0
 
 

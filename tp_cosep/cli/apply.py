@@ -1,4 +1,4 @@
-"""``tp-cosep apply``: a plan and a fresh model make a pruned one."""
+"""``tp-cosep apply``: prune another copy of a model by a plan."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tp_cosep.cli.lines import say
+from tp_cosep.cli.console import check_free, say
 from tp_cosep.cli.models import make_model
-from tp_cosep.cli.outputs import check_free
 from tp_cosep.cli.report import find_plan
 from tp_cosep.errors import InputError
 from tp_cosep.graph.structure import zeros_for
@@ -22,12 +21,12 @@ def run(options: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        InputError: If the plan, the model or its weights cannot be used, or the folder holds another model.
+        InputError: If the plan, the model or its weights cannot be used, or the folder holds a model already.
     """
     check_free(Path(options.output), () if options.overwrite else saving.FILES, "--overwrite")
     plan = find_plan(options.plan)
     if plan.inputs is None:
-        raise InputError(f"plan {str(options.plan)!r}: does not say what inputs look like; apply it in Python.")
+        raise InputError(f"plan {str(options.plan)!r}: has no description of the model's inputs; apply it in Python.")
     model = make_model(options)
     before = sum(p.numel() for p in model.parameters())
     try:
@@ -37,6 +36,6 @@ def run(options: argparse.Namespace) -> None:
     saving.save(model, plan, options.output)
     after = sum(p.numel() for p in model.parameters())
     say(
-        f"{before:,} parameters before, {after:,} after: {options.output}. Weights are those of the model that was "
-        "given, not repaired and not fine-tuned."
+        f"{before:,} parameters before, {after:,} after: {options.output}. Weights are those of the given model, "
+        "neither compensated nor fine-tuned."
     )

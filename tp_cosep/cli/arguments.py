@@ -1,16 +1,16 @@
-"""The options of the commands, on the command line and in a file. Imports nothing that takes long."""
+"""The options of the commands, on the command line and in a file. Imports nothing slow."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tp_cosep._version import __version__
 
-__all__ = ["DATA_KINDS", "EXAMPLES", "contradiction", "parser"]
+__all__ = ["DATA_KINDS", "EXAMPLES", "SELECTOR_OPTIONS", "contradiction", "parser"]
 
 #: Shown by ``--help``; one command per line.
 EXAMPLES = {
@@ -35,14 +35,21 @@ tp-cosep export pruned --model my_project:make_net --format torch-export --outpu
 }
 _MODEL = (
     "torchvision:NAME, timm:NAME, hf:FOLDER (of AutoModelForImageClassification, safetensors), or MODULE:FUNCTION, a "
-    "function of yours that returns the model; none of them downloads anything without --pretrained"
+    "function of yours that returns the model; nothing is downloaded without --pretrained"
 )
-#: Data of pictures; any other is a function of the user's.
+#: The options that each selector has; the others of the group are common to all.
+SELECTOR_OPTIONS = {
+    "reconstruction": ("class_weight", "knee", "spatial", "memory_budget"),
+    "cosep": ("metric", "observe", "representative", "knee", "spatial", "max_class_pairs", "memory_budget"),
+    "published": ("spatial", "max_class_pairs", "memory_budget"),
+    "attention": ("knee", "scope"),
+}
+#: Kinds of image data; any other name is a function of the user's.
 DATA_KINDS = ("imagefolder", "hf-dataset", "cifar10", "cifar100", "fashion-mnist")
 _DATA = (
     "imagefolder:FOLDER (with train and val inside, or one folder of classes), hf-dataset:FOLDER (of "
     "datasets.save_to_disk), cifar10:FOLDER, cifar100:FOLDER, fashion-mnist:FOLDER, or MODULE:FUNCTION, a function of "
-    "yours that returns a loader for training and one for testing"
+    "yours that returns a training and a test loader"
 )
 
 
@@ -50,19 +57,19 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
         prog="tp-cosep",
-        description="Structured pruning that keeps complementary channels, for Torch-Pruning.",
+        description="Structured pruning with complementary channels, for Torch-Pruning.",
         epilog="Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage, 130 interrupted.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"tp-cosep {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, about, add in (
-        ("prune", "prune a model, compensate for what was removed, and fine-tune it", _prune),
-        ("preview", "show what targets would keep, without pruning", _preview),
+        ("prune", "prune a model, compensate for the pruned channels, and fine-tune it", _prune),
+        ("preview", "show how many channels targets would keep, without pruning", _preview),
         ("report", "show a plan", _report),
         ("apply", "prune another copy of a model by a plan", _apply),
-        ("export", "write a pruned model as ONNX or by torch.export, checked", _export),
-        ("demo", "train a small network, prune it, fine-tune it, and show what that did", _demo),
+        ("export", "write a pruned model as ONNX or by torch.export, and check its outputs", _export),
+        ("demo", "train, prune and fine-tune a small network, and compare it with the unpruned one", _demo),
     ):
         command = commands.add_parser(
             name,
@@ -79,31 +86,45 @@ def parser() -> argparse.ArgumentParser:
 
 
 def contradiction(options: argparse.Namespace, command: argparse.ArgumentParser) -> str | None:
-    """What is wrong with options that are right one by one.
+    """The first contradiction between options that are valid one by one.
 
     Args:
-        options: As they were parsed.
-        command: That parsed them.
+        options: The parsed options.
+        command: The parser of the command.
 
     Returns:
-        What to say, or ``None`` if nothing is.
+        The error message; ``None`` if there is no contradiction.
     """
     given = {name for name, value in vars(options).items() if value != command.get_default(name)}
     if {"target", "pruning_ratio"} <= given:
-        return "--pruning-ratio: not together with --target, which says how much every layer keeps"
-    if getattr(options, "selector", None) == "reconstruction" and "max_class_pairs" in given:
-        return "--max-class-pairs: not with --selector reconstruction, which does not compare pairs of classes"
+        return "--pruning-ratio: not together with --target, which decides how much every layer keeps"
+    if "selector" in vars(options) and (wrong := _not_of_selector(options.selector, given)):
+        return wrong
     if "data" in given:
         is_own = options.data.partition(":")[0] not in DATA_KINDS
         meaningless = {"input_size", "mean", "std", "download", "test_share", "batch_size", "workers"}
         for name in sorted(given & (meaningless if is_own else {"data_args"})):
             kind = "a function of yours decides that" if is_own else "only for a function of yours"
-            return f"--{name.replace('_', '-')}: not with --data {options.data}; {kind}"
+            return f"{_flag(name)}: not with --data {options.data}; {kind}"
     return None
 
 
+def _not_of_selector(selector: str, given: set[str]) -> str | None:
+    for name in sorted(given - {*SELECTOR_OPTIONS[selector]}):
+        having = [other for other, names in SELECTOR_OPTIONS.items() if name in names]
+        if having:
+            return f"{_flag(name)}: not with --selector {selector}; it is an option of {', '.join(having)}"
+    if selector == "attention" and (of_channels := given & {"target", "round_to"}):
+        return f"{_flag(min(of_channels))}: not with --selector attention, which selects heads; use --pruning-ratio"
+    return None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 class _Help(argparse.HelpFormatter):
-    """Wraps everything but the examples."""
+    """Wraps all text but the examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
@@ -113,23 +134,28 @@ def _prune(command: argparse.ArgumentParser) -> None:
     _config(command)
     _model(command)
     _data(command)
-    _pruning(command)
+    _pruning(command, [*SELECTOR_OPTIONS])
     group = command.add_argument_group("how much")
     group.add_argument(
         "--target",
         type=_target,
         metavar="UNIT=VALUE",
-        help="macs=0.5, params=2e6 or latency=0.5: a share of the model below 1, a number above (milliseconds, of one "
-        "sample); 'none' (default) lets every layer keep the number that its curve says",
+        help="macs=0.5, params=2e6 or latency=0.5: below 1 a share of the model, above the number itself (milliseconds "
+        "for one sample); 'none' (default) keeps the number at the knee of every layer's curve",
     )
-    group.add_argument("--pruning-ratio", type=_share, metavar="SHARE", help="a fixed share of every layer instead")
+    group.add_argument(
+        "--pruning-ratio",
+        type=_share,
+        metavar="SHARE",
+        help="prune this share of every layer (of its heads with --selector attention), in place of a target",
+    )
     group = command.add_argument_group("compensation")
     group.add_argument(
         "--compensate",
         choices=("off", "one-shot", "sequential"),
         default="one-shot",
-        help="refit the layers behind (default: %(default)s; sequential: slower, for deep residual networks and "
-        "LayerNorm)",
+        help="refit the downstream layers (default: %(default)s; sequential is slower, and better for deep residual "
+        "networks and LayerNorm)",
     )
     group.add_argument(
         "--recalibrate",
@@ -147,67 +173,68 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "--augment",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="random crops and flips of pictures, none of fashion-mnist and of loaders of yours (default: yes)",
+        help="random crops and flips of images, but not of fashion-mnist or of your own loaders (default: yes)",
     )
     group.add_argument(
         "--layerwise",
         action="store_true",
-        help="the papers' schedule: group after group, fitted again and fine-tuned in between; if interrupted in it, "
-        "pruning begins anew",
+        help="the papers' schedule: group by group, with statistics collected again and fine-tuning in between; if it "
+        "is interrupted, pruning starts over",
     )
     group.add_argument(
         "--layerwise-epochs", type=_whole, default=1, metavar="N", help="after every group (default: %(default)s)"
     )
     group = command.add_argument_group("the run")
-    group.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model goes")
+    group.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model is written")
     group.add_argument(
         "--restart",
         action="store_true",
-        help="begin anew in a folder that has a run, and replace what is there; without it the same command goes on "
-        "with an unfinished one",
+        help="start over in a folder that holds a run, and replace it; without it the same command continues an "
+        "unfinished run",
     )
-    group.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+    group.add_argument("--dry-run", action="store_true", help="print what the run would do, and exit")
 
 
 def _preview(command: argparse.ArgumentParser) -> None:
     _config(command)
     _model(command)
     _data(command)
-    _pruning(command)
+    _pruning(command, [name for name in SELECTOR_OPTIONS if name != "attention"])
     command.add_argument(
         "--targets",
         type=_target,
         nargs="+",
         default=[("macs", 0.75), ("macs", 0.5), ("macs", 0.25), None],
         metavar="UNIT=VALUE",
-        help="as --target of prune; 'none' for the layers' own counts (default: macs=0.75 macs=0.5 macs=0.25 none)",
+        help="targets like macs=0.5, params=2e6 or latency=0.5; 'none' for the knee of every layer (default: macs=0.75 "
+        "macs=0.5 macs=0.25 none)",
     )
 
 
 def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument("plan", type=Path, metavar="PLAN", help="a plan, or a folder with plan.json")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves too")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page with the curves, too")
 
 
 def _apply(command: argparse.ArgumentParser) -> None:
     command.add_argument("plan", type=Path, metavar="PLAN", help="a plan, or a folder with plan.json")
     _model(command)
-    command.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model goes")
-    command.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model is written")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing model")
 
 
 def _export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="FOLDER", help="of a pruned model")
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of a pruned model")
     _model_name(command)
     command.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="default: %(default)s")
     command.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write")
-    command.add_argument("--opset", type=_whole, metavar="N", help="of ONNX (default: torch's)")
+    command.add_argument("--opset", type=_whole, metavar="N", help="ONNX opset (default: torch's)")
     command.add_argument(
         "--tolerance",
         type=_positive,
         default=1e-4,
         metavar="X",
-        help="largest difference between outputs, as a share of the largest output (default: %(default)s)",
+        help="largest allowed difference between outputs, relative to the largest output (default: %(default)s)",
     )
 
 
@@ -222,12 +249,12 @@ def _demo(command: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FOLDER",
         default="tp_cosep_demo",
-        help="where model, plan and plots go (default: %(default)s)",
+        help="where model, plan and plots are written (default: %(default)s)",
     )
-    command.add_argument("--seed", type=_whole, default=0, metavar="N", help="of weights and data (default: 0)")
-    command.add_argument("--epochs", type=_whole, metavar="N", help="of training (default: by data set)")
-    command.add_argument("--fine-tune-epochs", type=_whole, metavar="N", help="of fine-tuning (default: by data set)")
-    command.add_argument("--threads", type=_whole, metavar="N", help="for torch (default: by data set)")
+    command.add_argument("--seed", type=_whole, default=0, metavar="N", help="seed of weights and data (default: 0)")
+    command.add_argument("--epochs", type=_whole, metavar="N", help="epochs of training")
+    command.add_argument("--fine-tune-epochs", type=_whole, metavar="N", help="epochs of fine-tuning")
+    command.add_argument("--threads", type=_whole, metavar="N", help="threads of torch")
 
 
 def _config(command: argparse.ArgumentParser) -> None:
@@ -235,7 +262,7 @@ def _config(command: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="options in TOML or YAML, named as here without the dashes; the command line wins",
+        help="options in TOML or YAML, named like the flags without dashes; the command line has precedence",
     )
 
 
@@ -243,7 +270,12 @@ def _model_name(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = command.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="WHICH", help=_MODEL)
     group.add_argument(
-        "--model-args", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="for its function: num_classes=10"
+        "--model-args",
+        type=_pair,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments: num_classes=10",
     )
     return group
 
@@ -255,57 +287,102 @@ def _model(command: argparse.ArgumentParser) -> None:
         "--allow-pickle",
         type=Path,
         metavar="FILE",
-        help="unpickle this file of weights in full, which runs whatever code is in it; only for files that you trust",
+        help="unpickle this weights file in full, which runs any code in it; only for files that you trust",
     )
     group.add_argument(
-        "--pretrained", action="store_true", help="let torchvision or timm download the weights that they publish"
+        "--pretrained", action="store_true", help="let torchvision or timm download their published weights"
     )
 
 
 def _data(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("data")
     group.add_argument("--data", required=True, metavar="WHICH", help=_DATA)
-    group.add_argument("--data-args", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="for your function")
+    group.add_argument("--data-args", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="of your function")
     group.add_argument("--download", action="store_true", help="let torchvision download the data set")
-    group.add_argument("--input-size", type=_count, metavar="PIXELS", help="default: what the model is made for")
+    group.add_argument("--input-size", type=_count, metavar="PIXELS", help="default: the model's")
     group.add_argument(
-        "--mean", type=_any_number, nargs="+", metavar="X", help="of normalisation, in [0, 1], by channel"
+        "--mean", type=_any_number, nargs="+", metavar="X", help="mean for normalisation by channel, in [0, 1]"
     )
     group.add_argument(
-        "--std", type=_positive, nargs="+", metavar="X", help="likewise (default: by model and data set)"
+        "--std", type=_positive, nargs="+", metavar="X", help="standard deviation (default: by model and data set)"
     )
     group.add_argument(
-        "--test-share", type=_share, default=0.2, metavar="SHARE", help="where the data has one part (default: 0.2)"
+        "--test-share",
+        type=_share,
+        default=0.2,
+        metavar="SHARE",
+        help="of data without a test part (default: 0.2)",
     )
     group.add_argument(
-        "--calibration", type=_count, default=2000, metavar="N", help="training samples to measure on (default: 2000)"
+        "--calibration",
+        type=_count,
+        default=2000,
+        metavar="N",
+        help="samples for statistics (default: 2000)",
     )
     group.add_argument(
-        "--batch-size", type=_count, default=64, metavar="N", help="in every process; not of loaders of yours"
+        "--batch-size",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="of each process (default: 64)",
     )
-    group.add_argument("--workers", type=_whole, default=0, metavar="N", help="processes that read data (default: 0)")
+    group.add_argument("--workers", type=_whole, default=0, metavar="N", help="processes that load data (default: 0)")
 
 
-def _pruning(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("selection")
+def _pruning(command: argparse.ArgumentParser, selectors: Sequence[str]) -> None:
+    group = command.add_argument_group("selection", "In brackets: the selectors that have an option.")
+    about = {
+        "reconstruction": "by what refitted consumers lose",
+        "cosep": "medoids in separability space",
+        "published": "CoSeP as published",
+        "attention": "whole heads, by their attention maps",
+    }
     group.add_argument(
         "--selector",
-        choices=("reconstruction", "cosep", "published"),
+        choices=selectors,
         default="reconstruction",
-        help="how channels are selected: by what refitted consumers lose, by medoids in separability space, or as "
-        "CoSeP was published (default: %(default)s)",
+        help="; ".join(f"{name}: {about[name]}" for name in selectors) + " (default: %(default)s)",
     )
-    group.add_argument("--spatial", type=_count, metavar="N", help="cells per dimension of maps (default: 4)")
-    group.add_argument("--memory-budget", type=_positive, metavar="GIB", help="for measuring (default: 4)")
-    group.add_argument("--max-class-pairs", type=_count, metavar="N", help="of a sample, for cosep and published")
-    group.add_argument("--labels", choices=("given", "predicted"), default="given", help="default: %(default)s")
+
+    def add(name: str, text: str, **options: Any) -> None:
+        having = [selector for selector in selectors if name in SELECTOR_OPTIONS[selector]]
+        if having:
+            group.add_argument(_flag(name), help=f"{text} [{', '.join(having)}]", **options)
+
+    add("class_weight", "weight of class means (default: 3)", type=_number, metavar="X")
+    add("metric", "how classes are told apart (default: jm)", choices=("jm", "hellinger", "wasserstein"))
+    add(
+        "representative",
+        "the kept member of a cluster (default: medoid)",
+        choices=("medoid", "max_norm", "reconstruction"),
+    )
+    add("observe", "tensors of a layer to observe (default: outputs)", choices=("outputs", "inputs"))
+    add("knee", "how a curve gives a count (default: guarded)", choices=("guarded", "strongest", "first"))
+    add("scope", "select heads in every layer or over the model (default: layer)", choices=("layer", "model"))
+    add("spatial", "cells per dimension of pooled maps (default: 4; published: all)", type=_count, metavar="N")
+    add("max_class_pairs", "size of a sample of class pairs (default: all)", type=_count, metavar="N")
+    add("memory_budget", "memory for statistics (default: 4)", type=_positive, metavar="GIB")
     group.add_argument(
-        "--rare-classes", choices=("error", "drop"), default="error", help="with a single sample (default: %(default)s)"
+        "--labels", choices=("given", "predicted"), default="given", help="classes of samples (default: %(default)s)"
     )
-    group.add_argument("--max-pruning-ratio", type=_part, default=1.0, metavar="SHARE", help="of any layer")
-    group.add_argument("--round-to", type=_count, metavar="N", help="keep multiples of this")
-    group.add_argument("--ignored-layers", nargs="+", default=[], metavar="NAME", help="layers to leave alone")
-    group.add_argument("--on-failure", choices=("raise", "skip"), default="raise", help="default: %(default)s")
+    group.add_argument(
+        "--rare-classes",
+        choices=("error", "drop"),
+        default="error",
+        help="what to do about classes with a single sample (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-pruning-ratio", type=_part, default=1.0, metavar="SHARE", help="largest share to prune of any layer"
+    )
+    group.add_argument("--round-to", type=_count, metavar="N", help="keep multiples of this number")
+    group.add_argument("--ignored-layers", nargs="+", default=[], metavar="NAME", help="layers to leave as they are")
+    group.add_argument(
+        "--on-failure",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about a group that cannot be pruned (default: %(default)s)",
+    )
     group.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: 0")
     group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default: %(default)s")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_cosep.cli.lines import say
+from tp_cosep.cli.console import say
 from tp_cosep.cli.models import make_model, module_of
 from tp_cosep.errors import InputError
 from tp_cosep.graph.structure import zeros_for

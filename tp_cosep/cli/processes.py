@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import distributed
 
-from tp_cosep.cli.lines import say
+from tp_cosep.cli.console import say
 from tp_cosep.cli.models import module_of
 from tp_cosep.utils.distributed import is_distributed
 

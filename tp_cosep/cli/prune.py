@@ -1,4 +1,4 @@
-"""``tp-cosep prune``: fit, prune, compensate, fine-tune, save; and go on after an interruption."""
+"""``tp-cosep prune``: fit, prune, compensate, fine-tune, save; an interrupted run is continued."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from tp_cosep.calibration.io import fingerprint
+from tp_cosep.cli.console import check_free
 from tp_cosep.cli.finetune import Training, accuracy, fine_tune
-from tp_cosep.cli.outputs import check_free
 from tp_cosep.cli.processes import Processes, processes
 from tp_cosep.cli.setup import Subject, fit_options, fitted, prepare, pruner_options, selector_of
 from tp_cosep.errors import InputError
@@ -32,7 +32,7 @@ __all__ = ["REPORT", "SUMMARY", "run"]
 
 REPORT, SUMMARY = "report.html", "summary.json"
 _FORMAT, _VERSION = "tp_cosep.run", 1
-# What does not change the result, or is another way to say it.
+# Options that do not change the result.
 _NOT_COMPARED = (
     "command",
     "run",
@@ -54,10 +54,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 class _Run:
-    """A run and what it keeps in the folder ``unfinished`` of its output.
+    """A run, and its state in the folder ``unfinished`` of its output.
 
-    ``run.json`` has the options, the model's fingerprint and accuracies; ``moments.safetensors`` the measurement;
-    ``pruned`` the model before, and ``fine-tuning.safetensors`` after the last epoch of fine-tuning.
+    ``run.json`` holds the options, the model's fingerprint and accuracies; ``moments.safetensors`` the statistics;
+    ``pruned`` the pruned model; ``fine-tuning.safetensors`` the state after the last epoch of fine-tuning.
     """
 
     def __init__(self, options: argparse.Namespace, processes: Processes) -> None:
@@ -68,13 +68,13 @@ class _Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The options that decide about the result, as JSON gives them back."""
+        """The options that determine the result, as they are read back from JSON."""
         chosen = {key: value for key, value in vars(self.options).items() if key not in _NOT_COMPARED}
         found: dict[str, Any] = json.loads(json.dumps(chosen, default=str))
         return found
 
     def go(self) -> None:
-        """Do what is left to do."""
+        """Do what the run has not done yet."""
         options, say = self.options, self.processes.say
         subject = prepare(options, self.processes)
         model_id = fingerprint(subject.model)
@@ -84,10 +84,10 @@ class _Run:
             return
         self._begin(model_id, goes_on=goes_on)
         if goes_on:
-            say(f"going on with the run in {self.output}")
+            say(f"continuing the run in {self.output}")
         self._measure_accuracy("unpruned", subject.model, subject)
         pruned, plan = self._pruned(subject)
-        models = {"unpruned": subject.model, "repaired" if self._refits else "pruned": deepcopy(pruned)}
+        models = {"unpruned": subject.model, "compensated" if self._refits else "pruned": deepcopy(pruned)}
         if options.epochs:
             say(f"fine-tuning for {options.epochs} epochs")
             kept = self.unfinished / "fine-tuning.safetensors"
@@ -100,11 +100,11 @@ class _Run:
 
     @property
     def _refits(self) -> bool:
-        """Whether anything is done to the weights that stay."""
+        """Whether the kept weights or BatchNorm statistics change."""
         return bool(self.options.compensate != "off" or self.options.recalibrate)
 
     def _goes_on(self, model_id: str) -> bool:
-        """Whether there is an unfinished run of the same options to go on with."""
+        """Whether there is an unfinished run of the same options to continue."""
         path = self.unfinished / "run.json"
         if self.options.restart or not path.is_file():
             written = () if self.options.restart else (*saving.FILES, SUMMARY, REPORT)
@@ -115,25 +115,25 @@ class _Run:
             version, config, other = document["version"], document["options"], document["model"]
             self.accuracies = {str(name): float(value) for name, value in document["accuracies"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"run {str(path)!r}: damaged ({error}); add --restart to begin anew.") from error
+            raise InputError(f"run {str(path)!r}: damaged ({error}); add --restart to start over.") from error
         if version != _VERSION:
             raise InputError(f"run {str(path)!r}: expected version {_VERSION}, got {version!r}; add --restart.")
         for key in [*self.config, *config]:
             if config.get(key) != self.config.get(key):
                 raise InputError(
                     f"output {str(self.output)!r}: has an unfinished run with other options: "
-                    f"--{key.replace('_', '-')} was {config.get(key)!r}, is {self.config.get(key)!r}. Give the same "
-                    "ones to go on, choose another folder, or add --restart to begin anew."
+                    f"--{key.replace('_', '-')} was {config.get(key)!r}, is {self.config.get(key)!r}. Use the same "
+                    "ones to continue it, choose another folder, or add --restart to start over."
                 )
         if other != model_id:
             raise InputError(
                 f"output {str(self.output)!r}: has an unfinished run of a model with other weights; add --restart to "
-                "begin anew."
+                "start over."
             )
         return True
 
     def _begin(self, model_id: str, *, goes_on: bool) -> None:
-        # All look before one writes.
+        # Every process looks for an unfinished run before the first one writes.
         self.processes.wait()
         self.model_id = model_id
         if self.processes.is_first and not goes_on:
@@ -162,7 +162,7 @@ class _Run:
         self.processes.say(f"accuracy, {name}: {self.accuracies[name]:.2%}")
 
     def _pruned(self, subject: Subject) -> tuple[nn.Module, PruningPlan]:
-        """The pruned and repaired model, and its plan: now, or from where an interrupted run put them."""
+        """The pruned and compensated model and its plan; those of an interrupted run if it got that far."""
         folder = self.unfinished / "pruned"
         if (folder / saving.MANIFEST).is_file():
             model = saving.load(folder, lambda: deepcopy(subject.model), example_inputs=subject.example)
@@ -175,7 +175,7 @@ class _Run:
             is_known = "pruned" in self.accuracies
             bare = subject.model if is_known else plan.apply(deepcopy(subject.model), subject.example)
             self._measure_accuracy("pruned", bare, subject)
-        self._measure_accuracy("repaired" if self._refits else "pruned", model, subject)
+        self._measure_accuracy("compensated" if self._refits else "pruned", model, subject)
         self.processes.wait()
         return model, plan
 
@@ -230,7 +230,7 @@ class _Run:
         names = sorted(path.name for path in self.output.iterdir() if path.is_file())
         self.processes.say(f"{self.output}: {', '.join(names)}")
         self.processes.say(
-            f"load it again: tp_cosep.load({str(self.output)!r}, make), where make() gives the unpruned model"
+            f"load it with tp_cosep.load({str(self.output)!r}, make), where make() returns the unpruned model"
         )
 
     def _write_summary(self, stats: dict[str, ModelStats]) -> None:
@@ -248,21 +248,22 @@ class _Run:
 
     def _describe(self, goes_on: bool) -> None:
         options, say = self.options, self.processes.say
+        heads = "'s heads" if options.selector == "attention" else ""
         counts = {
-            "the number that every layer's curve says": options.target is None and options.pruning_ratio is None,
-            f"a target of {options.target and '='.join(map(str, options.target))}": options.target is not None,
-            f"a share of {options.pruning_ratio} of every layer": options.pruning_ratio is not None,
+            "to the knee of every layer's curve": options.target is None and options.pruning_ratio is None,
+            f"to a target of {options.target and '='.join(map(str, options.target))}": options.target is not None,
+            f"a share of {options.pruning_ratio} of every layer{heads}": options.pruning_ratio is not None,
         }
         say("would")
         if goes_on:
-            say(f"  go on with the unfinished run in {self.output}")
+            say(f"  continue the unfinished run in {self.output}")
         say(f"  prune {next(text for text, is_it in counts.items() if is_it)}")
         if options.layerwise:
-            say(f"  group after group, with {options.layerwise_epochs} epochs of fine-tuning in between")
+            say(f"  prune group by group, with {options.layerwise_epochs} epochs of fine-tuning in between")
         if self._refits:
             both = {f"refitting ({options.compensate})": options.compensate != "off"}
-            both["new BatchNorm statistics"] = options.recalibrate
-            say(f"  repair by {' and '.join(name for name, is_on in both.items() if is_on)}")
+            both["BatchNorm re-estimation"] = options.recalibrate
+            say(f"  compensate by {' and '.join(name for name, is_on in both.items() if is_on)}")
         if options.epochs:
             say(
                 f"  fine-tune for {options.epochs} epochs ({options.optimizer}, learning rate {options.learning_rate}, "

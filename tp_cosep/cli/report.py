@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tp_cosep.cli.lines import say
+from tp_cosep.cli.console import say
 from tp_cosep.errors import InputError
 from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.pruning.saving import PLAN
