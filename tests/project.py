@@ -1,6 +1,7 @@
 """What a user of the command may have in a project: a network, and loaders of scikit-learn's digits."""
 
 import torch
+from attention_models import Transformer
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -67,6 +68,13 @@ def make_normed_mlp():
     torch.manual_seed(0)
     layers = [nn.Linear(64, 32), nn.BatchNorm1d(32, momentum=0.9), nn.ReLU(), nn.Linear(32, 24), nn.ReLU()]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(24, 10))
+
+
+def make_transformer():
+    torch.manual_seed(0)
+    transformer = Transformer(fused=True)
+    transformer.embed, transformer.head = nn.Linear(8, 20), nn.Linear(20, 10)
+    return nn.Sequential(nn.Flatten(1, 2), transformer)  # every row of an image is a token
 
 
 def make_photo_net(num_classes=4, n_channels=3):

@@ -133,7 +133,24 @@ def test_layer_by_layer(tmp_path, capsys):
     tp_cosep.load(out, project.make_mlp)
 
 
-def test_pictures_and_mixed_precision(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "kept"), [("--pruning-ratio 0.5", [2, 2]), ("--pruning-ratio 0", [4, 4]), ("--scope model", None)]
+)
+def test_heads_by_their_attention_maps(words, kept, tmp_path):
+    words = [*MLP, "--model", "project:make_transformer", "--selector", "attention", *words.split(), "--epochs", 1]
+    assert run("prune", *words, "--output", tmp_path / "out") == 0
+    net = tp_cosep.load(tmp_path / "out", project.make_transformer)[1]
+    heads = [layer.num_heads for layer in net.layers]
+    assert heads == kept or (kept is None and sum(heads) < 8)
+    assert net.embed.out_features == 20
+
+
+def test_the_attention_selector_needs_heads(tmp_path, capsys):
+    assert run("prune", *MLP, "--selector", "attention", "--output", tmp_path / "out") == 1
+    assert "attention" in capsys.readouterr().err
+
+
+def test_images_and_mixed_precision(tmp_path):
     write_pictures(tmp_path / "photos")
     words = ["--data", f"imagefolder:{tmp_path / 'photos'}", "--input-size", 24, "--batch-size", 8, "--device", "cpu"]
     words += ["--model", "project:make_photo_net", "--epochs", 1, "--mixed-precision", "bf16", "--optimizer", "adamw"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tp_cosep._version import __version__
+from tp_cosep.cli.values import any_number, count, number, pair, part, positive, share, target, whole
 
 __all__ = ["DATA_KINDS", "EXAMPLES", "SELECTOR_OPTIONS", "contradiction", "parser"]
 
@@ -138,14 +138,14 @@ def _prune(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("how much")
     group.add_argument(
         "--target",
-        type=_target,
+        type=target,
         metavar="UNIT=VALUE",
         help="macs=0.5, params=2e6 or latency=0.5: below 1 a share of the model, above the number itself (milliseconds "
         "for one sample); 'none' (default) keeps the number at the knee of every layer's curve",
     )
     group.add_argument(
         "--pruning-ratio",
-        type=_share,
+        type=share,
         metavar="SHARE",
         help="prune this share of every layer (of its heads with --selector attention), in place of a target",
     )
@@ -164,10 +164,10 @@ def _prune(command: argparse.ArgumentParser) -> None:
         help="re-estimate BatchNorm statistics (default: yes)",
     )
     group = command.add_argument_group("fine-tuning, through Accelerate")
-    group.add_argument("--epochs", type=_whole, default=0, metavar="N", help="after pruning (default: 0)")
+    group.add_argument("--epochs", type=whole, default=0, metavar="N", help="after pruning (default: 0)")
     group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: %(default)s")
-    group.add_argument("--learning-rate", type=_positive, default=0.01, metavar="X", help="default: %(default)s")
-    group.add_argument("--weight-decay", type=_number, default=1e-4, metavar="X", help="default: %(default)s")
+    group.add_argument("--learning-rate", type=positive, default=0.01, metavar="X", help="default: %(default)s")
+    group.add_argument("--weight-decay", type=number, default=1e-4, metavar="X", help="default: %(default)s")
     group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="default: %(default)s")
     group.add_argument(
         "--augment",
@@ -182,7 +182,7 @@ def _prune(command: argparse.ArgumentParser) -> None:
         "is interrupted, pruning starts over",
     )
     group.add_argument(
-        "--layerwise-epochs", type=_whole, default=1, metavar="N", help="after every group (default: %(default)s)"
+        "--layerwise-epochs", type=whole, default=1, metavar="N", help="after every group (default: %(default)s)"
     )
     group = command.add_argument_group("the run")
     group.add_argument("--output", required=True, metavar="FOLDER", help="where the pruned model is written")
@@ -202,7 +202,7 @@ def _preview(command: argparse.ArgumentParser) -> None:
     _pruning(command, [name for name in SELECTOR_OPTIONS if name != "attention"])
     command.add_argument(
         "--targets",
-        type=_target,
+        type=target,
         nargs="+",
         default=[("macs", 0.75), ("macs", 0.5), ("macs", 0.25), None],
         metavar="UNIT=VALUE",
@@ -228,10 +228,10 @@ def _export(command: argparse.ArgumentParser) -> None:
     _model_name(command)
     command.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="default: %(default)s")
     command.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write")
-    command.add_argument("--opset", type=_whole, metavar="N", help="ONNX opset (default: torch's)")
+    command.add_argument("--opset", type=whole, metavar="N", help="ONNX opset (default: torch's)")
     command.add_argument(
         "--tolerance",
-        type=_positive,
+        type=positive,
         default=1e-4,
         metavar="X",
         help="largest allowed difference between outputs, relative to the largest output (default: %(default)s)",
@@ -251,10 +251,10 @@ def _demo(command: argparse.ArgumentParser) -> None:
         default="tp_cosep_demo",
         help="where model, plan and plots are written (default: %(default)s)",
     )
-    command.add_argument("--seed", type=_whole, default=0, metavar="N", help="seed of weights and data (default: 0)")
-    command.add_argument("--epochs", type=_whole, metavar="N", help="epochs of training")
-    command.add_argument("--fine-tune-epochs", type=_whole, metavar="N", help="epochs of fine-tuning")
-    command.add_argument("--threads", type=_whole, metavar="N", help="threads of torch")
+    command.add_argument("--seed", type=whole, default=0, metavar="N", help="seed of weights and data (default: 0)")
+    command.add_argument("--epochs", type=whole, metavar="N", help="epochs of training")
+    command.add_argument("--fine-tune-epochs", type=whole, metavar="N", help="epochs of fine-tuning")
+    command.add_argument("--threads", type=whole, metavar="N", help="threads of torch")
 
 
 def _config(command: argparse.ArgumentParser) -> None:
@@ -271,7 +271,7 @@ def _model_name(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--model", required=True, metavar="WHICH", help=_MODEL)
     group.add_argument(
         "--model-args",
-        type=_pair,
+        type=pair,
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
@@ -297,37 +297,37 @@ def _model(command: argparse.ArgumentParser) -> None:
 def _data(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("data")
     group.add_argument("--data", required=True, metavar="WHICH", help=_DATA)
-    group.add_argument("--data-args", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="of your function")
+    group.add_argument("--data-args", type=pair, nargs="+", default=[], metavar="NAME=VALUE", help="of your function")
     group.add_argument("--download", action="store_true", help="let torchvision download the data set")
-    group.add_argument("--input-size", type=_count, metavar="PIXELS", help="default: the model's")
+    group.add_argument("--input-size", type=count, metavar="PIXELS", help="default: the model's")
     group.add_argument(
-        "--mean", type=_any_number, nargs="+", metavar="X", help="mean for normalisation by channel, in [0, 1]"
+        "--mean", type=any_number, nargs="+", metavar="X", help="mean for normalisation by channel, in [0, 1]"
     )
     group.add_argument(
-        "--std", type=_positive, nargs="+", metavar="X", help="standard deviation (default: by model and data set)"
+        "--std", type=positive, nargs="+", metavar="X", help="standard deviation (default: by model and data set)"
     )
     group.add_argument(
         "--test-share",
-        type=_share,
+        type=share,
         default=0.2,
         metavar="SHARE",
         help="of data without a test part (default: 0.2)",
     )
     group.add_argument(
         "--calibration",
-        type=_count,
+        type=count,
         default=2000,
         metavar="N",
         help="samples for statistics (default: 2000)",
     )
     group.add_argument(
         "--batch-size",
-        type=_count,
+        type=count,
         default=64,
         metavar="N",
         help="of each process (default: 64)",
     )
-    group.add_argument("--workers", type=_whole, default=0, metavar="N", help="processes that load data (default: 0)")
+    group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
 
 
 def _pruning(command: argparse.ArgumentParser, selectors: Sequence[str]) -> None:
@@ -350,7 +350,7 @@ def _pruning(command: argparse.ArgumentParser, selectors: Sequence[str]) -> None
         if having:
             group.add_argument(_flag(name), help=f"{text} [{', '.join(having)}]", **options)
 
-    add("class_weight", "weight of class means (default: 3)", type=_number, metavar="X")
+    add("class_weight", "weight of class means (default: 3)", type=number, metavar="X")
     add("metric", "how classes are told apart (default: jm)", choices=("jm", "hellinger", "wasserstein"))
     add(
         "representative",
@@ -360,9 +360,9 @@ def _pruning(command: argparse.ArgumentParser, selectors: Sequence[str]) -> None
     add("observe", "tensors of a layer to observe (default: outputs)", choices=("outputs", "inputs"))
     add("knee", "how a curve gives a count (default: guarded)", choices=("guarded", "strongest", "first"))
     add("scope", "select heads in every layer or over the model (default: layer)", choices=("layer", "model"))
-    add("spatial", "cells per dimension of pooled maps (default: 4; published: all)", type=_count, metavar="N")
-    add("max_class_pairs", "size of a sample of class pairs (default: all)", type=_count, metavar="N")
-    add("memory_budget", "memory for statistics (default: 4)", type=_positive, metavar="GIB")
+    add("spatial", "cells per dimension of pooled maps (default: 4; published: all)", type=count, metavar="N")
+    add("max_class_pairs", "size of a sample of class pairs (default: all)", type=count, metavar="N")
+    add("memory_budget", "memory for statistics (default: 4)", type=positive, metavar="GIB")
     group.add_argument(
         "--labels", choices=("given", "predicted"), default="given", help="classes of samples (default: %(default)s)"
     )
@@ -373,9 +373,9 @@ def _pruning(command: argparse.ArgumentParser, selectors: Sequence[str]) -> None
         help="what to do about classes with a single sample (default: %(default)s)",
     )
     group.add_argument(
-        "--max-pruning-ratio", type=_part, default=1.0, metavar="SHARE", help="largest share to prune of any layer"
+        "--max-pruning-ratio", type=part, default=1.0, metavar="SHARE", help="largest share to prune of any layer"
     )
-    group.add_argument("--round-to", type=_count, metavar="N", help="keep multiples of this number")
+    group.add_argument("--round-to", type=count, metavar="N", help="keep multiples of this number")
     group.add_argument("--ignored-layers", nargs="+", default=[], metavar="NAME", help="layers to leave as they are")
     group.add_argument(
         "--on-failure",
@@ -383,46 +383,5 @@ def _pruning(command: argparse.ArgumentParser, selectors: Sequence[str]) -> None
         default="raise",
         help="what to do about a group that cannot be pruned (default: %(default)s)",
     )
-    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: 0")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="default: 0")
     group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default: %(default)s")
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _target(text: str) -> tuple[str, float] | None:
-    if text == "none":
-        return None
-    unit, equals, value = text.partition("=")
-    if unit not in ("macs", "params", "latency") or not equals:
-        raise argparse.ArgumentTypeError(f"expected macs=VALUE, params=VALUE, latency=VALUE or none, got {text!r}")
-    return unit, _positive(value)
-
-
-def _checked(convert: Callable[[str], Any], is_good: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
-    def check(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not is_good(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return check
-
-
-_whole = _checked(int, lambda n: n >= 0, "a whole number from 0")
-_count = _checked(int, lambda n: n >= 1, "a whole number from 1")
-_number = _checked(float, lambda x: 0 <= x < float("inf"), "a number from 0")
-_any_number = _checked(float, lambda x: abs(x) < float("inf"), "a number")
-_positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0")
-_share = _checked(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
-_part = _checked(float, lambda x: 0 < x <= 1, "a share above 0, up to 1")
