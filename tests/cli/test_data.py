@@ -19,9 +19,9 @@ from tp_cosep import InputError
 from tp_cosep.cli import data as data_module
 from tp_cosep.cli import main as cli
 from tp_cosep.cli.data import load_data
-from tp_cosep.cli.models import Pictures
+from tp_cosep.cli.models import ImageSpec
 
-ANY = Pictures(None, None, None, 3)
+ANY = ImageSpec(None, None, None, 3)
 
 
 def options(data, **changed):
@@ -42,7 +42,7 @@ def options(data, **changed):
 
 
 def greys(batches, mean=0.0, std=1.0):
-    """The numbers of the pictures in some batches, in order, and their labels."""
+    """The numbers of the images in some batches, in order, and their labels."""
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return [round(v * 255 / 6) for v in (x[:, 0, 4, 4] * std + mean).tolist()], y.tolist()
 
@@ -69,18 +69,18 @@ def test_a_folder_of_classes_is_split(tmp_path):
     assert greys(data.train(0))[0] == train
     other = load_data(options(f"imagefolder:{tmp_path}", **{**PLAIN, "seed": 1}), ANY)
     assert greys(other.test)[0] != test
-    assert "30 pictures for training, 10 for testing, 16 × 16, 4 classes; 10 to measure on" in data.about
+    assert "30 images for training, 10 for testing, 16 × 16, 4 classes; 10 for calibration" in data.about
 
 
 @pytest.mark.parametrize("content", ["none", "half"])
 @pytest.mark.parametrize("part", ["", "train"])
-def test_a_picture_that_is_damaged(content, part, tmp_path):
+def test_an_image_that_is_damaged(content, part, tmp_path):
     write_pictures(tmp_path / part)
     path = tmp_path / part / "b" / "05.png"
     path.write_bytes(b"" if content == "none" else path.read_bytes()[:60])
     name = f"imagefolder:{tmp_path}"
     data = load_data(options(name, **PLAIN, calibration=1, seed=1), ANY)
-    message = f"data {name!r}: expected pictures, got {str(path)!r}, which cannot be read ("
+    message = f"data {name!r}: expected images, got {str(path)!r}, which cannot be read ("
     with pytest.raises(InputError, match=re.escape(message)):
         list(chain(data.train(0), data.test))
 
@@ -190,7 +190,7 @@ def test_chance_goes_on_from_batch_to_batch(monkeypatch):
         ("mnist:/nowhere", "expected one of the names that --help lists, or MODULE:FUNCTION"),
         ("project:make_net", "expected two loaders, for training and testing, got"),
         ("project:one_loader", "expected two loaders"),
-        ("project:generators", "expected loaders, got what can be read only once"),
+        ("project:generators", "expected loaders, got an iterator, which can be read only once"),
         ("project:fails", "failed: ZeroDivisionError"),
     ],
 )
@@ -200,10 +200,10 @@ def test_data_that_is_not_there(name, message):
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(InputError, match="expected a folder of pictures for every class"):
+    with pytest.raises(InputError, match="expected a folder of images for every class"):
         load_data(options(f"imagefolder:{tmp_path}"), ANY)
     write_pictures(tmp_path, 1)
-    with pytest.raises(InputError, match="expected pictures for testing, found none"):
+    with pytest.raises(InputError, match="expected images for testing, found none"):
         load_data(options(f"imagefolder:{tmp_path}"), ANY)
 
 
@@ -213,8 +213,8 @@ def test_hugging_face(split, tmp_path):
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
 
     def part(numbers):
-        pictures = [Image.fromarray(np.full((20, 20, 3), 6 * i, np.uint8)) for i in numbers]
-        return datasets.Dataset.from_dict({"img": pictures, "label": [i % 2 for i in numbers]}, features)
+        images = [Image.fromarray(np.full((20, 20, 3), 6 * i, np.uint8)) for i in numbers]
+        return datasets.Dataset.from_dict({"img": images, "label": [i % 2 for i in numbers]}, features)
 
     whole = part(range(20))
     if split:
@@ -226,12 +226,12 @@ def test_hugging_face(split, tmp_path):
     assert labels == [i % 2 for i in numbers]
     assert sorted(numbers) == list(range(20, 25)) if split else len(numbers) == 5
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "other")
-    with pytest.raises(InputError, match=r"expected a column of pictures and one of class labels, got \['text'\]"):
+    with pytest.raises(InputError, match=r"expected a column of images and one of class labels, got \['text'\]"):
         load_data(options(f"hf-dataset:{tmp_path / 'other'}"), ANY)
 
 
 def write_cifar(folder, kind, monkeypatch):
-    """A CIFAR of a few pictures, and its checksums."""
+    """A CIFAR of a few images, and its checksums."""
     key = b"labels" if kind.base_folder == "cifar-10-batches-py" else b"fine_labels"
     names = "label_names" if key == b"labels" else "fine_label_names"
     base = folder / kind.base_folder
@@ -241,12 +241,12 @@ def write_cifar(folder, kind, monkeypatch):
         (base / name).write_bytes(pickle.dumps(content))
         return name, hashlib.md5((base / name).read_bytes()).hexdigest()
 
-    def pictures(n):
+    def images(n):
         values = np.repeat(np.arange(n, dtype=np.uint8)[:, None] * 6, 3072, 1)
         return {"data": values, key.decode(): [i % 10 for i in range(n)]}
 
-    monkeypatch.setattr(kind, "train_list", [write("train", pictures(30))])
-    monkeypatch.setattr(kind, "test_list", [write("test", pictures(12))])
+    monkeypatch.setattr(kind, "train_list", [write("train", images(30))])
+    monkeypatch.setattr(kind, "test_list", [write("test", images(12))])
     name, checksum = write("meta", {names: list("abcdefghij")})
     monkeypatch.setattr(kind, "meta", {"filename": name, "key": names, "md5": checksum})
     return base
@@ -281,8 +281,8 @@ def test_fashion_mnist(layout, tmp_path):
                 gzip.compress(content) if layout == "published" else content
             )
     for n_channels in (1, 3):
-        pictures = Pictures(None, None, None, n_channels)
-        data = load_data(options(f"fashion-mnist:{tmp_path}", **{**PLAIN, "input_size": None}), pictures)
+        images = ImageSpec(None, None, None, n_channels)
+        data = load_data(options(f"fashion-mnist:{tmp_path}", **{**PLAIN, "input_size": None}), images)
         assert next(iter(data.test))[0].shape[1:] == (n_channels, 28, 28)
         assert greys(data.test) == (list(range(12)), [i % 10 for i in range(12)])
         assert data.class_names[0] == "T-shirt/top"
@@ -292,28 +292,28 @@ def test_normalisation(tmp_path):
     """By the command line, else by the model, else that of ImageNet; the size likewise."""
     write_pictures(tmp_path)
     name = f"imagefolder:{tmp_path}"
-    own = Pictures(24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 3)
-    for given, pictures, size, mean, std in [
+    own = ImageSpec(24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 3)
+    for given, images, size, mean, std in [
         ({"mean": [0.0, 0.5, 1.0], "std": [1.0, 2.0, 4.0]}, own, 16, (0.0, 0.5, 1.0), (1.0, 2.0, 4.0)),
         ({"input_size": None}, own, 24, own.mean, own.std),
         ({}, ANY, 16, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ({"mean": [0.5], "std": [0.5]}, Pictures(None, None, None, 1), 16, (0.5,), (0.5,)),
+        ({"mean": [0.5], "std": [0.5]}, ImageSpec(None, None, None, 1), 16, (0.5,), (0.5,)),
     ]:
-        data = load_data(options(name, **given), pictures)
+        data = load_data(options(name, **given), images)
         x, _ = next(iter(data.test))
         assert x.shape[1:] == (len(mean), size, size)
-        raw = load_data(options(name, **PLAIN), pictures).test
+        raw = load_data(options(name, **PLAIN), images).test
         value = next(iter(raw))[0][:, 0, 4, 4]
         for c in range(len(mean)):
             torch.testing.assert_close(x[:, c, 4, 4], (value - mean[c]) / std[c])
-    with pytest.raises(InputError, match="the model reads 5 channels; expected as many values for --mean and --std"):
-        load_data(options(name), Pictures(None, None, None, 5))
-    with pytest.raises(InputError, match="the model reads 3 channels"):
+    with pytest.raises(InputError, match="5 input channels; expected as many values for --mean and --std"):
+        load_data(options(name), ImageSpec(None, None, None, 5))
+    with pytest.raises(InputError, match="the model has 3 input channels"):
         load_data(options(name, mean=[0.5, 0.5]), ANY)
 
 
 def test_augmentation_is_for_training_alone(tmp_path):
-    """A picture with a gradient looks different in every epoch of training, and the same elsewhere."""
+    """An image with a gradient looks different in every epoch of training, and the same elsewhere."""
     for i in range(8):
         path = tmp_path / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
@@ -335,10 +335,10 @@ def test_batches_fit_a_model_with_batch_norm(tmp_path):
     assert sizes == [6, 6]
 
 
-def test_pictures_of_a_size_that_the_model_does_not_take(tmp_path, capsys):
+def test_images_of_a_size_that_the_model_does_not_take(tmp_path, capsys):
     write_pictures(tmp_path / "photos")
     words = ["prune", "--model", "project:make_mlp", "--data", f"imagefolder:{tmp_path / 'photos'}", "--device", "cpu"]
     assert cli.main([*words, "--output", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert "does not run on the data's inputs, (1, 3, 224, 224)" in said
-    assert said.endswith("; --input-size says how large pictures are to be.\n")
+    assert said.endswith("; set the size of images with --input-size.\n")

@@ -16,7 +16,7 @@ from torch import nn
 
 from tp_cosep import InputError, MissingDependencyError
 from tp_cosep.cli import main as cli
-from tp_cosep.cli.models import make_model, pictures_of, read_weights
+from tp_cosep.cli.models import image_spec, make_model, read_weights
 from tp_cosep.utils.data import logits_of
 
 
@@ -150,8 +150,8 @@ def test_functions_of_a_project(tmp_path, monkeypatch):
         ("project:make", "the module has no function 'make'"),
         ("project:fails", "'project:fails' failed: ZeroDivisionError: of the project"),
         ("project:no_model", "expected an nn.Module, got a int"),
-        ("torchvision:resnet17", "there is no such model; near to it: .*resnet1"),
-        ("timm:resnet17", "there is no such model; near to it: .*resnet"),
+        ("torchvision:resnet17", "no such model; similar names: .*resnet1"),
+        ("timm:resnet17", "no such model; similar names: .*resnet"),
         ("hf:nowhere", "expected a folder with config.json"),
     ],
 )
@@ -171,14 +171,14 @@ def test_a_module_that_needs_another(tmp_path, monkeypatch):
 def test_torchvision():
     net = make_model(options("torchvision:squeezenet1_1", model_args=[("num_classes", 4)]))
     assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
-    found = pictures_of(options("torchvision:squeezenet1_1"), net)
+    found = image_spec(options("torchvision:squeezenet1_1"), net)
     assert (found.size, found.n_channels) == (224, 3)
     assert found.mean == pytest.approx((0.485, 0.456, 0.406))
 
 
 def test_timm():
     net = make_model(options("timm:test_resnet", model_args=[("num_classes", 4), ("in_chans", 1)]))
-    found = pictures_of(options("timm:test_resnet"), net)
+    found = image_spec(options("timm:test_resnet"), net)
     assert (found.size, found.n_channels) == (160, 1)
     assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
 
@@ -200,13 +200,13 @@ def test_hugging_face(tmp_path):
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(logits_of(again(x)), net(x).logits)
-    found = pictures_of(options(name), again)
+    found = image_spec(options(name), again)
     assert (found.size, found.mean, found.std) == (16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     (tmp_path / "preprocessor_config.json").unlink()
-    found = pictures_of(options(name), again)
+    found = image_spec(options(name), again)
     assert (found.size, found.mean, found.std) == (16, None, None)
     again.config.image_size = (24, 24)
-    assert pictures_of(options(name), again).size == 24
+    assert image_spec(options(name), again).size == 24
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"failed: .*safetensors"):

@@ -62,7 +62,7 @@ def test_report_shows_a_plan(folder, capsys):
         assert run("report", path) == 0
         text = capsys.readouterr().out
         assert len(re.findall(r"6 / (24|48)", text)) == 3
-        assert f"for models with fingerprint: {plan.fingerprint}" in text
+        assert f"fingerprint of the model: {plan.fingerprint}" in text
         assert f"torch {torch.__version__}" in text
 
 

@@ -162,7 +162,7 @@ def test_images_and_mixed_precision(tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_training_leaves_nothing_on_the_model(precision):
-    """Accelerate wraps what it trains; pruning goes on with the model itself."""
+    """Accelerate wraps the model that it trains; pruning continues with the model itself."""
     net, options = project.make_mlp(), SimpleNamespace(device="cpu", mixed_precision=precision)
     before = set(vars(net))
     seen = []
@@ -261,7 +261,7 @@ def test_a_run_goes_on_and_ends_as_it_would_have(where, at, optimizer, tmp_path,
         interrupted(context, where, at)
         assert run(*words, tmp_path / "parts") == 130
     err = capsys.readouterr().err
-    hint = f"tp-cosep: what was finished is in {tmp_path / 'parts'}; the same command goes on"
+    hint = f"tp-cosep: finished parts are in {tmp_path / 'parts'}; the same command continues"
     assert err == f"\ntp-cosep: interrupted\n{hint}\n"
     assert not (tmp_path / "parts" / "manifest.json").exists()
     assert run(*words, tmp_path / "parts") == 0
@@ -381,7 +381,7 @@ def test_ctrl_c_in_another_process(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     again = start(*words, "--epochs", 1000)
     for line in again.stdout:
         if line.startswith("  epoch "):

@@ -1,4 +1,4 @@
-"""Options in a file: the same names as on the command line, which comes after them and so wins."""
+"""Options in a file, under the names of the flags; those on the command line have precedence."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """Parse a command line, with the options of its ``--config`` file before its own.
 
     Args:
-        parser: Of all commands.
-        argv: The words.
+        parser: The parser of all commands.
+        argv: The words of the command line.
 
     Returns:
-        The options. Wrong usage leaves through ``SystemExit``.
+        The options. Wrong usage raises ``SystemExit``.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
@@ -48,18 +48,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 
 def words_of(path: Path, command: argparse.ArgumentParser, other: argparse.ArgumentParser) -> list[str]:
-    """The words of a command line that say what a file says.
+    """The options of a file as words of a command line.
 
     Args:
-        path: Of the file.
-        command: Whose options they are to be.
-        other: The command that the file may be for too; options that it alone has are left out.
+        path: A TOML or YAML file.
+        command: The parser of the command.
+        other: The parser of another command that may read the same file; options that it alone has are left out.
 
     Returns:
-        The words.
+        The words, such as ``["--epochs=3"]``.
 
     Raises:
-        InputError: If the file is not TOML or YAML, or has a key that is no option or a value of another kind.
+        InputError: If the file is not TOML or YAML, has an unknown option, or a value of another kind.
     """
     actions, elsewhere = _actions(command), _actions(other)
     words: list[str] = []
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
             import yaml
         except ModuleNotFoundError as error:
             raise MissingDependencyError(
-                "config: YAML wants PyYAML; pip install 'tp_cosep[cli]', or use TOML."
+                "config: YAML requires PyYAML; pip install 'tp_cosep[cli]', or use TOML."
             ) from error
         try:
             found = yaml.safe_load(text)
@@ -107,7 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _words(path: Path, action: argparse.Action, value: Any) -> Iterable[str]:
     flag = action.option_strings[0]
-    if action.nargs == 0:  # yes or no
+    if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
             raise InputError(f"config {str(path)!r}: expected true or false for {flag[2:]!r}, got {value!r}.")
         return [action.option_strings[0 if value else -1]] if value or len(action.option_strings) > 1 else []
@@ -126,7 +126,7 @@ def _words(path: Path, action: argparse.Action, value: Any) -> Iterable[str]:
 
 
 def _as_written(action: argparse.Action, value: Any) -> Any:
-    """YAML reads off, no, on and yes as booleans; the one of them that is among an option's choices was meant."""
+    """YAML parses off, no, on and yes as booleans; return the one among an option's choices."""
     if not isinstance(value, bool):
         return value
     meant = ("on", "yes") if value else ("off", "no")

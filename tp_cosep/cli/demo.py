@@ -1,4 +1,4 @@
-"""Train a small network, prune it with CoSeP, fine-tune it, and say honestly what that did."""
+"""Train a small network, prune and fine-tune it, and compare it with the unpruned one."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 class DemoNet(nn.Sequential):
-    """A small VGG: convolutions with batch normalisation, maps halved after every second one.
+    """A small VGG: convolutions with BatchNorm, pooling after every second one.
 
     Args:
-        in_channels: Channels of the images.
-        widths: Channels of each convolution.
+        in_channels: Number of channels of the images.
+        widths: Number of channels of each convolution.
         n_classes: Number of classes.
     """
 
@@ -76,7 +76,7 @@ class DemoNet(nn.Sequential):
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a data set is learnt."""
+    """How a network is trained on a data set."""
 
     widths: tuple[int, ...]
     epochs: int
@@ -89,8 +89,8 @@ class _Recipe:
 
 
 _RECIPES = {
-    # One thread: maps this small gain little from more, lose much of it on busy cores, and the result does not
-    # depend on how many there are.
+    # One thread: more are hardly faster on maps this small, much slower on busy cores, and the result does not depend on
+    # the number of cores.
     "digits": _Recipe((64, 64, 128, 128), epochs=8, fine_tune_epochs=2, batch_size=64, n_calibration=2000, threads=1),
     "fashion-mnist": _Recipe((16, 32, 64, 64), epochs=2, fine_tune_epochs=1, batch_size=64, n_calibration=5000),
 }
@@ -98,14 +98,14 @@ _RECIPES = {
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo did.
+    """Result of a demo.
 
     Attributes:
-        plan: What was pruned.
-        stats: The measurements by the name of the model.
+        plan: The plan that was applied.
+        stats: Measurements by name of the model.
         model: The pruned and fine-tuned model.
-        files: What the folder holds.
-        reload: Python code that loads the model again.
+        files: The files in the folder.
+        reload: Python code that loads the model.
     """
 
     plan: PruningPlan
@@ -125,27 +125,26 @@ def run_demo(
     threads: int | None = None,
     console: Console | None = None,
 ) -> DemoResult:
-    """Train, prune, fine-tune, compare, and leave model, plan and plots in a folder.
+    """Train, prune, fine-tune, compare, and write model, plan and plots to a folder.
 
-    Everything that decides something looks at training images only; the test images serve for the accuracies
-    in the table and for timing.
+    Test images are used for accuracies and timing alone; every decision is made on training images.
 
     Args:
         data: ``"digits"`` (seconds) or ``"fashion-mnist"`` (minutes).
-        folder: Where the files go; made if it is missing.
-        seed: Of the weights, the order of the batches and the split of the digits. The same seed gives the
-            same result on the same machine with the same number of threads, but for the latencies.
-        epochs: Of training, in place of the data set's own number.
-        fine_tune_epochs: Of fine-tuning, likewise; may be 0.
-        threads: For torch, during the demo; by default 1 for the digits, and as many as torch has for the rest.
-        console: Where to print.
+        folder: Where the files are written; created if it is missing.
+        seed: Seed of the weights, the order of the batches and the split of the digits. The same seed gives the same
+            result on the same machine with the same number of threads, but for the latencies.
+        epochs: Epochs of training; by default those of the data set's recipe.
+        fine_tune_epochs: Epochs of fine-tuning, which may be 0; by default those of the data set's recipe.
+        threads: Threads of torch during the demo; by default 1 for the digits, and torch's own number otherwise.
+        console: Where to print; standard output by default.
 
     Returns:
-        What was printed and saved, as values.
+        Plan, measurements, model and files.
 
     Raises:
-        InputError: If an argument is not valid or the data cannot be had.
-        MissingDependencyError: If the package that brings the data is not installed.
+        InputError: If an argument is not valid or the data cannot be loaded.
+        MissingDependencyError: If the package with the data is not installed.
     """
     recipe = _recipe(data, epochs, fine_tune_epochs, threads)
     folder = Path(folder)
@@ -161,7 +160,7 @@ def _run(images: ImageData, recipe: _Recipe, folder: Path, seed: int, console: C
     with _timed(f"training for {recipe.epochs} epochs", say):
         train(trained, images, epochs=recipe.epochs, rate=recipe.rate, seed=seed, batch_size=recipe.batch_size)
     pruned, plan, distances = _prune(trained, images, recipe, say)
-    models = {"trained": trained, "pruned, repaired": pruned}
+    models = {"trained": trained, "pruned, compensated": pruned}
     for name, start in (("pruned, fine-tuned", pruned), ("unpruned, fine-tuned as long", trained)):
         models[name] = deepcopy(start)
         with _timed(f"{name}: {recipe.fine_tune_epochs} epochs", say):
@@ -177,19 +176,19 @@ def _run(images: ImageData, recipe: _Recipe, folder: Path, seed: int, console: C
     )
     model = models["pruned, fine-tuned"]
     page = folder / "report.html"
-    # The page sets the last beside the first.
+    # The page compares the last model with the first.
     in_order = {name: stats[name] for name in sorted(stats, key=lambda name: name.startswith("pruned"))}
     shown.report(page, stats=in_order, title=f"The demo on {images.source}")
     files = [*_save_model(model, plan, recipe, images, folder), page, *_save_plots(shown, distances, folder, say)]
     say(f"{folder}: {', '.join(path.name for path in files)}\n")
     reload = _reload_code(recipe, images, folder)
-    say(f"load the pruned model again:\n\n{reload}", soft_wrap=True)
+    say(f"load the pruned model:\n\n{reload}", soft_wrap=True)
     return DemoResult(plan, stats, model, tuple(files), reload)
 
 
 @contextmanager
 def _threads(n: int | None) -> Iterator[None]:
-    """Give torch n threads, or leave it as it is."""
+    """Set torch's number of threads for a while; ``None`` keeps it."""
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try:
@@ -219,7 +218,7 @@ def _describe(images: ImageData, say: Callable[..., None]) -> None:
 
 @contextmanager
 def _timed(what: str, say: Callable[..., None]) -> Iterator[None]:
-    """Say how long a block took, once it is done."""
+    """Print the duration of a block."""
     start = time.perf_counter()
     yield
     say(f"{what}: {time.perf_counter() - start:.1f} s")
@@ -234,10 +233,20 @@ def _new_net(recipe: _Recipe, images: ImageData, seed: int) -> DemoNet:
 def train_net(
     data: str, *, seed: int = 0, epochs: int | None = None, folder: str | Path = "tp_cosep_demo"
 ) -> tuple[DemoNet, ImageData]:
-    """The network that the demo prunes, trained, and the images it is about; arguments as :func:`run_demo`.
+    """Train the network of the demo.
+
+    Args:
+        data: ``"digits"`` or ``"fashion-mnist"``.
+        seed: Seed of the weights, the order of the batches and the split of the digits.
+        epochs: Epochs of training; by default those of the data set's recipe.
+        folder: Where data is downloaded to, if it is not installed.
 
     Returns:
-        The network in eval mode, and the images.
+        The network in eval mode, and its images.
+
+    Raises:
+        InputError: If an argument is not valid or the data cannot be loaded.
+        MissingDependencyError: If the package with the data is not installed.
     """
     recipe = _recipe(data, epochs, None, None)
     images = LOADERS[data](seed, Path(folder) / "data")
@@ -248,7 +257,7 @@ def train_net(
 
 
 def train(net: nn.Module, images: ImageData, *, epochs: int, rate: float, seed: int, batch_size: int = 64) -> None:
-    """Plain SGD, its rate rising over the first fifth of the steps and falling to 0 over the rest."""
+    """Train in place with SGD; the learning rate rises over the first fifth of the steps, then decays to 0."""
     shuffle = torch.Generator().manual_seed(seed)
     n = len(images.train_labels)
     batches = [b for _ in range(epochs) for b in torch.split(torch.randperm(n, generator=shuffle), batch_size)]
@@ -266,7 +275,7 @@ def train(net: nn.Module, images: ImageData, *, epochs: int, rate: float, seed: 
 
 
 def _fine_tune(net: nn.Module, images: ImageData, recipe: _Recipe, seed: int) -> None:
-    """The same batches in the same order, whatever the network."""
+    """Fine-tune any network on the same batches in the same order."""
     epochs, rate, batch_size = recipe.fine_tune_epochs, recipe.fine_tune_rate, recipe.batch_size
     train(net, images, epochs=epochs, rate=rate, seed=seed + 1, batch_size=batch_size)
 
@@ -274,12 +283,12 @@ def _fine_tune(net: nn.Module, images: ImageData, recipe: _Recipe, seed: int) ->
 def _prune(
     trained: nn.Module, images: ImageData, recipe: _Recipe, say: Callable[..., None]
 ) -> tuple[nn.Module, PruningPlan, dict[str, Tensor]]:
-    """A pruned copy, its plan, and by the name of the group the distances that the plan came from."""
+    """A pruned copy, its plan, and the distances between channels by name of the group."""
     n = min(recipe.n_calibration, len(images.train_labels))
     calibration = list(_batches(images.train_images[:n], images.train_labels[:n]))
     example = images.train_images[:1]
     pruned = deepcopy(trained)
-    with _timed(f"pruning and repair, calibrated on {n:,} training images", say):
+    with _timed(f"pruning and compensation, calibrated on {n:,} training images", say):
         selector = ReconstructionSelector().fit(pruned, calibration)
         pruner = CoSePPruner(
             pruned, example, importance=selector, loader=calibration, compensate=True, recalibrate=True
@@ -291,7 +300,7 @@ def _prune(
 
 
 def _in_network_order(plan: PruningPlan, model: nn.Module) -> PruningPlan:
-    """The plan for a reader, from the first layer to the last; Torch-Pruning visits groups as it finds them."""
+    """The plan from the first layer to the last, for people; Torch-Pruning has an order of its own."""
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return replace(plan, groups=tuple(sorted(plan, key=lambda group: position[group.name])))
 
@@ -302,7 +311,7 @@ def _batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def accuracy(net: nn.Module, images: ImageData) -> float:
-    """Share of the test images that a network in eval mode gets right."""
+    """Accuracy of a network in eval mode on the test images."""
     n_right = 0
     for x, y in _batches(images.test_images, images.test_labels):
         n_right += int((net(x).argmax(1) == y).sum())
@@ -310,7 +319,7 @@ def accuracy(net: nn.Module, images: ImageData) -> float:
 
 
 def _save_model(model: nn.Module, plan: PruningPlan, recipe: _Recipe, images: ImageData, folder: Path) -> list[Path]:
-    """Save the weights and the plan, and make sure that the two give the same model again."""
+    """Save weights and plan, and check that they restore the same model."""
     weights, plan_path = folder / "model.pt", folder / "plan.json"
     torch.save(model.state_dict(), weights)
     plan.save(plan_path)
@@ -321,7 +330,7 @@ def _save_model(model: nn.Module, plan: PruningPlan, recipe: _Recipe, images: Im
     again.eval()
     with evaluating(model):
         if not torch.equal(again(example), model(example)):
-            raise CoSePError(f"demo: the model loaded from {str(folder)!r} answers otherwise than the one saved there.")
+            raise CoSePError(f"demo: the outputs of the model loaded from {str(folder)!r} differ from the saved one's.")
     return [weights, plan_path]
 
 
@@ -345,7 +354,7 @@ def _reload_code(recipe: _Recipe, images: ImageData, folder: Path) -> str:
     shape = (1, *images.train_images.shape[1:])
     return f"""\
 import torch
-from tp_cosep import PruningPlan, ReconstructionSelector
+from tp_cosep import PruningPlan
 from tp_cosep.cli.demo import DemoNet
 
 model = DemoNet({shape[1]}, {recipe.widths}, {images.n_classes})

@@ -18,7 +18,7 @@ from tp_cosep.errors import InputError, MissingDependencyError
 
 __all__ = ["LOADERS", "ImageData", "load_digits", "load_fashion_mnist", "read_idx"]
 
-#: Where Debian's package dataset-fashion-mnist puts its files.
+#: Folder of Debian's package dataset-fashion-mnist.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -27,14 +27,14 @@ _FASHION_MNIST_FILES = tuple(
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images in two parts; nothing but the final accuracies may look at the test part.
+    """Labelled images for training and testing.
 
     Attributes:
-        source: Where the images come from, for people.
+        source: Origin of the images, in words.
         train_images: ``[n, 1, height, width]`` float32, standardised over the training part.
         train_labels: ``[n]`` int64.
-        test_images: ``[m, 1, height, width]``, standardised with the training part's mean and deviation.
-        test_labels: ``[m]``.
+        test_images: ``[m, 1, height, width]``, standardised with mean and standard deviation of the training part.
+        test_labels: ``[m]`` int64.
     """
 
     source: str
@@ -50,11 +50,11 @@ class ImageData:
 
 
 def load_digits(seed: int, folder: Path) -> ImageData:
-    """The 1797 handwritten digits of 8 × 8 pixels that come with scikit-learn, a third of them for the test.
+    """The 1797 handwritten digits of scikit-learn, 8 × 8 pixels, a third of them for testing.
 
     Args:
-        seed: Decides which images are in the test part; every class has its share there.
-        folder: Not needed.
+        seed: Seed of the split, which is stratified by class.
+        folder: Not used.
 
     Returns:
         The images.
@@ -70,7 +70,7 @@ def load_digits(seed: int, folder: Path) -> ImageData:
         if error.name is None or error.name.partition(".")[0] != "sklearn":
             raise
         raise MissingDependencyError(
-            "demo: the digits come with scikit-learn, which is not installed; pip install 'tp_cosep[demo]'."
+            "demo: the digits are part of scikit-learn, which is not installed; pip install 'tp_cosep[demo]'."
         ) from error
     images, labels = load_digits(return_X_y=True)
     train, test = train_test_split(np.arange(len(labels)), test_size=1 / 3, random_state=seed, stratify=labels)
@@ -82,18 +82,18 @@ def load_digits(seed: int, folder: Path) -> ImageData:
 
 
 def load_fashion_mnist(seed: int, folder: Path) -> ImageData:
-    """Fashion-MNIST: 70 000 pieces of clothing of 28 × 28 pixels, 10 000 of them the customary test part.
+    """Fashion-MNIST: 70 000 images of clothing, 28 × 28 pixels, 10 000 of them the standard test part.
 
     Args:
-        seed: Not needed.
-        folder: Where to download to, if Debian's package dataset-fashion-mnist is not installed.
+        seed: Not used.
+        folder: Where the images are downloaded to, unless Debian's package dataset-fashion-mnist is installed.
 
     Returns:
         The images.
 
     Raises:
-        MissingDependencyError: If they have to be downloaded and torchvision is not installed.
-        InputError: If they cannot be downloaded.
+        MissingDependencyError: If a download is required and torchvision is not installed.
+        InputError: If the download fails.
     """
     paths = [DEBIAN_FOLDER / name for name in _FASHION_MNIST_FILES]
     if all(path.is_file() for path in paths):
@@ -120,14 +120,17 @@ def _downloaded(folder: Path) -> list[Tensor]:
 def read_idx(path: Path) -> Tensor:
     """Read a gzipped IDX file of bytes, the format of MNIST.
 
-    Four bytes of header, 0, 0, 8 for unsigned bytes and the number of dimensions; then each size in four
-    bytes, most significant first; then the values.
+    The header is 0, 0, 8 (unsigned bytes) and the number of dimensions, one byte each; then come the sizes, four
+    big-endian bytes each, and the values.
+
+    Args:
+        path: The file.
 
     Returns:
         A uint8 tensor of the file's shape.
 
     Raises:
-        InputError: If the file is not of that form.
+        InputError: If the file has another format or is incomplete.
     """
     try:
         content = gzip.decompress(path.read_bytes())
@@ -137,7 +140,7 @@ def read_idx(path: Path) -> Tensor:
     start = 4 + 4 * n_dims
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     if not n_dims or len(content) != start + prod(shape):
-        raise InputError(f"data {str(path)!r}: expected a whole IDX file of bytes, got another form or a part of one.")
+        raise InputError(f"data {str(path)!r}: expected a complete IDX file of bytes.")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 

@@ -1,4 +1,4 @@
-"""``tp-cosep export``: a pruned model as ONNX or as an exported program, compared with the model itself."""
+"""``tp-cosep export``: write a pruned model as ONNX or as an exported program, and compare their outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tp_cosep.utils.files import replacing
 
 __all__ = ["run"]
 
-# Batches that are compared; the export is traced with two samples, since torch takes one for a constant.
+# Sizes of batches. The export is traced with two samples: torch specialises a dimension of size one.
 _TRACED, _COMPARED = 2, (1, 2, 5)
 
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        InputError: If the model cannot be exported, or what was exported answers otherwise.
+        InputError: If the model cannot be exported, or the outputs of the export differ.
     """
     model = saving.load(options.folder, lambda: make_model(options, with_weights=False))
     plan = PruningPlan.load(options.folder / saving.PLAN)
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _quiet(*, is_on: bool) -> Iterator[None]:
-    """Leave out what exporters say about themselves; what came of it is looked at."""
+    """Silence warnings and logs of the exporters; the outputs are compared instead."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         if is_on:
@@ -87,7 +87,7 @@ def _example(plan: PruningPlan, folder: Path) -> Tensor:
 
 
 def _batch(example: Tensor, n: int) -> Tensor:
-    """Inputs that are not zero everywhere, which would hide differences."""
+    """Random inputs: zeros would hide differences."""
     shape = (n, *example.shape[1:])
     generator = torch.Generator().manual_seed(n)
     if example.is_floating_point():
@@ -115,7 +115,7 @@ def _exported(model: nn.Module, inputs: Tensor) -> Any:
 
 
 def _write_program(model: nn.Module, inputs: Tensor, path: Path, options: argparse.Namespace) -> Any:
-    # By a buffer, since a path would have to end in .pt2.
+    # Through a buffer, since torch requires paths that end in .pt2.
     buffer = BytesIO()
     torch.export.save(_exported(model, inputs), buffer)
     path.write_bytes(buffer.getvalue())
@@ -137,17 +137,17 @@ def _write_onnx(model: nn.Module, inputs: Tensor, path: Path, options: argparse.
             **given,
         )
         program.save(str(path), external_data=False)  # type: ignore[union-attr]
-        # The converter only logs that it failed, and leaves the model as it was.
+        # The converter only logs a failure, and keeps the opset.
         opset = program.model.opset_imports[""]  # type: ignore[union-attr]
         if options.opset not in (None, opset):
             raise InputError(
-                f"--opset {options.opset}: ONNX cannot convert the model from opset {opset} to this one; nothing was "
-                "written. Ask for another one, or for none."
+                f"--opset {options.opset}: ONNX cannot convert the model from opset {opset}; nothing was written. "
+                "Choose another opset, or leave it out."
             )
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"export: ONNX cannot have the model ({type(error).__name__}: {error}).") from error
+        raise InputError(f"export: the model cannot be converted to ONNX ({type(error).__name__}: {error}).") from error
     name = session.get_inputs()[0].name
     return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])

@@ -1,4 +1,4 @@
-"""Training a pruned model on, through Accelerate: one process or several, in any precision, and again after Ctrl-C."""
+"""Fine-tuning through Accelerate: one process or several, in any precision, continued after an interruption."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["Training", "accuracy", "fine_tune"]
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained: cross-entropy, a learning rate that falls to 0 along half a cosine.
+    """How a model is trained: cross-entropy, with a learning rate that decays to 0 along half a cosine.
 
     Attributes:
-        epochs: Their number.
+        epochs: Number of epochs.
         optimizer: ``"sgd"``, with Nesterov momentum 0.9, or ``"adamw"``.
-        learning_rate: At the beginning.
-        weight_decay: Of the optimizer.
-        seed: Of the order of the data and whatever else is by chance.
+        learning_rate: The initial learning rate.
+        weight_decay: Weight decay of the optimizer.
+        seed: Seed of the order of the data and of all else that is random.
     """
 
     epochs: int
@@ -52,7 +52,7 @@ class Training:
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
 
     def rate(self, epoch: int, progress: float) -> float:
-        """The learning rate when a share of an epoch is done."""
+        """The learning rate after a share ``progress`` of an epoch."""
         return self.learning_rate * (1 + math.cos(math.pi * (epoch + progress) / self.epochs)) / 2
 
 
@@ -62,15 +62,15 @@ def fine_tune(
     """Train a model in place.
 
     Args:
-        model: On the device of this process; it ends in eval mode.
-        data: The data.
-        training: How.
+        model: The model on the device of this process; it is in eval mode afterwards.
+        data: Batches for training.
+        training: Epochs, optimizer and seed.
         processes: The processes that train together.
-        kept: A file that keeps the training after every epoch. Training goes on from it if it is there, and ends as it
-            would have without the interruption.
+        kept: Checkpoint file, written after every epoch. If it exists, training continues from it, with the same result
+            as without the interruption.
 
     Raises:
-        InputError: If the loss is no longer finite, there are no batches, or the file is of another training.
+        InputError: If the loss is not finite, there are no batches, or the checkpoint is of another training.
     """
     accelerator = processes.accelerator
     optimizer = training.optimizer_of(model)
@@ -83,7 +83,7 @@ def fine_tune(
             start = time.perf_counter()
             loss = _epoch(wrapped, prepared, data, training, processes, adapter, epoch)
             agreed(partial(_check_finite, loss, epoch))
-            # BatchNorm's statistics are those of each process's own batches.
+            # BatchNorm statistics differ between processes.
             processes.share(model.buffers())
             took = time.perf_counter() - start
             if kept is not None and processes.is_first:
@@ -91,7 +91,7 @@ def fine_tune(
             processes.wait()
             processes.say(f"  epoch {epoch + 1} of {training.epochs}: loss {loss:.4f}, {took:.1f} s")
     finally:
-        # Mixed precision wraps the model's forward; pruning and saving want the model itself.
+        # Mixed precision wraps the model's forward; pruning and saving require the model itself.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         for name in vars(model).keys() - own:
             del vars(model)[name]
@@ -100,18 +100,18 @@ def fine_tune(
 
 
 def accuracy(model: nn.Module, data: Data, processes: Processes) -> float:
-    """Share of the test samples, of all processes, that a model gets right.
+    """Accuracy on the test samples of all processes.
 
     Args:
-        model: The model; its mode stays as it is.
-        data: The data.
+        model: The model; its mode is preserved.
+        data: Batches for testing.
         processes: The processes that share the test samples.
 
     Returns:
-        The share, 0 … 1.
+        Share of correct predictions, in [0, 1].
 
     Raises:
-        InputError: If there are no test samples, or labels that the model has no score for.
+        InputError: If there are no test samples, or labels without a score.
     """
     n_right, n = processes.sum(agreed(lambda: _counted(model, data, processes)))
     if not n:
@@ -120,7 +120,7 @@ def accuracy(model: nn.Module, data: Data, processes: Processes) -> float:
 
 
 def _counted(model: nn.Module, data: Data, processes: Processes) -> list[int]:
-    """Right answers and samples of this process."""
+    """Correct predictions and samples of this process."""
     adapter = BatchAdapter(model, None, predicted=False)
     n_right, n = 0, 0
     with evaluating(model):
@@ -131,7 +131,7 @@ def _counted(model: nn.Module, data: Data, processes: Processes) -> list[int]:
             if len(labels) and int(labels.max()) >= scores.shape[1]:
                 raise InputError(
                     f"model: it has scores for {scores.shape[1]} classes, the data has a label {int(labels.max())}; "
-                    "say what the model needs with --model-args, such as num_classes=10."
+                    "set the model's arguments with --model-args, such as num_classes=10."
                 )
             n_right += int((scores.argmax(1) == labels).sum())
             n += len(labels)
@@ -147,7 +147,7 @@ def _epoch(
     adapter: BatchAdapter,
     epoch: int,
 ) -> float:
-    """Train for one epoch; returns the mean loss of this process."""
+    """Train for one epoch, and return the mean loss of this process."""
     torch.manual_seed(training.seed + epoch)
     batches = data.train(epoch)
     n_batches = _length(batches)
@@ -177,7 +177,7 @@ def _check_finite(loss: float, epoch: int) -> None:
 def _length(batches: Any) -> int | None:
     try:
         return len(batches)
-    except TypeError:  # loaders of users need not have a length
+    except TypeError:  # loaders need not have a length
         return None
 
 
@@ -187,7 +187,7 @@ def _bar(batches: Any, what: str, processes: Processes) -> Any:
 
 
 def _keep(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, n_epochs: int) -> None:
-    """Write weights, optimizer and number of epochs, all as tensors and JSON."""
+    """Write weights, optimizer state and number of epochs, as tensors and JSON."""
     tensors = {f"model/{name}": x for name, x in model.state_dict().items()}
     for name, p in model.named_parameters():
         tensors |= {f"optimizer/{name}/{k}": torch.as_tensor(x) for k, x in _state_of(optimizer, p).items()}
@@ -201,7 +201,7 @@ def _state_of(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, An
 
 
 def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any) -> int:
-    """The inverse of :func:`_keep`; returns the number of epochs that are done."""
+    """The inverse of :func:`_keep`; returns the number of finished epochs."""
     tensors, header = read_tensors(path, next(model.parameters()).device)
     try:
         model.load_state_dict({k.removeprefix("model/"): x for k, x in tensors.items() if k.startswith("model/")})

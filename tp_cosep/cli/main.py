@@ -1,4 +1,4 @@
-"""The command ``tp-cosep``."""
+"""Entry point of the command line, ``tp-cosep``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Arguments without the command's name; those of the process by default.
+        argv: Arguments without the command's name; by default those of the process.
 
     Returns:
-        0, or 1 if something failed (the reason is one line on stderr), or 130 after Ctrl-C. Wrong usage, as
-        well as ``--help`` and ``--version``, leave through ``SystemExit``, with 2 and 0.
+        The exit code: 0, 1 after an error (with one line about it on stderr), or 130 after Ctrl-C. Wrong usage raises
+        ``SystemExit`` with 2, ``--help`` and ``--version`` with 0.
 
     Raises:
-        Exception: With ``--debug``, what failed.
+        Exception: With ``--debug``, the original error.
     """
     options = parse(parser(), sys.argv[1:] if argv is None else argv)
     try:
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ntp-cosep: interrupted", file=sys.stderr)
         if options.command == "prune":
-            print(f"tp-cosep: what was finished is in {options.output}; the same command goes on", file=sys.stderr)
+            print(f"tp-cosep: finished parts are in {options.output}; the same command continues", file=sys.stderr)
         return _INTERRUPTED
     except Exception as error:
         if options.debug:
             raise
         text = str(error)
-        if text.startswith("Caught "):  # by a worker of a DataLoader, whose traceback ends with what was raised
+        if text.startswith("Caught "):  # in a worker of a DataLoader: its traceback ends with the original error
             text = text.rpartition(f"{type(error).__name__}: ")[2]
         text = " ".join(text.split())
         if not isinstance(error, (CoSePError, OSError)):
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _short_warnings(*, is_on: bool) -> Iterator[None]:
-    """Show warnings without the line of code that they come from."""
+    """Show warnings as one line, without source code."""
     before = warnings.formatwarning
     if is_on:
         warnings.formatwarning = lambda message, *_, **__: f"tp-cosep: warning: {' '.join(str(message).split())}\n"
@@ -68,7 +68,7 @@ def _short_warnings(*, is_on: bool) -> Iterator[None]:
 
 
 def _import_torchvision() -> None:
-    """Import torchvision, if it is installed, before Torch-Pruning looks for timm."""
+    """Import torchvision, if installed, before Torch-Pruning looks for timm."""
     from tp_cosep.cli.torchvision_shim import import_torchvision
 
     with suppress(MissingDependencyError):

@@ -20,20 +20,20 @@ from torch import nn
 from tp_cosep.cli.torchvision_shim import import_torchvision
 from tp_cosep.errors import InputError, MissingDependencyError
 
-__all__ = ["Pictures", "function_of", "make_model", "module_of", "pictures_of", "read_weights"]
+__all__ = ["ImageSpec", "call", "function_of", "image_spec", "make_model", "module_of", "read_weights"]
 
 _NESTED = ("state_dict", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures that a model is made for.
+class ImageSpec:
+    """The images that a model is made for.
 
     Attributes:
-        size: Pixels of a side; ``None`` if the model does not say.
-        mean: By channel, of values in [0, 1]; ``None`` likewise.
-        std: Likewise.
-        n_channels: What its first convolution reads.
+        size: Height and width in pixels; ``None`` if unknown.
+        mean: Mean by channel, of values in [0, 1]; ``None`` if unknown.
+        std: Standard deviation by channel, of values in [0, 1]; ``None`` if unknown.
+        n_channels: Input channels of the first convolution.
     """
 
     size: int | None
@@ -46,8 +46,8 @@ def make_model(options: argparse.Namespace, *, with_weights: bool = True) -> nn.
     """Make the model that ``--model`` names, with the weights of ``--weights`` if it was given.
 
     Args:
-        options: Those of a command.
-        with_weights: Whether the weights are wanted, or the architecture is enough.
+        options: Options of the command.
+        with_weights: Whether to load the weights, or make the architecture alone.
 
     Returns:
         The model in eval mode, on the CPU.
@@ -63,9 +63,9 @@ def make_model(options: argparse.Namespace, *, with_weights: bool = True) -> nn.
     make = {"torchvision": _torchvision, "timm": _timm, "hf": _hugging_face}.get(kind)
     if make is None:
         function = function_of(options.model, "model")
-        model = _called(options.model, lambda: function(**arguments))
+        model = call(options.model, lambda: function(**arguments))
     else:
-        model = _called(options.model, lambda: make(name, arguments, pretrained))
+        model = call(options.model, lambda: make(name, arguments, pretrained))
     if not isinstance(model, nn.Module):
         raise InputError(f"model {options.model!r}: expected an nn.Module, got a {type(model).__name__}.")
     if with_weights and options.allow_pickle is not None and options.weights is None:
@@ -80,11 +80,11 @@ def read_weights(model: nn.Module, path: Path, allow_pickle: Path | None = None)
 
     Args:
         model: The model.
-        path: A file of safetensors, or one of ``torch.save``, which is read without running anything in it.
+        path: A safetensors file, or one of ``torch.save``, of which no code is run.
         allow_pickle: The same file, if it may be unpickled in full.
 
     Raises:
-        InputError: If the file is damaged, wants to be unpickled, or does not fit the model.
+        InputError: If the file is damaged, requires unpickling, or does not fit the model.
     """
     if allow_pickle is not None and allow_pickle.resolve() != path.resolve():
         raise InputError(f"--allow-pickle: expected the file of --weights, {str(path)!r}, got {str(allow_pickle)!r}.")
@@ -98,13 +98,13 @@ def read_weights(model: nn.Module, path: Path, allow_pickle: Path | None = None)
         state = state.state_dict()
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise InputError(f"weights {str(path)!r}: expected a state_dict, got a {type(state).__name__}.")
-    if state and all(key.startswith("module.") for key in state):  # of a model that was wrapped for parallel training
+    if state and all(key.startswith("module.") for key in state):  # of a model wrapped for data parallelism
         state = {key.removeprefix("module."): x for key, x in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(
-            f"weights {str(path)!r}: do not fit the model ({error}); say what it needs with --model-args, such as "
+            f"weights {str(path)!r}: do not fit the model ({error}); set its arguments with --model-args, such as "
             "num_classes=10."
         ) from error
 
@@ -116,7 +116,7 @@ def _safe_tensors(path: Path) -> Any:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise InputError(f"weights {str(path)!r}: expected a file of safetensors, got {error}.") from error
+        raise InputError(f"weights {str(path)!r}: expected a safetensors file, got {error}.") from error
 
 
 def _unpickled(path: Path, allowed: bool) -> Any:
@@ -126,7 +126,7 @@ def _unpickled(path: Path, allowed: bool) -> Any:
         if allowed:
             raise InputError(f"weights {str(path)!r}: damaged ({error}).") from error
         raise InputError(
-            f"weights {str(path)!r}: more than tensors, or damaged. Reading it would run whatever code is in it; if "
+            f"weights {str(path)!r}: more than tensors, or damaged. Reading it would run any code in it; if "
             f"you trust its author, add --allow-pickle {path}, or save model.state_dict() as safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -134,21 +134,21 @@ def _unpickled(path: Path, allowed: bool) -> Any:
 
 
 def function_of(name: str, what: str) -> Callable[..., Any]:
-    """The function that MODULE:FUNCTION names; modules are also looked for in the working directory.
+    """The function that MODULE:FUNCTION names; the working directory is searched, too.
 
     Args:
-        name: The name.
-        what: What it is for.
+        name: ``MODULE:FUNCTION``.
+        what: The kind of thing that is named, for messages.
 
     Returns:
         The function.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no such function.
     """
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
-        raise InputError(f"{what} {name!r}: expected one of the names that --help lists, or MODULE:FUNCTION.")
+        raise InputError(f"{what} {name!r}: expected a name that --help lists, or MODULE:FUNCTION.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -156,7 +156,7 @@ def function_of(name: str, what: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise InputError(f"{what} {name!r}: its module needs {error.name!r}, which is not installed.") from error
-        raise InputError(f"{what} {name!r}: there is no module {error.name!r} here or among the installed.") from error
+        raise InputError(f"{what} {name!r}: no module {error.name!r} in the working directory or installed.") from error
     if not callable(found):
         raise InputError(f"{what} {name!r}: the module has no function {attribute!r}.")
     function: Callable[..., Any] = found
@@ -167,8 +167,8 @@ def module_of(package: str, extra: str) -> Any:
     """Import an optional package.
 
     Args:
-        package: Its name.
-        extra: The extra that brings it.
+        package: Name of the package.
+        extra: The extra of tp_cosep that installs it.
 
     Returns:
         The module.
@@ -185,8 +185,8 @@ def module_of(package: str, extra: str) -> Any:
         raise MissingDependencyError(f"{package} is not installed; pip install 'tp_cosep[{extra}]'.") from error
 
 
-def pictures_of(options: argparse.Namespace, model: nn.Module) -> Pictures:
-    """What pictures a model wants, as far as it is known."""
+def image_spec(options: argparse.Namespace, model: nn.Module) -> ImageSpec:
+    """The images that a model is made for, as far as its library says."""
     kind, _, name = options.model.partition(":")
     size, mean, std = None, None, None
     if kind == "torchvision":
@@ -197,16 +197,28 @@ def pictures_of(options: argparse.Namespace, model: nn.Module) -> Pictures:
         config = module_of("timm", "hub").data.resolve_data_config({}, model=model)
         size, mean, std = config["input_size"][-1], config["mean"], config["std"]
     elif kind == "hf":
-        size, mean, std = _hugging_face_pictures(Path(name))
+        size, mean, std = _hugging_face_images(Path(name))
         size = size or getattr(model.config, "image_size", None)
         size = size[0] if isinstance(size, (list, tuple)) else size
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     n_channels = next((m.in_channels for m in convolutions), 3)
-    return Pictures(size, tuple(mean) if mean else None, tuple(std) if std else None, n_channels)
+    return ImageSpec(size, tuple(mean) if mean else None, tuple(std) if std else None, n_channels)
 
 
-def _called(name: str, make: Callable[[], Any]) -> Any:
-    """Call somebody else's code and say whose it was if it fails."""
+def call(name: str, make: Callable[[], Any]) -> Any:
+    """Call a function that the user named.
+
+    Args:
+        name: Its name, for the message.
+        make: The call.
+
+    Returns:
+        What the call returns.
+
+    Raises:
+        InputError: If it fails.
+        MissingDependencyError: If it needs a package that is not installed.
+    """
     try:
         return make()
     except (InputError, MissingDependencyError):
@@ -238,7 +250,7 @@ def _hugging_face(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.
     return model
 
 
-def _hugging_face_pictures(folder: Path) -> tuple[int | None, Any, Any]:
+def _hugging_face_images(folder: Path) -> tuple[int | None, Any, Any]:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None, None, None
@@ -255,4 +267,4 @@ def _hugging_face_pictures(folder: Path) -> tuple[int | None, Any, Any]:
 def _check_name(full: str, name: str, known: Iterable[str]) -> None:
     if name not in (names := list(known)):
         nearest = difflib.get_close_matches(name, names, 3, 0)
-        raise InputError(f"model {full!r}: there is no such model; near to it: {', '.join(nearest)}.")
+        raise InputError(f"model {full!r}: no such model; similar names: {', '.join(nearest)}.")

@@ -1,4 +1,4 @@
-"""``tp-cosep preview``: what targets would keep."""
+"""``tp-cosep preview``: how many channels targets would keep."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         found = {"unpruned": (PruningPlan(), measure(subject.model, subject.example, n_runs=5, n_warmup=1))}
         notes = []
         for target in options.targets:
-            name = "own counts" if target is None else f"{target[0]}={target[1]:g}"
+            name = "knee" if target is None else f"{target[0]}={target[1]:g}"
             try:
                 found[name] = _pruned(options, subject, selector, target)
             except InputError as error:
@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _trade_offs(preview: Preview) -> Table:
     table = new_table(
-        "What targets in MACs would leave",
-        "coverage: the share of what layers see that stays; MACs of convolutions and matrix products alone",
+        "Targets in MACs",
+        "retained variance: of consumers' inputs, over all groups; MACs of convolutions and matrix products alone",
     )
     for header in (*_SIZES, "retained variance"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -85,7 +85,7 @@ def _models(found: dict[str, tuple[PruningPlan, ModelStats]]) -> Table:
 
 def _layers(found: dict[str, tuple[PruningPlan, ModelStats]]) -> Table:
     plans = {name: plan for name, (plan, _) in found.items() if len(plan)}
-    table = new_table("Channels kept", "–: left alone")
+    table = new_table("Channels kept", "–: not pruned")
     table.add_column("layer", overflow="fold")
     table.add_column("of", justify="right")
     for name in plans:

@@ -1,4 +1,4 @@
-"""``tp-cosep report``: a plan as tables, or as a page."""
+"""``tp-cosep report``: a plan as tables, or as an HTML page."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def run(options: argparse.Namespace) -> None:
         say("the plan is empty: nothing was pruned", console)
     facts = {
         "options": ", ".join(f"{name}: {value}" for name, value in plan.options.items()),
-        "made with": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
-        "for models with fingerprint": plan.fingerprint,
-        "given a bias": ", ".join(plan.new_biases),
+        "versions": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
+        "fingerprint of the model": plan.fingerprint,
+        "biases added to": ", ".join(plan.new_biases),
     }
     for name, fact in facts.items():
         if fact:
@@ -46,13 +46,13 @@ def find_plan(path: Path) -> PruningPlan:
     """The plan in a file or in a folder.
 
     Args:
-        path: Of either.
+        path: A plan, or a folder with ``plan.json``.
 
     Returns:
         The plan.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no such file, or it is not a plan.
     """
     path = path / PLAN if path.is_dir() else path
     if not path.is_file():

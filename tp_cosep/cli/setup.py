@@ -13,7 +13,7 @@ from torch import nn
 
 from tp_cosep.cli.arguments import DATA_KINDS, SELECTOR_OPTIONS
 from tp_cosep.cli.data import Data, load_data
-from tp_cosep.cli.models import make_model, pictures_of
+from tp_cosep.cli.models import image_spec, make_model
 from tp_cosep.cli.processes import Processes
 from tp_cosep.errors import InputError
 from tp_cosep.graph.tracing import resolve_layers
@@ -61,7 +61,7 @@ def prepare(options: argparse.Namespace, processes: Processes) -> Subject:
 def _prepared(options: argparse.Namespace, processes: Processes) -> Subject:
     torch.manual_seed(options.seed)
     model = make_model(options)
-    data = load_data(options, pictures_of(options, model))
+    data = load_data(options, image_spec(options, model))
     resolve_layers(model, options.ignored_layers, "ignored_layers")  # report unknown names before a long run
     model.to(processes.device)
     inputs, _ = BatchAdapter(model, None, predicted=False).split(data.first, 0)

@@ -1,14 +1,13 @@
-"""Importing torchvision where its compiled operators do not fit the installed torch.
+"""Import torchvision where its compiled operators do not fit the installed torch.
 
 The demo and the tests use this module; the library proper never imports torchvision.
 
-A torchvision wheel built for CUDA cannot load its operators beside a CPU build of torch. torchvision
-swallows that failure, and then stumbles over it: it describes the shapes of ``nms`` and ``qnms`` to torch,
-which has never heard of them. Classifiers, transforms and data sets need neither operator, and neither does
-timm. So it is enough to declare the two; whoever calls a detection operator gets torchvision's own error.
+A torchvision wheel built for CUDA cannot load its operators with a CPU build of torch. torchvision ignores that
+failure, and then registers shape functions of ``nms`` and ``qnms``, which torch does not know. Classifiers, transforms
+and data sets need neither operator, nor does timm, so it suffices to declare the two; calling a detection operator
+raises torchvision's own error.
 
-At its top this file imports nothing of tp_cosep, so that it can be loaded by its path, before the package and with it
-torch_pruning.
+The module imports nothing of tp_cosep at its top, so that it can be loaded by its path before torch_pruning.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, with its two missing operators declared if it fails for lack of them.
+    """Import torchvision; declare its two missing operators if it fails for lack of them.
 
-    An installation that works is imported as it is. Call this before the first ``import torch_pruning``
-    where timm is installed: Torch-Pruning tries timm once, timm imports torchvision, and a failure there
-    makes Torch-Pruning do without timm for good.
+    A working installation is imported unchanged. Call this before the first ``import torch_pruning`` if timm is
+    installed: Torch-Pruning imports timm once, which imports torchvision, and ignores timm after a failure.
 
     Returns:
         The module ``torchvision``.
