@@ -1,4 +1,4 @@
-"""A small vision transformer loses half of its attention heads, chosen in three ways."""
+"""Prune half of the attention heads of a small vision transformer, selected in three ways."""
 
 import copy
 from pathlib import Path
@@ -12,7 +12,7 @@ from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
 class Attention(nn.Module):
-    """Its names are those of timm, so that tp_cosep finds the heads and corrects their number."""
+    """Attention under the names of timm, by which tp_cosep finds the heads and updates their number."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``[n, tokens, width]`` that have looked at each other."""
+        """Attention over tokens ``[n, tokens, width]``."""
         n, tokens, _ = x.shape
         q, k, v = self.qkv(x).reshape(n, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -46,7 +46,7 @@ class VisionTransformer(nn.Module):
 
 
 def main(epochs: int = 12) -> dict[str, tuple[list[int], float]]:
-    """Train, prune, fine-tune and print; heads left in each layer and accuracy by way of choosing."""
+    """Train, prune and fine-tune; returns kept heads of every layer and accuracy by selection."""
     images = load_digits(0, Path())
     torch.manual_seed(0)
     net = VisionTransformer()
@@ -67,7 +67,7 @@ def main(epochs: int = 12) -> dict[str, tuple[list[int], float]]:
             model,
             images.train_images[:1],
             selector,
-            ignored_layers=["patches"],  # which leaves the whole residual stream alone
+            ignored_layers=["patches"],  # keeps the residual stream
             unwrapped_parameters=[(model.position, 2)],
             **options,
         ).step()

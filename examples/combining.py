@@ -1,4 +1,4 @@
-"""CoSeP beside other importances: its clusters with Taylor's picks, and its scores blended with another's."""
+"""Combine selectors with other importances: CoSeP's clusters with Taylor scores, and blended scores."""
 
 import copy
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 class Blend(tp.importance.Importance):
-    """The sum of the ranks that several importances give: ranks compare where scores do not."""
+    """The sum of the ranks by several importances, whose scores are not comparable."""
 
     def __init__(self, *parts: Callable[[Any], Tensor | None]) -> None:
         self.parts = parts
 
     def __call__(self, group: Any) -> Tensor | None:
-        """Scores of a group's channels; ``None`` if one of the importances leaves it alone."""
+        """Scores of a group's channels; ``None`` if an importance has none."""
         scores = [part(group) for part in self.parts]
         if any(s is None for s in scores):
             return None
@@ -27,13 +27,13 @@ class Blend(tp.importance.Importance):
 
 
 def main(epochs: int | None = None) -> dict[str, tuple[int, float]]:
-    """Prune, fine-tune and print; parameters and accuracy by way."""
+    """Prune and fine-tune; returns number of parameters and accuracy by combination."""
     net, images = train_net("digits", seed=0, epochs=epochs)
     example_inputs = images.train_images[:1]
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
 
     def taylor_picks(model: nn.Module) -> tp.pruner.BasePruner:
-        # Taylor needs gradients: of one calibration batch here. CoSeP decides the clusters, Taylor whom to keep.
+        # Taylor scores require gradients, here of one batch. CoSeP forms the clusters, Taylor scores choose their members.
         cross_entropy(model(calibration[0][0]), calibration[0][1]).backward()
         selector = CoSePSelector(representative=tp.importance.TaylorImportance()).fit(model, calibration)
         return CoSePPruner(model, example_inputs, selector, pruning_ratio=0.5)

@@ -1,4 +1,4 @@
-"""Half of every layer goes without fine-tuning: what selection, repair and BatchNorm statistics are worth."""
+"""Prune half of every layer without fine-tuning: the effects of selection, compensation and BatchNorm re-estimation."""
 
 import copy
 from collections.abc import Callable
@@ -12,26 +12,26 @@ from tp_cosep.cli.demo import accuracy, train_net
 
 
 def main(epochs: int | None = None) -> dict[str, list[float]]:
-    """Prune and print; accuracies as pruned, repaired, and repaired with new statistics, by selection."""
+    """Prune; returns accuracies as pruned, compensated, and with re-estimated BatchNorm statistics, by selection."""
     net, images = train_net("digits", seed=0, epochs=epochs)
     example_inputs = images.train_images[:1]
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
     print(f"unpruned {accuracy(net, images):.1%}")
 
-    selections: dict[str, Callable[[nn.Module], Any]] = {
+    importances: dict[str, Callable[[nn.Module], Any]] = {
         "L2": lambda model: tp.importance.GroupMagnitudeImportance(p=2),
         "CoSeP": lambda model: CoSePSelector().fit(model, calibration),
-        "joint": lambda model: ReconstructionSelector().fit(model, calibration),
+        "reconstruction": lambda model: ReconstructionSelector().fit(model, calibration),
     }
     results: dict[str, list[float]] = {}
-    for name, select in selections.items():
+    for name, make_importance in importances.items():
         results[name] = []
-        for repair in (False, True):
+        for compensate in (False, True):
             model = copy.deepcopy(net)
             pruner = tp.pruner.MetaPruner(
-                model, example_inputs, select(model), pruning_ratio=0.5, ignored_layers=[model.head]
+                model, example_inputs, make_importance(model), pruning_ratio=0.5, ignored_layers=[model.head]
             )
-            compensator = Compensator(model, example_inputs).fit(calibration) if repair else None
+            compensator = Compensator(model, example_inputs).fit(calibration) if compensate else None
             for group in pruner.step(interactive=True):
                 if compensator is not None:
                     compensator(group)
@@ -39,8 +39,8 @@ def main(epochs: int | None = None) -> dict[str, list[float]]:
             results[name].append(accuracy(model, images))
         recalibrate(model, calibration)
         results[name].append(accuracy(model, images))
-        pruned, repaired, both = results[name]
-        print(f"{name:6} pruned {pruned:.1%}, repaired {repaired:.1%}, with new BatchNorm statistics {both:.1%}")
+        pruned, compensated, both = results[name]
+        print(f"{name:14} pruned {pruned:.1%}, compensated {compensated:.1%}, with BatchNorm re-estimation {both:.1%}")
     return results
 
 

@@ -1,4 +1,4 @@
-"""A ViT of Transformers loses half of its heads and what its MLPs can spare; the Trainer trains and fine-tunes it."""
+"""Prune half of the heads of a Transformers ViT, and its MLPs; the Trainer trains and fine-tunes it."""
 
 from pathlib import Path
 from tempfile import gettempdir
@@ -13,12 +13,12 @@ from tp_cosep.cli.demo import load_digits
 
 
 def inputs_and_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """For ``target_fn=``: the model's keyword arguments and the labels of a batch, which is a dictionary."""
+    """A ``target_fn``: keyword arguments of the model and labels, from a batch that is a dictionary."""
     return {"pixel_values": batch["pixel_values"]}, batch["labels"]
 
 
 def main(epochs: int = 12) -> dict[str, tuple[list[int], float]]:
-    """Train, prune, fine-tune and print; heads of every layer and accuracy by stage."""
+    """Train, prune and fine-tune; returns heads of every layer and accuracy by stage."""
     images = load_digits(0, Path())
     train = [{"pixel_values": x, "labels": y} for x, y in zip(images.train_images, images.train_labels, strict=True)]
     test = [{"pixel_values": x, "labels": y} for x, y in zip(images.test_images, images.test_labels, strict=True)]
@@ -29,7 +29,7 @@ def main(epochs: int = 12) -> dict[str, tuple[list[int], float]]:
     results = {}
 
     def fit_and_report(stage: str, n_epochs: int, rate: float) -> None:
-        # A new Trainer each time: the last one's optimizer holds the parameters from before pruning.
+        # A new Trainer each time: the optimizer of the last one holds the parameters from before pruning.
         options = {"num_train_epochs": n_epochs, "learning_rate": rate, "warmup_steps": 20, "use_cpu": True, **quiet}
         arguments = TrainingArguments(gettempdir(), per_device_train_batch_size=32, **options)
         trainer = Trainer(model, arguments, train_dataset=train)
@@ -47,7 +47,7 @@ def main(epochs: int = 12) -> dict[str, tuple[list[int], float]]:
         model,
         {"pixel_values": images.train_images[:1]},
         selector,
-        ignored_layers=[embeddings.patch_embeddings],  # which leaves the whole residual stream alone
+        ignored_layers=[embeddings.patch_embeddings],  # keeps the residual stream
         unwrapped_parameters=[(embeddings.cls_token, 2), (embeddings.position_embeddings, 2)],
         **{"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5},
     ).step()

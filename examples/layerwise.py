@@ -1,4 +1,4 @@
-"""The papers' schedule: measure, prune one group, fine-tune, and on to the next."""
+"""The papers' schedule: collect statistics, prune one group, fine-tune, and continue with the next."""
 
 from torch import nn
 
@@ -7,14 +7,14 @@ from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 def main(epochs: int | None = None) -> PruningPlan:
-    """Prune group after group, printing the accuracy after each."""
+    """Prune group by group, and print the accuracy after each; returns the plan."""
     net, images = train_net("digits", seed=0, epochs=epochs)
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
     print(f"trained: accuracy {accuracy(net, images):.1%}")
 
     def fine_tune(model: nn.Module) -> None:
         train(model, images, epochs=1, rate=0.03, seed=1)
-        print(f"after {sum(p.numel() for p in model.parameters()):,} parameters: {accuracy(model, images):.1%}")
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters: accuracy {accuracy(model, images):.1%}")
 
     pruner = CoSePPruner(
         net,

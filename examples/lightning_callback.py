@@ -1,4 +1,4 @@
-"""A Lightning callback that prunes while Lightning trains, and hands the optimizer the parameters that are left."""
+"""A Lightning callback that prunes during training, and updates the parameters of the optimizer."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from tp_cosep.cli.demo import DemoNet, accuracy, load_digits
 
 
 class Prune(lightning.Callback):
-    """Prune the module's ``net`` when an epoch starts. On a single device: DDP would keep the old parameters."""
+    """Prune the module's ``net`` when an epoch starts. For a single device: DDP would keep the old parameters."""
 
     def __init__(self, epoch: int, example_inputs: Tensor, **options: Any) -> None:
         self.epoch, self.example_inputs, self.options = epoch, example_inputs, options
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Prune; the optimizer and its schedule go on with what is left."""
+        """Prune; optimizer and schedule continue with the new parameters."""
         if trainer.current_epoch != self.epoch:
             return
         names, optimizer = {p: name for name, p in module.named_parameters()}, trainer.optimizers[0]
@@ -29,11 +29,11 @@ class Prune(lightning.Callback):
         new = dict(module.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [new[names[p]] for p in group["params"]]
-        group["params"] += [new[name] for name in new.keys() - names.values()]  # biases that repair added
-        # What lost channels is a new parameter and starts without state: the old one's momentum is that of other
-        # channels. A parameter that was left alone is still the same object and keeps its own.
-        for gone in optimizer.state.keys() - new.values():
-            del optimizer.state[gone]
+        group["params"] += [new[name] for name in new.keys() - names.values()]  # biases that compensation added
+        # A pruned parameter is a new object and starts without state: momentum of the old one belongs to other channels.
+        # An unchanged parameter is the same object and keeps its state.
+        for removed in optimizer.state.keys() - new.values():
+            del optimizer.state[removed]
         print(f"epoch {self.epoch}: {sum(p.numel() for p in new.values()):,} parameters left")
 
 
@@ -45,7 +45,7 @@ class Classifier(lightning.LightningModule):
         self.net = DemoNet()
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
-        """Loss of a batch."""
+        """Cross-entropy of a batch."""
         return cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -54,7 +54,7 @@ class Classifier(lightning.LightningModule):
 
 
 def main(epochs: int = 6) -> tuple[lightning.Trainer, float]:
-    """Train, prune halfway, train on; the trainer as it is then, and accuracy."""
+    """Train, prune halfway and continue; returns the trainer and accuracy."""
     lightning.seed_everything(0, verbose=False)
     images, module = load_digits(0, Path()), Classifier()
     loader = DataLoader(TensorDataset(images.train_images, images.train_labels), 64, shuffle=True)

@@ -1,4 +1,4 @@
-"""A pruned network in eight bits: torchao quantises what pruning has left of the linear layers."""
+"""Prune a network of linear layers, and quantise it to 8 bits with torchao."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ def n_bytes(model: nn.Module) -> int:
 
 
 def main(epochs: int = 8) -> dict[str, tuple[int, float]]:
-    """Train, prune, fine-tune, quantise and print; bytes and accuracy by stage."""
+    """Train, prune, fine-tune and quantise; returns size in bytes and accuracy by stage."""
     images = load_digits(0, Path())
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def main(epochs: int = 8) -> dict[str, tuple[int, float]]:
     quantised = copy.deepcopy(model)
     quantize_(quantised, Int8DynamicActivationInt8WeightConfig())
     report("quantised", quantised)
-    # First prune and fine-tune, then quantise: a quantised model can neither be pruned nor trained.
+    # Prune and fine-tune before quantisation: a quantised model can be neither pruned nor trained.
     CoSePPruner(
         model,
         images.train_images[:1],
@@ -45,7 +45,7 @@ def main(epochs: int = 8) -> dict[str, tuple[int, float]]:
         target={"params": 0.2},
         loader=calibration,
         compensate=True,
-        round_to=8,  # widths that kernels for eight bits like
+        round_to=8,  # widths that suit 8-bit kernels
     ).step()
     train(model, images, epochs=2, rate=0.02, seed=1)
     report("pruned", model)

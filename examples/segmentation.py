@@ -1,4 +1,4 @@
-"""An encoder and decoder names the digit of every pixel; a ``target_fn`` makes classes of masks for CoSeP."""
+"""Prune an encoder-decoder that segments digits; a ``target_fn`` derives class labels from masks."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tp_cosep.cli.demo import load_digits
 
 
 class UNet(nn.Module):
-    """Two scales, the coarse one enlarged and read together with the fine one."""
+    """Two scales: coarse features are upsampled and concatenated with fine ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,15 +27,15 @@ class UNet(nn.Module):
 
 
 def image_and_class(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """For ``target_fn=``: a mask ``[height, width]`` has one kind of foreground, and that is its image's class."""
+    """A ``target_fn``: the foreground of a mask ``[height, width]`` is of one class, that of its image."""
     return batch[0], batch[1].flatten(1).amax(1) - 1
 
 
 def main(epochs: int = 10) -> dict[str, tuple[float, float]]:
-    """Train, prune, fine-tune and print; MACs and the share of foreground that is named rightly by stage."""
+    """Train, prune and fine-tune; returns MACs and pixel accuracy on the foreground by stage."""
     torch.manual_seed(0)
     data, model, results = load_digits(0, Path()), UNet(), {}
-    # Background is 0, the ink of a digit 1 + the digit.
+    # 0 is background, 1 + digit the foreground.
     masks = torch.where(data.train_images[:, 0] > 0, 1 + data.train_labels[:, None, None], 0)
     test_masks = torch.where(data.test_images[:, 0] > 0, 1 + data.test_labels[:, None, None], 0)
     loader = list(zip(data.train_images.split(50), masks.split(50), strict=True))
@@ -48,13 +48,13 @@ def main(epochs: int = 10) -> dict[str, tuple[float, float]]:
             optimizer.step()
         is_right = (model(data.test_images).argmax(1) == test_masks)[test_masks > 0]
         results[stage] = tp.utils.count_ops_and_params(model, data.test_images[:1])[0], float(is_right.float().mean())
-        print("{:16} {:10,.0f} MACs, {:.1%} of the ink named rightly".format(stage, *results[stage]))
+        print("{:16} {:10,.0f} MACs, pixel accuracy {:.1%}".format(stage, *results[stage]))
 
     train_and_report("trained", epochs, 3e-3)
-    # Measuring and repair both read the loader's batches.
+    # Statistics and compensation both read the loader with target_fn.
     options = {"loader": loader, "compensate": True, "fit_options": {"target_fn": image_and_class}}
     CoSePPruner(model, data.train_images[:1], ReconstructionSelector(), target={"macs": 0.3}, **options).step()
-    train_and_report("pruned, repaired", 0, 1e-3)
+    train_and_report("pruned, compensated", 0, 1e-3)
     train_and_report("fine-tuned", 2, 1e-3)
     return results
 

@@ -1,4 +1,4 @@
-"""One trained network, three ways to prune it with CoSeP, each fine-tuned for as long."""
+"""Prune one trained network in three ways, each fine-tuned for as long."""
 
 import copy
 
@@ -9,7 +9,7 @@ from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 def main(epochs: int | None = None) -> dict[str, tuple[int, float]]:
-    """Prune, fine-tune and print; parameters and accuracy by way."""
+    """Prune and fine-tune; returns number of parameters and accuracy by pruner."""
     net, images = train_net("digits", seed=0, epochs=epochs)
     example_inputs = images.train_images[:1]
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))

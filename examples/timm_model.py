@@ -1,4 +1,4 @@
-"""A timm network on half of its multiply-accumulates: counts for the whole model, repair, fine-tuning."""
+"""Prune a timm network to half of its multiply-accumulates, with compensation and fine-tuning."""
 
 import copy
 from dataclasses import replace
@@ -14,11 +14,11 @@ from tp_cosep.cli.demo import accuracy, load_digits, train
 
 
 def main(name: str = "test_resnet", epochs: int = 3) -> dict[str, tuple[float, float]]:
-    """Train, prune, fine-tune and print; multiply-accumulates and accuracy by stage."""
+    """Train, prune and fine-tune; returns multiply-accumulates and accuracy by stage."""
     images = load_digits(0, Path())
     images = replace(
         images,
-        train_images=interpolate(images.train_images, 32),  # timm's networks halve their maps five times
+        train_images=interpolate(images.train_images, 32),  # timm's networks downsample five times
         test_images=interpolate(images.test_images, 32),
     )
     example_inputs = images.train_images[:1]
@@ -45,10 +45,10 @@ def main(name: str = "test_resnet", epochs: int = 3) -> dict[str, tuple[float, f
     )
     unpruned = copy.deepcopy(model)
     pruner.step()
-    report("pruned, repaired")
+    report("pruned, compensated")
     train(model, images, epochs=1, rate=0.02, seed=1)
     report("fine-tuned")
-    model = unpruned  # the same epoch without pruning, or the comparison is not fair
+    model = unpruned  # a fair comparison: the same epoch without pruning
     train(model, images, epochs=1, rate=0.02, seed=1)
     report("unpruned, as long")
     return results

@@ -1,4 +1,4 @@
-"""The script that a Torch-Pruning user has: prune a little, fine-tune, repeat. The importance alone is exchanged."""
+"""A Torch-Pruning user's script: prune a little, fine-tune, repeat. Only the importance is replaced."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tp_cosep.cli.demo import accuracy, train, train_net
 
 
 def main(epochs: int | None = None, steps: int = 3) -> dict[str, list[tuple[float, float]]]:
-    """Prune in steps with either importance and print; MACs and accuracy after each step by importance."""
+    """Prune in steps with either importance; returns MACs and accuracy after each step."""
     net, images = train_net("digits", seed=0, epochs=epochs)
     example_inputs = images.train_images[:1]
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
@@ -40,7 +40,7 @@ def main(epochs: int | None = None, steps: int = 3) -> dict[str, list[tuple[floa
         after = []
         for step in range(steps):
             if step and isinstance(importance, Selector):
-                importance.fit(model, calibration)  # what it measured belongs to the layers before the last step
+                importance.fit(model, calibration)  # its statistics are of the layers before the last step
             pruner.step()
             train(model, images, epochs=1, rate=0.03, seed=step)
             n_macs, _ = tp.utils.count_ops_and_params(model, example_inputs)

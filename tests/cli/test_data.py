@@ -96,7 +96,7 @@ def test_folders_for_training_and_testing(tmp_path):
     assert len(set(train)) == len(train) == 36  # six batches of six; the rest is another epoch's
     assert sorted(greys(data.test)[0]) == list(range(8))
     write_pictures(tmp_path / "val" / "e", 1)
-    with pytest.raises(InputError, match=r"expected the same classes in both parts; \['e'\] are in one only"):
+    with pytest.raises(InputError, match=r"expected the same classes in both parts; \['e'\] are in one of them only"):
         load_data(options(f"imagefolder:{tmp_path}"), ANY)
 
 
@@ -187,7 +187,7 @@ def test_chance_goes_on_from_batch_to_batch(monkeypatch):
         ("cifar10:/nowhere", r"add --download to let torchvision fetch it"),
         ("cifar100:/nowhere", r"add --download"),
         ("fashion-mnist:/nowhere", r"add --download"),
-        ("mnist:/nowhere", "expected one of the names that --help lists, or MODULE:FUNCTION"),
+        ("mnist:/nowhere", "expected a name that --help lists, or MODULE:FUNCTION"),
         ("project:make_net", "expected two loaders, for training and testing, got"),
         ("project:one_loader", "expected two loaders"),
         ("project:generators", "expected loaders, got an iterator, which can be read only once"),

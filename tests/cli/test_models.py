@@ -107,7 +107,7 @@ def test_the_command_refuses_a_pickle_in_one_line(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.safetensors", b"nothing", "expected a file of safetensors"),
+        ("a.safetensors", b"nothing", "expected a safetensors file"),
         ("a.pt", b"", r"a\.pt': "),
         ("a.pt", b"nothing", r"a\.pt': "),
         ("a.pt", b"PK\x03\x04 and no more", r"a\.pt': expected a file of torch.save"),
@@ -143,10 +143,10 @@ def test_functions_of_a_project(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("make_net", "expected one of the names that --help lists, or MODULE:FUNCTION"),
-        ("os.system('x'):y", "expected one of the names"),
-        ("nowhere_at_all:make", "there is no module 'nowhere_at_all' here"),
-        ("project.more:make", "there is no module 'project.more' here"),
+        ("make_net", "expected a name that --help lists, or MODULE:FUNCTION"),
+        ("os.system('x'):y", "expected a name that --help lists"),
+        ("nowhere_at_all:make", "no module 'nowhere_at_all' in the working directory"),
+        ("project.more:make", "no module 'project.more' in the working directory"),
         ("project:make", "the module has no function 'make'"),
         ("project:fails", "'project:fails' failed: ZeroDivisionError: of the project"),
         ("project:no_model", "expected an nn.Module, got a int"),

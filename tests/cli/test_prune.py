@@ -185,7 +185,7 @@ def test_dry_run(tmp_path, capsys):
     text = capsys.readouterr().out
     for part in (
         "project:make_mlp: 3,122 parameters",
-        "prune a target of macs=0.5",
+        "prune to a target of macs=0.5",
         "compensate by refitting (one-shot) and BatchNorm re-estimation",
         "fine-tune for 3 epochs (sgd, learning rate 0.01, mixed precision: no, 1 processes on cpu)",
         f"write plan.json, weights.safetensors, manifest.json, summary.json and report.html to {out}",

@@ -89,8 +89,8 @@ class _Recipe:
 
 
 _RECIPES = {
-    # One thread: more are hardly faster on maps this small, much slower on busy cores, and the result does not depend on
-    # the number of cores.
+    # One thread: more are hardly faster on maps this small and much slower on busy cores; nor does the result depend
+    # on the number of cores.
     "digits": _Recipe((64, 64, 128, 128), epochs=8, fine_tune_epochs=2, batch_size=64, n_calibration=2000, threads=1),
     "fashion-mnist": _Recipe((16, 32, 64, 64), epochs=2, fine_tune_epochs=1, batch_size=64, n_calibration=5000),
 }
