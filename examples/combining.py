@@ -33,7 +33,7 @@ def main(epochs: int | None = None) -> dict[str, tuple[int, float]]:
     calibration = list(zip(images.train_images.split(200), images.train_labels.split(200), strict=True))
 
     def taylor_picks(model: nn.Module) -> tp.pruner.BasePruner:
-        # Taylor scores require gradients, here of one batch. CoSeP forms the clusters, Taylor scores choose their members.
+        # Taylor scores require gradients, here of one batch. They choose the kept member of every CoSeP cluster.
         cross_entropy(model(calibration[0][0]), calibration[0][1]).backward()
         selector = CoSePSelector(representative=tp.importance.TaylorImportance()).fit(model, calibration)
         return CoSePPruner(model, example_inputs, selector, pruning_ratio=0.5)

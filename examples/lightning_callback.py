@@ -30,8 +30,8 @@ class Prune(lightning.Callback):
         for group in optimizer.param_groups:
             group["params"] = [new[names[p]] for p in group["params"]]
         group["params"] += [new[name] for name in new.keys() - names.values()]  # biases that compensation added
-        # A pruned parameter is a new object and starts without state: momentum of the old one belongs to other channels.
-        # An unchanged parameter is the same object and keeps its state.
+        # A pruned parameter is a new object and starts without state: the old one's momentum is of other channels. An
+        # unchanged parameter is the same object and keeps its state.
         for removed in optimizer.state.keys() - new.values():
             del optimizer.state[removed]
         print(f"epoch {self.epoch}: {sum(p.numel() for p in new.values()):,} parameters left")

@@ -2,4 +2,4 @@
 
 from tp_cosep.cli.torchvision_shim import import_torchvision
 
-import_torchvision()  # before torch_pruning, which looks for it once
+import_torchvision()  # before torch_pruning, which imports it once

@@ -41,9 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parts = parser.add_subparsers(dest="part", required=True)
-    part = parts.add_parser("train", help="train a network and keep its weights, unless they are there")
+    part = parts.add_parser("train", help="train a network and keep its weights, unless they exist")
     part.add_argument("names", nargs="+", metavar="NETWORK-DATA-SEED", help="such as vgg-cifar10-0")
-    part = parts.add_parser("run", help="prune and measure; what is recorded already is left out")
+    part = parts.add_parser("run", help="prune and measure, except for what is recorded already")
     part.add_argument("names", nargs="+", metavar="NETWORK-DATA-SEED")
     part.add_argument("--methods", default=",".join(METHODS).replace(", ", "; "), help="separated by commas")
     part.add_argument("--amounts", default="half", help="half, 2x, knee, or each: half of one group at a time")
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train what is not trained yet."""
+    """Train networks that have no checkpoint yet."""
     for name in args.names:
         network, rest = name.split("-", 1)
         data, seed = rest.rsplit("-", 1)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def latency(args: argparse.Namespace) -> None:
-    """Time pruned networks, and keep the times in place of older ones."""
+    """Time pruned networks, and replace older times."""
     target = RECORDS / "latency.jsonl"
     old = [json.loads(line) for line in target.read_text().splitlines()] if target.is_file() else []
     for name in args.names:

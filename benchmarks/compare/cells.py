@@ -1,4 +1,4 @@
-"""One cell of the comparison: prune a trained network in one way, compensation it, fine-tune it, and measure."""
+"""One cell of the comparison: prune a trained network, compensate, fine-tune, and measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import nn
 
 from benchmarks.compare.data import Images
-from benchmarks.compare.methods import GLOBAL, LAYER_BY_LAYER, SHARED_OUT, importance
+from benchmarks.compare.methods import GLOBAL, LAYER_BY_LAYER, ALLOCATED, importance
 from benchmarks.compare.networks import build
 from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
 from tp_cosep import Compensator, CoSePPruner, recalibrate
@@ -24,26 +24,26 @@ from tp_cosep.selection.selector import ratio_for
 __all__ = ["COMPENSATIONS", "FINE_TUNING", "Cell", "Records", "checkpoint", "groups_of", "measure", "ratio_for_speedup"]
 
 COMPENSATIONS = ("none", "one-shot", "sequential")
-#: How pruned networks are fine-tuned, whatever selected them.
+#: How pruned networks are fine-tuned, for all selections.
 FINE_TUNING = Recipe(epochs=1, rate=0.05, warm_up=0.1)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What identifies a measurement.
+    """The identity of a measurement.
 
     Attributes:
-        network: Its name.
-        data: The data set.
-        seed: Of the trained network, the calibration data, the random selection and the fine-tuning.
+        network: Name of the network.
+        data: Name of the data set.
+        seed: Seed of the calibration data, of random selection and of fine-tuning.
         amount: ``"half"`` of the channels of every layer; ``"half of NAME"``, of one group alone; a speed-up in MACs
-            such as ``"2x"``, reached by one ratio for all layers unless the method ranks or shares out over layers; or
+            such as ``"2x"``, reached by one ratio for all layers unless the method ranks or allocates over layers; or
             ``"knee"``, the selection's own counts.
-        method: The selection.
+        method: Name of the selection.
         compensation: One of :data:`COMPENSATIONS`.
-        recalibrated: Whether BatchNorm statistics were estimated anew.
-        epochs: Of fine-tuning.
-        n_calibration: Images that selection and compensation look at.
+        recalibrated: Whether BatchNorm statistics were re-estimated.
+        epochs: Epochs of fine-tuning.
+        n_calibration: Number of images for selection and compensation.
         base: Index of the trained network.
     """
 
@@ -60,7 +60,7 @@ class Cell:
 
 
 class Records:
-    """Raw results, one JSON object a line; what is there is not measured again."""
+    """Raw results, one JSON object per line; a recorded cell is not measured again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +77,7 @@ class Records:
         return iter(self._known.items())
 
     def add(self, cell: Cell, **values: Any) -> None:
-        """Keep a result."""
+        """Append a result."""
         record = {"cell": asdict(cell), **values}
         self._known[cell] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,23 +87,23 @@ class Records:
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The classifier, which keeps its outputs."""
+    """The classifier, whose outputs are kept."""
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
 
 
 def ratio_for_speedup(
     model: nn.Module, x: torch.Tensor, speedup: float, make: Callable[[nn.Module, float], Any] | None = None
 ) -> float:
-    """The pruning ratio at which the MACs of a model fall by a factor.
+    """The pruning ratio that divides the MACs of a model by a factor.
 
     Args:
-        model: The model.
-        x: An input.
-        speedup: The factor.
-        make: ``make(model, ratio)`` is the pruner; by default one with the same ratio in all layers.
+        model: The model, which is not changed.
+        x: Inputs of one sample.
+        speedup: MACs before over MACs after.
+        make: ``make(model, ratio)`` returns a pruner; by default one with the same ratio in all layers.
 
     Returns:
-        The ratio.
+        The ratio, in [0, 0.95].
     """
     before = tp.utils.count_ops_and_params(model, x)[0]
     low, high = 0.0, 0.95
@@ -125,7 +125,7 @@ def ratio_for_speedup(
 def pruner_for(
     cell: Cell, model: nn.Module, imp: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[Any, float]:
-    """The stock pruner that prunes a model as a cell says, and the ratio it was given."""
+    """The stock pruner of a cell, and its ratio."""
     x, head = batches[0][0][:1], [head_of(model)]
     if cell.amount == "half":
         return tp.pruner.BasePruner(model, x, imp, pruning_ratio=0.5, ignored_layers=head), 0.5
@@ -138,13 +138,13 @@ def pruner_for(
             model, x, imp, pruning_ratio=0.0, pruning_ratio_dict=counts, ignored_layers=head
         ), 0.0
     speedup = float(cell.amount.removesuffix("x"))
-    if cell.method in SHARED_OUT:
-        # The counts alone: which channels fill them is the importance's business.
+    if cell.method in ALLOCATED:
+        # The counts alone: the importance of the cell selects the channels.
         dry = deepcopy(model)
-        selector = importance(SHARED_OUT[cell.method], dry, batches)
-        shared = CoSePPruner(dry, x, selector, target={"macs": 1 / speedup}, ignored_layers=[head_of(dry)])
-        shared.step()
-        chosen = [(model.get_submodule(e.name), e.selection) for e in shared.plan if e.selection is not None]
+        selector = importance(ALLOCATED[cell.method], dry, batches)
+        allocated = CoSePPruner(dry, x, selector, target={"macs": 1 / speedup}, ignored_layers=[head_of(dry)])
+        allocated.step()
+        chosen = [(model.get_submodule(e.name), e.selection) for e in allocated.plan if e.selection is not None]
         counts = {layer: ratio_for(len(s.keep_idxs), s.n_channels) for layer, s in chosen}
         return tp.pruner.BasePruner(
             model, x, imp, pruning_ratio=0.0, pruning_ratio_dict=counts, ignored_layers=head
@@ -165,7 +165,7 @@ def pruner_for(
 
 
 def groups_of(network: str, images: Images) -> list[str]:
-    """Names of the groups of a network that can be pruned, in the order in which they run."""
+    """Names of the prunable groups of a network, in the order in which they run."""
     model = build(network, int(images.train_labels.max()) + 1, images.train.shape[1])
     x = images.standardised(images.test[:1])
     graph = tp.DependencyGraph().build_dependency(model, x)
@@ -178,7 +178,7 @@ def groups_of(network: str, images: Images) -> list[str]:
 def layer_by_layer(
     cell: Cell, model: nn.Module, images: Images, batches: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> Any:
-    """The pruner that prunes group after group, with an equal part of the fine-tuning after each."""
+    """A pruner that prunes group by group, with an equal part of the fine-tuning after each."""
     x, head = batches[0][0][:1], [head_of(model)]
     recipe = Recipe(**{**asdict(FINE_TUNING), "epochs": cell.epochs / len(groups_of(cell.network, images))})
     return CoSePPruner(
@@ -197,10 +197,10 @@ def layer_by_layer(
 
 
 def measure(cell: Cell, images: Images, records: Records) -> None:
-    """Measure a cell with and without recalibration (without fine-tuning), or with it and fine-tuned."""
+    """Measure a cell with and without BatchNorm re-estimation, or with it if the cell is fine-tuned."""
     without, with_ = (Cell(**{**asdict(cell), "recalibrated": r}) for r in (False, True))
-    wanted = [with_] if cell.epochs or cell.method == "unpruned" else [without, with_]
-    if all(c in records for c in wanted):
+    cells = [with_] if cell.epochs or cell.method == "unpruned" else [without, with_]
+    if all(c in records for c in cells):
         return
     model = trained(cell.network, images, cell.base)
     batches = images.calibration(cell.n_calibration, cell.seed)
@@ -223,13 +223,13 @@ def measure(cell: Cell, images: Images, records: Records) -> None:
     imp = importance(cell.method, model, batches)
     seconds = {"measure": time.perf_counter() - start}
     pruner, ratio = pruner_for(cell, model, imp, batches)
-    compensation = None
+    compensator = None
     if cell.compensation != "none":
-        compensation = Compensator(model, x, mode=cell.compensation).fit(batches, progress=False)
+        compensator = Compensator(model, x, mode=cell.compensation).fit(batches, progress=False)
     start = time.perf_counter()
     for group in pruner.step(interactive=True):
-        if compensation is not None:
-            compensation(group)
+        if compensator is not None:
+            compensator(group)
         group.prune()
     seconds["prune"] = time.perf_counter() - start
     after = tp.utils.count_ops_and_params(model, x)

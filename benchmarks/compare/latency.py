@@ -1,4 +1,4 @@
-"""How much of a ratio in MACs arrives as time: the same network unpruned and pruned, timed in turns."""
+"""Speed-up in time against that in MACs: a network and its pruned copy, timed in turns."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["measure_latency"]
 
 @torch.no_grad()
 def _times(models: list[nn.Module], x: Tensor, n_rounds: int) -> list[float]:
-    """Median seconds of one forward pass of each, the models taking turns."""
+    """Median seconds of a forward pass of each model, taken in turns."""
     times: list[list[float]] = [[] for _ in models]
     for i in range(n_rounds + 3):
         for model, seconds in zip(models, times, strict=True):
             start = time.perf_counter()
             model(x)
-            if i >= 3:  # the first ones warm up
+            if i >= 3:  # the first rounds are for warming up
                 seconds.append(time.perf_counter() - start)
     return [statistics.median(t) for t in times]
 
@@ -34,13 +34,13 @@ def _times(models: list[nn.Module], x: Tensor, n_rounds: int) -> list[float]:
 def measure_latency(network: str, images: Images, speedup: float, n_rounds: int = 25) -> list[dict[str, Any]]:
     """Time a network against itself with all layers pruned by one ratio, as is and with counts rounded to 8.
 
-    Which channels stay does not matter for time: L1 chooses.
+    Time does not depend on which channels are kept: L1 selects them.
 
     Args:
-        network: A trained network; BatchNorm is folded into the convolutions by nobody.
-        images: The data.
-        speedup: Of the MACs, before rounding.
-        n_rounds: Passes of each.
+        network: Name of a trained network; BatchNorm is not folded into convolutions.
+        images: The data set.
+        speedup: MACs before over MACs after, before rounding.
+        n_rounds: Timed passes of each model.
 
     Returns:
         One record per rounding and batch size.

@@ -1,4 +1,4 @@
-"""Selections to compare: every one a Torch-Pruning importance, so that all go through the same pruner."""
+"""Selections to compare. Each is a Torch-Pruning importance, so that all run in the same pruner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "METHODS",
     "RETIRED",
     "RETIRED_VARIANTS",
-    "SHARED_OUT",
+    "ALLOCATED",
     "VARIANTS",
     "importance",
 ]
@@ -30,7 +30,7 @@ _Batches = list[tuple[Tensor, Tensor]]
 
 
 class _PerMember(tp.importance.Importance):
-    """Scores of the layers that make a group's channels, each scaled to mean 1, averaged."""
+    """Scores of a group's producers, each scaled to mean 1, averaged."""
 
     def score(self, layer: nn.Module) -> Tensor | None:
         """Scores ``[channels]`` of one layer; ``None`` if it has none."""
@@ -57,7 +57,7 @@ class Fpgm(_PerMember):
     """
 
     def score(self, layer: nn.Module) -> Tensor | None:
-        """Sum of distances between a filter and all others."""
+        """Sum of the distances between a filter and all others."""
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             return None
         filters = layer.weight.flatten(1)
@@ -67,7 +67,7 @@ class Fpgm(_PerMember):
 class DiagonalHessian(_PerMember):
     """½ Σ w² E[g²] over a filter's weights: Optimal Brain Damage with the empirical Fisher diagonal.
 
-    Torch-Pruning's own forgets all samples but the last.
+    Torch-Pruning's own uses the last sample alone.
     """
 
     def __init__(self, model: nn.Module, batches: _Batches, n_samples: int = 200) -> None:
@@ -84,7 +84,7 @@ class DiagonalHessian(_PerMember):
         self._squares = squares
 
     def score(self, layer: nn.Module) -> Tensor | None:
-        """½ Σ w² E[g²]."""
+        """½ Σ w² E[g²] by filter."""
         if layer not in self._squares:
             return None
         return (layer.weight**2 * self._squares[layer]).flatten(1 if layer.weight.dim() > 1 else 0).reshape(
@@ -100,7 +100,10 @@ def _taylor(model: nn.Module, batches: _Batches) -> Any:
 
 
 class CorrelationSelector(ReconstructionSelector):
-    """k-medoids on 1 − |ρ|, ρ the correlation of two channels in their consumers' inputs; labels are not looked at."""
+    """k-medoids on 1 − |ρ|, ρ the correlation of two channels in their consumers' inputs; no labels are used.
+
+    A user's own criterion takes as much: a subclass that selects by other distances.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(class_weight=0, **options)
@@ -140,11 +143,11 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
 }
 #: Selections over all layers together: channels are ranked for one ratio.
 GLOBAL = {"l2, global": "l2", "lamp, global": "lamp", "bn-scale, global": "bn-scale", "taylor, global": "taylor"}
-#: The papers' schedule: group after group, measured anew and fine-tuned in between; counts shared out by the selector.
+#: The papers' schedule: group by group, statistics collected again and fine-tuning in between; allocated counts.
 LAYER_BY_LAYER = ("joint, layer by layer", "cosep, layer by layer")
-#: Selections with the counts that a selector shares out between layers for a target in MACs, and that selector.
-SHARED_OUT = {"joint, shared out": "joint", "l2, counts of joint": "joint"}
-#: Changes of one option, to see what it decides.
+#: Selections with the counts that a selector allocates to layers for a target in MACs, and that selector.
+ALLOCATED = {"joint, shared out": "joint", "l2, counts of joint": "joint"}
+#: Changes of one option.
 VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "cosep, 1 cell": _cosep(spatial=1),
     "cosep, 8 × 8 cells": _cosep(spatial=8),
@@ -161,7 +164,7 @@ VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
 }
 
 
-#: Selections that the package has no more, and changes of one option; their records are still in the tables.
+#: Former selections and variants, of which the tables show the records.
 RETIRED = ("class-means",)
 RETIRED_VARIANTS = (
     "cosep, GB-AFS silhouette",
@@ -172,7 +175,7 @@ RETIRED_VARIANTS = (
 
 
 def importance(name: str, model: nn.Module, batches: _Batches) -> Any:
-    """An importance for a model, with what it needs measured on calibration data."""
+    """An importance for a model, fitted to calibration data."""
     name = GLOBAL.get(name, name)
     for suffix in (", shared out", ", counts of joint", ", layer by layer"):
         name = name.removesuffix(suffix)

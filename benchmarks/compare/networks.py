@@ -17,7 +17,7 @@ def _conv_bn(n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: in
 
 
 def vgg(widths: Sequence[int], n_classes: int, in_channels: int) -> nn.Module:
-    """Convolutions with BatchNorm and ReLU, maps halved after every second one; one linear layer."""
+    """Convolutions with BatchNorm and ReLU, pooling after every second one; one linear layer."""
     layers: list[nn.Module] = []
     for i, width in enumerate(widths):
         layers += [*_conv_bn(in_channels, width), nn.ReLU()]
@@ -110,7 +110,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "vgg16": lambda c, i: vgg16(c, i),
     "resnet20": lambda c, i: resnet(20, c, i),
     "resnet56": lambda c, i: resnet(56, c, i),
-    # The same, trained at full length.
+    # The same networks, fully trained.
     "resnet20_full": lambda c, i: resnet(20, c, i),
     "resnet56_full": lambda c, i: resnet(56, c, i),
     "mobilenetv2": mobilenet_v2,
