@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import nn
 
 from benchmarks.compare.data import Images
-from benchmarks.compare.methods import GLOBAL, LAYER_BY_LAYER, ALLOCATED, importance
+from benchmarks.compare.methods import ALLOCATED, GLOBAL, LAYER_BY_LAYER, importance
 from benchmarks.compare.networks import build
 from benchmarks.compare.training import Recipe, accuracy, checkpoint, train, trained
 from tp_cosep import Compensator, CoSePPruner, recalibrate

@@ -16,12 +16,12 @@ from tp_cosep.functional import select_channels
 from tp_cosep.graph.groups import GroupView, read_group
 
 __all__ = [
+    "ALLOCATED",
     "GLOBAL",
     "LAYER_BY_LAYER",
     "METHODS",
     "RETIRED",
     "RETIRED_VARIANTS",
-    "ALLOCATED",
     "VARIANTS",
     "importance",
 ]

@@ -1,4 +1,4 @@
-"""Everything in ``docs/results.md`` from the raw records."""
+"""``docs/results.md`` from the raw records."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _percent(values: list[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are some."""
+    """Mean, and the standard deviation over several seeds."""
     if not values:
         return ""
     mean = f"{100 * statistics.mean(values):.1f}"
@@ -84,9 +84,9 @@ def _half_table(rows: list[_Row]) -> str:
 
 
 def _aim(network: str, data: str, rows: list[_Row], compensation: str) -> list[object] | None:
-    """Points lost after a compensation by ours and by the best other selection, on the seeds that joint has.
+    """Points of accuracy lost by ours and by the best other selection, on the seeds of joint.
 
-    One-shot compensation is followed by new statistics; sequential compensation does not need them.
+    One-shot compensation is followed by BatchNorm re-estimation, sequential compensation is not.
 
     Returns:
         A row of the table; ``None`` if too few selections were measured.
@@ -121,7 +121,7 @@ def _fine_tuned_table(rows: list[_Row]) -> str:
     pruned = [r for r in rows if r[0].method != "unpruned"]
     columns = sorted({(c.amount, c.epochs, c.compensation) for c, _ in pruned})
     found = _by_method(pruned, lambda c: (c.amount, c.epochs, c.compensation))
-    # As long a fine-tuning of what was not pruned is the same whatever compensations the others.
+    # The unpruned network, fine-tuned as long, belongs in the columns of every compensation.
     unpruned = {(c.amount, c.epochs, c.seed): r["accuracy"] for c, r in rows if c.method == "unpruned"}
     for column in columns:
         if accuracies := [a for (*key, _), a in unpruned.items() if tuple(key) == column[:2]]:
@@ -153,7 +153,7 @@ def _equal_macs_table(rows: list[_Row]) -> str:
         macs[cell.method, cell.amount].append(record["macs"])
 
     def best(m: str) -> float:
-        """At the speed-up that all selections have: the mean, with or without new statistics."""
+        """Mean accuracy at the speed-up that all selections have, with or without re-estimation, the better one."""
         at = "2x" if (m, "2x") in macs else amounts[0]
         return max(statistics.mean(found[m][at, r]) for r in (False, True) if found[m].get((at, r)))
 
@@ -171,7 +171,7 @@ def _equal_macs_table(rows: list[_Row]) -> str:
 
 
 def _groups_table(rows: list[_Row]) -> str:
-    """What is lost where a single group loses half of its channels."""
+    """Points of accuracy lost if half of a single group is pruned."""
     rows = [
         r
         for r in rows
@@ -204,9 +204,9 @@ def _own_counts_table(rows: list[_Row]) -> str:
 
 
 def _variants_table(rows: list[_Row]) -> str:
-    wanted = [*VARIANTS, *RETIRED_VARIANTS, "cosep", "joint", "class-means", "correlation"]
+    shown = [*VARIANTS, *RETIRED_VARIANTS, "cosep", "joint", "class-means", "correlation"]
     rows = [
-        r for r in rows if r[0].amount == "half" and r[0].compensation == "one-shot" and r[0].method in wanted
+        r for r in rows if r[0].amount == "half" and r[0].compensation == "one-shot" and r[0].method in shown
         and r[0].n_calibration == 1000 and r[0].seed == 0
     ]  # fmt: skip
     if not any(c.method in (*VARIANTS, *RETIRED_VARIANTS) for c, _ in rows):
@@ -261,11 +261,11 @@ def results_page(folder: Path, introduction: str) -> str:
     """The page as Markdown.
 
     Args:
-        folder: Of the records.
-        introduction: What comes first: what was done, and what it says.
+        folder: Folder of the records.
+        introduction: The first part of the page.
 
     Returns:
-        The text.
+        Markdown.
     """
     records = _records(folder)
     trained = sorted({(c.network, c.data, c.base) for rows in records.values() for c, _ in rows})
@@ -280,10 +280,10 @@ def results_page(folder: Path, introduction: str) -> str:
     parts.append("![accuracy by selection](results.png)")
     for (network, data), rows in records.items():
         parts += [f"### {network}, {data}", _half_table(rows)]
-    parts.append("### What is lost, against the best other selection")
+    parts.append("### Lost accuracy, against the best other selection")
     parts.append(
-        "Points of accuracy, mean over the seeds that joint has; of the others those that were measured with all of "
-        "these. The aim is a last column of 0.5 or less."
+        "Points of accuracy, mean over the seeds of joint; other selections count if they were measured with all of "
+        "these. The aim is 0.5 or less in the last column."
     )
     header = [
         "network",
@@ -314,23 +314,27 @@ def results_page(folder: Path, introduction: str) -> str:
 _SECTIONS = (
     (
         "## At equal MACs, no fine-tuning",
-        "One-shot compensation without and with recalibration; in brackets how many times fewer MACs. One ratio for "
-        "all layers, but for "
-        '*global* (ranked over layers, at most nine tenths of a layer go), *shared out* (`target={"macs": …}`) and '
-        "*counts of joint* (what joint shared out, filled by another selection).",
+        "One-shot compensation without / with BatchNorm re-estimation; in brackets MACs before over after. One ratio "
+        "for all layers, except for *global* (ranked over layers, at most nine tenths of a layer pruned), *shared out* "
+        '(counts allocated by `target={"macs": …}`) and *counts of joint* (the counts allocated for joint, filled by '
+        "another selection).",
         _equal_macs_table,
     ),
     (
         "## Which layers",
-        "Points of accuracy lost where a single group loses half of its channels and all others stay whole; one-shot "
-        "compensation, without recalibration, which costs more than it brings where so little goes.",
+        "Points of accuracy lost if half of a single group is pruned and nothing else; one-shot compensation without "
+        "BatchNorm re-estimation, which costs more than it gains where so little is pruned.",
         _groups_table,
     ),
-    ("## The selections' own counts", "What a knee gives; one-shot compensation and recalibration.", _own_counts_table),
+    (
+        "## The selections' own counts",
+        "Counts at the knee; one-shot compensation and BatchNorm re-estimation.",
+        _own_counts_table,
+    ),
     (
         "## After fine-tuning",
-        "*Layer by layer*: as the papers do, a group at a time, measured anew and fine-tuned in between, as long in "
-        "all.",
+        "*Layer by layer*: the papers' schedule, group by group with statistics collected again and fine-tuning in "
+        "between, as long in total.",
         _fine_tuned_table,
     ),
     ("## One option at a time", "", _variants_table),
@@ -339,8 +343,8 @@ _SECTIONS = (
 
 _PAPERS_SAY = (
     "From arXiv 2505.13225, top-1 before and after. They are not comparable with the tables above: the papers train "
-    "full-size networks to the end, prune layer by layer, and fine-tune two epochs after every layer; here networks "
-    "are smaller and trained for a few epochs, and pruned at once."
+    "full-size networks fully, prune layer by layer, and fine-tune two epochs after every layer; here, networks are "
+    "smaller, trained for a few epochs, and pruned at once."
 )
 
 
@@ -376,7 +380,7 @@ def plot_results(folder: Path, target: Path) -> None:
         ax.tick_params(labelsize=8)
         ax.set_xlabel("test accuracy, %  (dotted: unpruned)", fontsize=8)
     fig.suptitle(
-        "Half of every layer, one-shot compensation + BN: what readers need (blue), CoSeP (orange), others (grey)",
+        "Half of every layer, one-shot compensation + BN: reconstruction (blue), CoSeP (orange), others (grey)",
         fontsize=10,
     )
     fig.tight_layout()
