@@ -1,10 +1,10 @@
-"""The matrix of architectures: what is pruned of each family, what is not and why, and what selecting costs.
+"""The matrix of architectures: pruned and skipped groups of each family, and the cost of selection.
 
     python benchmarks/architectures.py run [PATTERN ...]   # e.g. 'timm:*vit*'; writes benchmarks/architectures.json
     python benchmarks/architectures.py table               # docs/architectures.md from that file
 
-Every family runs in a process of its own, under a time limit, and a run goes on where an earlier one stopped; name
-patterns to run families again. The families and their inputs are in tests/architectures.py, the checks in
+Every family runs in a process of its own, with a time limit. A run continues an earlier one; patterns run families
+again. The families and their inputs are in tests/architectures.py, the checks in
 tests/matrix.py.
 """
 
@@ -37,12 +37,12 @@ from tp_cosep import attention_heads  # noqa: E402
 RECORDS = ROOT / "benchmarks" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
 LIMIT = 600
-#: Of Torch-Pruning 1.6.1 with torch 2.13, found by reading it where a family failed.
+#: Causes of failures in Torch-Pruning 1.6.1 with torch 2.13.
 CAUSES = [
     "- *More channels than the layer has; shapes that do not fit; group building without end; division by zero",
     "  while tracing:* the reshape rule asks a view for `_saved_self_sizes`, which torch calls",
     "  `_saved_self_sym_sizes`; so its check of the number of dimensions never runs, any view may be taken for a",
-    "  flattening, and channels are multiplied on every pass. The offsets of `chunk` take an old way likewise.",
+    "  flattening, and channels are multiplied on every pass. The offsets of `chunk` use an outdated attribute, too.",
     "- *More channels than the layer has* also where something with one channel, or one entry per head or token, is",
     "  multiplied onto all channels: elementwise operations are taken to join equal channels.",
     "- *Division by zero while grouping:* every expansion of a 5-d tensor is taken for grouped-query attention.",
@@ -54,7 +54,7 @@ CAUSES = [
 
 
 def record(architecture: Architecture) -> dict[str, Any]:
-    """Prune a family automatically and at 50 %, check both, and time what selecting adds to a stock pruner."""
+    """Prune a family automatically and at 50 %, check both, and time selection against a stock pruner."""
     model, selector, x = fit(architecture)
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     for name, ratio in (("automatic", None), ("half", 0.5)):
@@ -67,7 +67,7 @@ def record(architecture: Architecture) -> dict[str, Any]:
 
 
 def timed(architecture: Architecture, model: Any, selector: Any, x: torch.Tensor) -> dict[str, float] | None:
-    """Seconds of CPU time that a stock pruner takes to trace and prune half, with random scores and with ours."""
+    """CPU time in seconds of a stock pruner that prunes half, with random scores and with a selector."""
 
     def stock(importance: Any) -> float:
         net = copy.deepcopy(model)
@@ -87,7 +87,7 @@ def timed(architecture: Architecture, model: Any, selector: Any, x: torch.Tensor
     try:
         without = stock(tp.importance.RandomImportance())
         return {"without": round(without, 3), "with": round(stock(selector), 3)}
-    except Exception as error:  # what the stock pruner cannot prune has no time to compare with
+    except Exception as error:  # no comparison where the stock pruner fails
         print(f"  stock pruner: {type(error).__name__}: {error}")
         return None
 
@@ -101,8 +101,8 @@ def run(patterns: list[str]) -> None:
     """Run the families that match, or those without a record."""
     for architecture in ARCHITECTURES:
         key, records = architecture.key, load()
-        wanted = any(fnmatch(key, p) for p in patterns) if patterns else key not in records
-        if not wanted or architecture.unprunable:
+        is_due = any(fnmatch(key, p) for p in patterns) if patterns else key not in records
+        if not is_due or architecture.unprunable:
             continue
         print(key, flush=True)
         command = [sys.executable, __file__, "one", key]
@@ -119,7 +119,7 @@ def run(patterns: list[str]) -> None:
 
 
 def load() -> dict[str, Any]:
-    """The records so far."""
+    """The existing records."""
     records: dict[str, Any] = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else {}
     return records
 
@@ -138,16 +138,15 @@ def table() -> str:
         f"{len(known)} families of torchvision and timm, one small member of each with random weights and small",
         "inputs (large ones with fewer equal blocks in a row), were measured on eight samples and pruned",
         "automatically and at 50 %, with",
-        '`on_failure="skip"` and `CoSePSelector`. In every row it was checked that each layer of each pruned',
-        "group lost exactly the",
-        "chosen channels, that the model runs forward and backward afterwards, and that the plan, applied to a fresh",
-        "copy, gives bit-equal weights.",
+        '`on_failure="skip"` and `CoSePSelector`. In every row it was checked that exactly the selected channels were',
+        "removed from each layer of each pruned group, that the model runs forward and backward afterwards, and that",
+        "the plan, applied to a fresh copy, gives bit-equal weights.",
         "",
         f"- **{len(whole)}** are pruned in all their groups.",
         f"- **{len(known) - len(whole)}** are pruned but for some groups, named below with the reason.",
         f"- **{sum(a.unprunable is not None for a in ARCHITECTURES)}** cannot be pruned at all.",
         "",
-        "Selecting takes CPU time beside what the stock pruner needs to trace and prune half of the same model. Over",
+        "Selection takes CPU time in addition to the stock pruner's, which traces and prunes half of the same model. Over",
         f"the {len(ratios)} families that the stock pruner can prune too, the ratio is",
         f"{statistics.median(ratios):.1f} in the median, {ratios[len(ratios) // 10]:.1f} and",
         f"{ratios[-len(ratios) // 10]:.1f} at the outer tenths. (Inputs are tiny here, so tracing is quick; the aim is",
@@ -165,7 +164,7 @@ def table() -> str:
         note = " (some layers ignored)" if a.ignored else ""
         sizes = f"{a.size} | {r['parameters'] / 1e6:.1f} M | {half['share']:.0%}"
         lines.append(f"| {a.key}{note} | {sizes} | {half['pruned']} | {n_left} | {ratio} |")
-    lines += ["", "## What is left alone, and why", ""]
+    lines += ["", "## Groups left alone, and why", ""]
     for a, r in known:
         if a.ignored:
             patterns = ", ".join(f"`{p}`" for p in a.ignored)
@@ -173,13 +172,13 @@ def table() -> str:
         for reason, n in Counter(short(reason) for reason in r["half"]["left"].values()).most_common():
             lines.append(f"- **{a.key}**: {n} group{'s' * (n > 1)}: {reason}")
     lines += ["", "## Causes upstream", "", *CAUSES]
-    lines += ["", "## What cannot be pruned at all", ""]
+    lines += ["", "## Families that cannot be pruned", ""]
     lines += [f"- **{a.key}**: {a.unprunable}." for a in ARCHITECTURES if a.unprunable]
     return "\n".join(lines) + "\n"
 
 
 def short(reason: str) -> str:
-    """A reason without the names of layers and the advice, so that like ones count together."""
+    """A reason without names of layers and advice, so that equal ones are counted together."""
     reason = reason.replace("\n", " ").removeprefix("cannot be pruned: ")
     if reason.startswith("layer '") and "': " in reason:
         reason = reason.split("': ", 1)[1]

@@ -1,4 +1,4 @@
-"""CIFAR-10 and Fashion-MNIST as byte tensors, from wherever they can be had."""
+"""CIFAR-10 and Fashion-MNIST as byte tensors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ class Images:
     """A data set in memory.
 
     Attributes:
-        name: Of the data set.
-        train: ``[n, channels, height, width]`` uint8; the last tenth is held out (:attr:`validation`) where something
-            has to be decided.
+        name: Name of the data set.
+        train: ``[n, channels, height, width]`` uint8; the last tenth is the validation part.
         train_labels: ``[n]`` int64.
-        test: ``[m, channels, height, width]`` uint8. Only final accuracies look at it.
+        test: ``[m, channels, height, width]`` uint8, for final accuracies alone.
         test_labels: ``[m]`` int64.
     """
 
@@ -47,12 +46,12 @@ class Images:
         object.__setattr__(self, "_deviation", deviation)
 
     def standardised(self, x: Tensor) -> Tensor:
-        """Float images of zero mean and unit deviation over the training part, channels last in memory."""
+        """Float images, standardised over the training part, channels last in memory."""
         x = (x.float() / 255 - self._mean) / self._deviation  # type: ignore[attr-defined]
         return x.contiguous(memory_format=torch.channels_last)
 
     def calibration(self, n: int, seed: int, batch: int = 250) -> list[tuple[Tensor, Tensor]]:
-        """Batches of ``n`` training images, as many of every class, drawn by ``seed``."""
+        """Batches of ``n`` random training images, equally many of each class."""
         generator = torch.Generator().manual_seed(seed)
         n_classes = int(self.train_labels.max()) + 1
         per_class = -(-n // n_classes)
@@ -60,7 +59,7 @@ class Images:
         for c in range(n_classes):
             of_class = (self.train_labels == c).nonzero()[:, 0]
             chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:per_class]])
-        # In turn, so that any first part of them holds all classes.
+        # Classes take turns, so that the first images are of all classes.
         idxs = torch.stack(chosen, 1).flatten()[:n]
         return [(self.standardised(self.train[i]), self.train_labels[i]) for i in idxs.split(batch)]
 
@@ -77,15 +76,15 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cut_out(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Images with a square of zeros, the mean of standardised pixels, at a random place (DeVries & Taylor, 2017).
+    """Cutout: set a random square to zero, the mean of standardised pixels (DeVries & Taylor, 2017).
 
     Args:
         x: ``[n, channels, height, width]``.
-        side: Of the square, in pixels; the part outside the image is lost.
-        generator: Of the places of the centres.
+        side: Side of the square in pixels; it may extend beyond the image.
+        generator: Random generator of the positions.
 
     Returns:
-        The images, a copy.
+        ``[n, channels, height, width]``, a copy.
     """
     n, _, h, w = x.shape
     y0 = torch.randint(0, h, (n, 1), generator=generator) - side // 2
@@ -103,7 +102,7 @@ def load(name: str, folder: Path) -> Images:
         The images.
 
     Raises:
-        FileNotFoundError: If it cannot be had, with what to do.
+        FileNotFoundError: If it cannot be downloaded.
     """
     return DATA[name](folder)
 

@@ -27,12 +27,12 @@ class Recipe:
     Attributes:
         epochs: Passes over the training images.
         rate: The highest learning rate.
-        warm_up: Share of the steps until it is reached.
+        warm_up: Share of the steps until the highest learning rate.
         batch: Images per step.
-        momentum: Of SGD.
-        weight_decay: Of all parameters.
-        label_smoothing: Share of the target that all classes have in equal parts, in [0, 1).
-        cutout: Side of the square of every image that is blanked out, in pixels; 0 for none.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of all parameters.
+        label_smoothing: Share of the target that is uniform over classes, in [0, 1).
+        cutout: Side of the masked square of every image, in pixels; 0 for none.
     """
 
     epochs: float
@@ -52,10 +52,10 @@ def train(
 
     Args:
         model: The network; left in eval mode.
-        images: The data; only the training part is looked at.
-        recipe: How.
-        seed: Of the order of the images and their augmentation.
-        state_path: Where to keep the state after every epoch; a run that was interrupted goes on from there.
+        images: The data set, of which the training part is used.
+        recipe: Epochs, learning rate and regularisation.
+        seed: Seed of the order of the images and of their augmentation.
+        state_path: File for the state after every epoch; an interrupted run continues from it.
         log: Print a line after every epoch.
     """
     n = len(images.train)
@@ -77,7 +77,7 @@ def train(
     device = next(model.parameters()).device
     per_epoch, start = -(-n // recipe.batch), time.perf_counter()
     while step < n_steps:
-        # The order is a function of the seed and the epoch alone, so that a resumed run sees what it would have seen.
+        # The order depends on seed and epoch alone, so that a resumed run is the same as an uninterrupted one.
         generator = torch.Generator().manual_seed(1000 * seed + step // per_epoch)
         total = torch.zeros((), device=device)
         for idxs in torch.randperm(n, generator=generator).split(recipe.batch)[: n_steps - step]:
@@ -106,13 +106,13 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, part: str = "test", batch: int = 500) -> float:
-    """Share of images whose label is the arg max of the output.
+    """Top-1 accuracy.
 
     Args:
         model: The network, in eval mode.
-        images: The data.
+        images: The data set.
         part: ``"test"``, or ``"validation"``, the last tenth of the training images.
-        batch: Images at once.
+        batch: Images per forward pass.
 
     Returns:
         The share, in [0, 1].
@@ -130,7 +130,7 @@ def accuracy(model: nn.Module, images: Images, part: str = "test", batch: int = 
 
 
 def checkpoint(network: str, data: str, seed: int) -> Path:
-    """Where the weights of a trained network are kept."""
+    """Path of the weights of a trained network."""
     return Path(__file__).parent / "checkpoints" / f"{network}-{data}-{seed}.safetensors"
 
 
@@ -143,10 +143,10 @@ def trained(network: str, images: Images, seed: int) -> nn.Module:
 
 
 def train_checkpoint(network: str, images: Images, seed: int, recipe: Recipe, scratch: Path, **facts: Any) -> float:
-    """Train a network from random weights and keep it, with the recipe and its accuracy, as a checkpoint.
+    """Train a network from random weights, and save a checkpoint with recipe and accuracy.
 
-    Kernels and matrices are kept in half precision, everything else (BatchNorm's vectors) as it is; the accuracy is
-    that of the network with the weights that are kept.
+    Kernels and matrices are saved in half precision, vectors (of BatchNorm) in full; the accuracy is that of the saved
+    weights.
 
     Returns:
         The accuracy on the test images.

@@ -136,7 +136,7 @@ def test_every_process_has_its_share(kind, world, tmp_path, monkeypatch):
 
 
 def test_chance_in_loaders_is_that_of_the_seed():
-    """Shuffled loaders of users give the same calibration every time, whatever happens in between."""
+    """Shuffled loaders of users give the same calibration every time, independent of random numbers drawn in between."""
     data = load_data(options("project:make_loaders", calibration=150), ANY)
 
     def samples(batches):
@@ -289,7 +289,7 @@ def test_fashion_mnist(layout, tmp_path):
 
 
 def test_normalisation(tmp_path):
-    """By the command line, else by the model, else that of ImageNet; the size likewise."""
+    """Normalisation and size: of the command line, else of the model, else of ImageNet."""
     write_pictures(tmp_path)
     name = f"imagefolder:{tmp_path}"
     own = ImageSpec(24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 3)

@@ -64,9 +64,9 @@ class TestRun:
         assert {path.name for path in folder.iterdir()} == {"model.pt", "plan.json", "report.html", *plots}
         assert {path.name for path in result.files} == {"model.pt", "plan.json", "report.html", *plots}
         for name in plots:
-            picture = imread(folder / name)
-            assert min(picture.shape[:2]) > 300
-            assert picture.std() > 0.01
+            image = imread(folder / name)
+            assert min(image.shape[:2]) > 300
+            assert image.std() > 0.01
             assert name in text
 
     def test_plan_is_the_one_that_was_applied(self, finished):

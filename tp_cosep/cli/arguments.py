@@ -351,7 +351,7 @@ def _pruning(command: argparse.ArgumentParser, selectors: Sequence[str]) -> None
             group.add_argument(_flag(name), help=f"{text} [{', '.join(having)}]", **options)
 
     add("class_weight", "weight of class means (default: 3)", type=number, metavar="X")
-    add("metric", "how classes are told apart (default: jm)", choices=("jm", "hellinger", "wasserstein"))
+    add("metric", "distance between classes (default: jm)", choices=("jm", "hellinger", "wasserstein"))
     add(
         "representative",
         "the kept member of a cluster (default: medoid)",

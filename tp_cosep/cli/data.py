@@ -170,7 +170,7 @@ class _Transformed(Dataset[Any]):
         except (OSError, SyntaxError) as error:  # Pillow raises either for damaged files
             raise InputError(
                 f"data {self.name!r}: expected images, got {self._place_of(i)}, which cannot be read "
-                f"({type(error).__name__}: {error}); repair or remove it."
+                f"({type(error).__name__}: {error}); replace or remove it."
             ) from error
 
     def _place_of(self, i: int) -> str:
