@@ -146,7 +146,7 @@ def table() -> str:
         f"- **{len(known) - len(whole)}** are pruned but for some groups, named below with the reason.",
         f"- **{sum(a.unprunable is not None for a in ARCHITECTURES)}** cannot be pruned at all.",
         "",
-        "Selection takes CPU time in addition to the stock pruner's, which traces and prunes half of the same model. Over",
+        "Selection adds to the CPU time of the stock pruner, which traces and prunes half of the same model. Over",
         f"the {len(ratios)} families that the stock pruner can prune too, the ratio is",
         f"{statistics.median(ratios):.1f} in the median, {ratios[len(ratios) // 10]:.1f} and",
         f"{ratios[-len(ratios) // 10]:.1f} at the outer tenths. (Inputs are tiny here, so tracing is quick; the aim is",

@@ -136,7 +136,7 @@ def test_every_process_has_its_share(kind, world, tmp_path, monkeypatch):
 
 
 def test_chance_in_loaders_is_that_of_the_seed():
-    """Shuffled loaders of users give the same calibration every time, independent of random numbers drawn in between."""
+    """A user's shuffled loader gives the same calibration data in every pass, whatever is drawn in between."""
     data = load_data(options("project:make_loaders", calibration=150), ANY)
 
     def samples(batches):
