@@ -63,7 +63,7 @@ def test_fine_tuning_and_a_given_speed_up(tmp_path, monkeypatch):
 
 
 def test_training_goes_on_where_it_stopped(tmp_path):
-    data, recipe = tiny_data(), Recipe(3, 0.05, batch=32)
+    data, recipe = tiny_data(), Recipe(3, 0.05, batch=32, cutout=3)
     whole, parts = tiny_network(), tiny_network()
     train(whole, data, recipe, seed=1)
 
@@ -74,12 +74,12 @@ def test_training_goes_on_where_it_stopped(tmp_path):
 
     def stop(*_):
         steps.append(1)
-        if len(steps) == 6:  # within the second epoch
+        if len(steps) == 7:  # within the second epoch of four steps, after the state of step 5
             raise Stopped
 
     handle = parts.register_forward_pre_hook(stop)
     with pytest.raises(Stopped):
-        train(parts, data, recipe, seed=1, state_path=tmp_path / "state.pt")
+        train(parts, data, recipe, seed=1, state_path=tmp_path / "state.pt", save_every=5)
     handle.remove()
     parts = tiny_network()
     train(parts, data, recipe, seed=1, state_path=tmp_path / "state.pt")

@@ -46,7 +46,14 @@ class Recipe:
 
 
 def train(
-    model: nn.Module, images: Images, recipe: Recipe, seed: int, *, state_path: Path | None = None, log: bool = False
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    seed: int,
+    *,
+    state_path: Path | None = None,
+    save_every: int = 100,
+    log: bool = False,
 ) -> None:
     """Train in place.
 
@@ -55,7 +62,8 @@ def train(
         images: The data set, of which the training part is used.
         recipe: Epochs, learning rate and regularisation.
         seed: Seed of the order of the images and of their augmentation.
-        state_path: File for the state after every epoch; an interrupted run continues from it.
+        state_path: File for the state of the training; an interrupted run continues from it.
+        save_every: Steps between two states.
         log: Print a line after every epoch.
     """
     n = len(images.train)
@@ -66,21 +74,27 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.rate, total_steps=n_steps + 1, pct_start=recipe.warm_up, cycle_momentum=False
     )
-    step = 0
+    step, generator, total = 0, torch.Generator(), 0.0
     if state_path is not None and state_path.is_file():
         state = torch.load(state_path, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        step = state["step"]
+        generator.set_state(state["generator"])
+        step, total = state["step"], state["total"]
     model.train()
     device = next(model.parameters()).device
     per_epoch, start = -(-n // recipe.batch), time.perf_counter()
     while step < n_steps:
-        # The order depends on seed and epoch alone, so that a resumed run is the same as an uninterrupted one.
-        generator = torch.Generator().manual_seed(1000 * seed + step // per_epoch)
-        total = torch.zeros((), device=device)
-        for idxs in torch.randperm(n, generator=generator).split(recipe.batch)[: n_steps - step]:
+        # The order depends on seed and epoch alone; with the generator's state that was kept, a resumed run is the same
+        # as an uninterrupted one.
+        epoch, done = divmod(step, per_epoch)
+        shuffling = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(n, generator=shuffling)
+        if not done:
+            generator.set_state(shuffling.get_state())
+            total = 0.0
+        for idxs in order.split(recipe.batch)[done : done + n_steps - step]:
             x = images.standardised(augmented(images.train[idxs], generator))
             if recipe.cutout:
                 x = cut_out(x, recipe.cutout, generator)
@@ -91,12 +105,13 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach()
+            total += float(loss.detach())
             step += 1
-        if state_path is not None:
-            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step}
-            torch.save({"model": model.state_dict(), **state}, state_path.with_suffix(".new"))
-            os.replace(state_path.with_suffix(".new"), state_path)
+            if state_path is not None and (step % save_every == 0 or step == n_steps):
+                state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                state |= {"generator": generator.get_state(), "step": step, "total": total}
+                torch.save({"model": model.state_dict(), **state}, state_path.with_suffix(".new"))
+                os.replace(state_path.with_suffix(".new"), state_path)
         if log:
             print(
                 f"step {step}/{n_steps}  loss {total / per_epoch:.3f}  {time.perf_counter() - start:.0f} s", flush=True
