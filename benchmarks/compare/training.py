@@ -22,7 +22,9 @@ __all__ = ["Recipe", "accuracy", "checkpoint", "train", "trained"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov momentum, one cycle of the learning rate, bf16 products.
+    """How a network is trained: SGD with Nesterov momentum, one cycle of the learning rate.
+
+    Products are of bf16 where the processor has instructions for them, else of float32.
 
     Attributes:
         epochs: Passes over the training images.
@@ -84,6 +86,8 @@ def train(
         step, total = state["step"], state["total"]
     model.train()
     device = next(model.parameters()).device
+    # Emulated, bf16 takes ten times as long as float32.
+    in_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     per_epoch, start = -(-n // recipe.batch), time.perf_counter()
     while step < n_steps:
         # The order depends on seed and epoch alone; with the generator's state that was kept, a resumed run is the same
@@ -98,7 +102,7 @@ def train(
             x = images.standardised(augmented(images.train[idxs], generator))
             if recipe.cutout:
                 x = cut_out(x, recipe.cutout, generator)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
                 outputs = model(x.to(device)).float()
             loss = cross_entropy(outputs, images.train_labels[idxs].to(device), label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
