@@ -146,7 +146,7 @@ GLOBAL = {"l2, global": "l2", "lamp, global": "lamp", "bn-scale, global": "bn-sc
 #: The papers' schedule: group by group, statistics collected again and fine-tuning in between; allocated counts.
 LAYER_BY_LAYER = ("joint, layer by layer", "cosep, layer by layer")
 #: Selections with the counts that a selector allocates to layers for a target in MACs, and that selector.
-ALLOCATED = {"joint, shared out": "joint", "l2, counts of joint": "joint"}
+ALLOCATED = {"joint, allocated": "joint", "l2, counts of joint": "joint"}
 #: Changes of one option.
 VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "cosep, 1 cell": _cosep(spatial=1),
@@ -177,6 +177,6 @@ RETIRED_VARIANTS = (
 def importance(name: str, model: nn.Module, batches: _Batches) -> Any:
     """An importance for a model, fitted to calibration data."""
     name = GLOBAL.get(name, name)
-    for suffix in (", shared out", ", counts of joint", ", layer by layer"):
+    for suffix in (", allocated", ", counts of joint", ", layer by layer"):
         name = name.removesuffix(suffix)
     return {**METHODS, **VARIANTS}[name](model, batches)

@@ -315,7 +315,7 @@ _SECTIONS = (
     (
         "## At equal MACs, no fine-tuning",
         "One-shot compensation without / with BatchNorm re-estimation; in brackets MACs before over after. One ratio "
-        "for all layers, except for *global* (ranked over layers, at most nine tenths of a layer pruned), *shared out* "
+        "for all layers, except for *global* (ranked over layers, at most nine tenths of a layer pruned), *allocated* "
         '(counts allocated by `target={"macs": …}`) and *counts of joint* (the counts allocated for joint, filled by '
         "another selection).",
         _equal_macs_table,

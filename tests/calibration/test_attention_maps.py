@@ -331,9 +331,9 @@ def test_the_knee_of_equal_maps():
 @pytest.mark.parametrize("given", [False, True])
 def test_maps_are_measured_anew_in_every_step(given):
     model, (x, _) = built(fused(), fused())
-    selector = AttentionMapSelector(num_heads=attention_heads(model) if given else None)
+    heads = attention_heads(model) if given else None
     options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5, "iterative_steps": 2}
-    pruner = CoSePPruner(model, x[:2], selector, loader=[x], num_heads=selector.num_heads or None, **options)
+    pruner = CoSePPruner(model, x[:2], AttentionMapSelector(), loader=[x], num_heads=heads, **options)
     for n in (3, 2):
         pruner.step()
         assert [layer.num_heads for layer in model.layers] == [n, n]

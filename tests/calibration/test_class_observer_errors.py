@@ -184,8 +184,8 @@ def test_one_sample_in_each_of_two_batches_is_enough():
         ({"spatial": True}, "expected spatial .* got True"),
         ({"spatial": 2.0}, r"expected spatial .* got 2\.0"),
         ({"spatial": "all"}, "expected spatial .* got 'all'"),
-        ({"labels": "guessed"}, "expected labels='given' or 'predicted', got 'guessed'"),
-        ({"rare_classes": "keep"}, "expected rare_classes='error' or 'drop', got 'keep'"),
+        ({"labels": "guessed"}, r"expected labels of \['given', 'predicted'\], got 'guessed'"),
+        ({"rare_classes": "keep"}, r"expected rare_classes of \['error', 'drop'\], got 'keep'"),
     ],
 )
 def test_unknown_options(options, message):

@@ -20,7 +20,7 @@ def pruned(make, folder, x, **options):
     """A pruned and saved model that answers quite unlike an unpruned one."""
     torch.manual_seed(1)
     model, x = make().eval(), torch.cat([x, torch.randn(39, *x.shape[1:])])
-    selector = ReconstructionSelector(n_keep=6).fit(model, [(x, torch.arange(40) % 4)], progress=False)
+    selector = ReconstructionSelector(keep=6).fit(model, [(x, torch.arange(40) % 4)], progress=False)
     pruner = CoSePPruner(model, x[:1], selector, **options)
     pruner.step()
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_what_cannot_be_exported(tmp_path, capsys, monkeypatch):
     assert "export: torch.export cannot export the model (" in capsys.readouterr().err
     torch.manual_seed(0)
     model, x = Two(), torch.randn(40, 20)
-    selector = ReconstructionSelector(n_keep=6).fit(model, [((x, x), torch.arange(40) % 4)], progress=False)
+    selector = ReconstructionSelector(keep=6).fit(model, [((x, x), torch.arange(40) % 4)], progress=False)
     pruner = CoSePPruner(model, (x[:1], x[:1]), selector)
     pruner.step()
     tp_cosep.save(model, pruner.plan, tmp_path / "b")

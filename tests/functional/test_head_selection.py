@@ -218,7 +218,7 @@ def test_a_single_class_tells_nothing_apart():
 def measured(scope="layer", **options):
     model, (x, y) = initialise(Transformer(**{"fused": True, **options})), vectors(shape=(5, 20))
     num_heads = attention_heads(model)
-    selector = ReconstructionSelector(spatial=2, num_heads=num_heads, scope=scope).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(spatial=2, scope=scope).fit(model, [(x, y)], num_heads=num_heads, progress=False)
     return model, x, selector, num_heads
 
 
@@ -288,8 +288,8 @@ def test_global_pruning_with_heads_is_that_of_the_stock_pruner(scope, with_dims)
     pruner = CoSePPruner(model, x[:1], selector, **ignored, **options)
     pruner.step()
     copied_heads = attention_heads(copied)
-    of_original = ReconstructionSelector(spatial=2, num_heads=copied_heads, scope=scope)
-    of_original.fit(copied, [vectors(shape=(5, 20))], progress=False)
+    of_original = ReconstructionSelector(spatial=2, scope=scope)
+    of_original.fit(copied, [vectors(shape=(5, 20))], num_heads=copied_heads, progress=False)
     stock(copied, x, of_original, copied_heads, **options).step()
     assert_same_state(model.state_dict(), copied.state_dict())
     for layer in model.layers:
@@ -322,7 +322,7 @@ def test_scores_of_attention_rank_heads_by_their_means_and_dimensions_by_theirs(
 
 def test_heads_of_a_layer_that_was_not_measured():
     model, x, selector, num_heads = measured()
-    fresh = ReconstructionSelector(num_heads=num_heads)
+    fresh = ReconstructionSelector()
     groups = attention_groups(trace(model, x[:1]), num_heads, ROOT_TYPES)
     assert isinstance(groups[0][0].dep.target.module, nn.Linear)
     with pytest.raises(NotFittedError, match=r"call fit\(model, loader\) first"):

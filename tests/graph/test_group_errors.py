@@ -7,7 +7,7 @@ from fitted import fitted, group_with
 from models import assert_untouched, build, fingerprint, images, initialise, vectors
 from torch import nn
 
-from tp_cosep import CoSePPruner, InputError, PruningError
+from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningError
 from tp_cosep.graph.groups import read_group
 from tp_cosep.pruning import planner as planner
 
@@ -82,7 +82,7 @@ def test_heads_of_a_layer_that_is_not_part_of_the_model(attention):
 def test_heads_that_a_selector_was_told_of_are_checked_where_a_stock_pruner_asks(attention):
     model, x, y = attention
     heads = {model.embed: 5}
-    selector = fitted(model, x, y, num_heads=heads)
+    selector = CoSePSelector().fit(model, [(x, y)], num_heads=heads, progress=False)
     message = "layer 'embed': expected a number of channels divisible by its 5 channel groups, got 12"
     stock = tp.pruner.BasePruner(model, x[:1], importance=selector, ignored_layers=[model.head])
     assert_refused(model, message, stock.step)
@@ -285,7 +285,7 @@ class Scale(nn.Module):
 def test_a_users_own_pruner_that_fails_half_way(ratio):
     x, y = vectors(24, shape=(5,))
     model = with_example(initialise(nn.Sequential(nn.Linear(5, 8), Scale(8), nn.Linear(8, 4))), x)
-    selector = fitted(model, x, y, n_keep=3)
+    selector = fitted(model, x, y, keep=3)
     options = {"pruning_ratio": ratio, "customized_pruners": {Scale: Refusing()}}
     pruner = CoSePPruner(model, x[:1], selector, **options)
     assert_refused(model, "layer '0': .*ValueError: no", pruner.step, PruningError)

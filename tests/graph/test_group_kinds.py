@@ -693,7 +693,7 @@ def test_the_stock_pruner_keeps_the_best(one):
 @pytest.mark.parametrize("k", range(1, 11))
 def test_a_gated_unit_keeps_exactly_k_pairs(k):
     unit = CASES["gated_unit"]()
-    unit.selector = {"n_keep": k}
+    unit.selector = {"keep": k}
     model, options = unit.fresh()
     CoSePPruner(model, unit.example, unit.fit(), **options).step()
     assert model.conv.out_channels == 2 * k

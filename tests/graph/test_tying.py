@@ -87,7 +87,7 @@ def test_a_table_stays_the_output_layers_weight(refit, tmp_path):
 def test_what_cannot_stay_tied_is_said():
     model, x = made(Twice), torch.randn(60, 9, generator=torch.Generator().manual_seed(1))
     y = torch.arange(60) % 4
-    selector = ReconstructionSelector(n_keep=6).fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector(keep=6).fit(model, [(x, y)], progress=False)
     zeroed = copy.deepcopy(model)
     pruner = CoSePPruner(model, x[:1], selector)
     with pytest.warns(UserWarning, match=r"pruning: 'a\.weight' and 'b\.weight' were one tensor and no longer are"):

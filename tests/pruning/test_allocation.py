@@ -13,6 +13,7 @@ from tp_cosep import CoSePPruner, CoSePSelector, InputError, ReconstructionSelec
 from tp_cosep.graph.groups import read_group
 from tp_cosep.pruning.budget import allocate
 from tp_cosep.pruning.costs import Costs, measure_costs
+from tp_cosep.pruning.targets import budget_of
 
 COUNTS = {"macs": macs_by_hooks, "params": n_params}
 
@@ -349,3 +350,23 @@ def test_what_fits_comes_back():
     assert costs.total <= target
     for g, k in enumerate(kept):
         assert k == len(losses[g]) or costs.total - costs.saving(g, -1) > target
+
+
+@pytest.mark.parametrize("kind", ["vgg", "resnet"])
+def test_a_loss_counts_once_for_every_consumer(kind):
+    model, x, y = build(kind, 12)
+    selector = fitted(model, x, y)
+    planner = CoSePPruner(model, x[:1], selector, ignored_layers=[model.head], target={"macs": 0.5}).planner()
+    budget = budget_of(planner)
+    numbers = []
+    for view, losses in zip(budget.views, budget.losses, strict=True):
+        group = group_with(model, x, view.name)
+        consumers = [
+            d
+            for d, _ in group
+            if group._DG.is_in_channel_pruning_fn(d.handler) and getattr(d.target.module, "weight", None) is not None
+        ]
+        numbers.append(len({d.target.module for d in consumers if d.target.module.weight.dim() > 1}))
+        expected = selector.select(group).scores.sort().values * numbers[-1]
+        assert losses.tolist() == pytest.approx(expected.tolist())
+    assert (max(numbers) > 1) == (kind == "resnet")

@@ -113,6 +113,14 @@ def test_round_to_with_channel_groups(round_to, slots):
     assert torch.equal(model[0].weight, weight[list(expected.keep_idxs)])
 
 
+def test_round_to_with_channel_groups_narrower_than_it():
+    layers = [nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=4), nn.Flatten(), nn.Linear(24 * 64, 4)]
+    model, (x, y) = initialise(nn.Sequential(*layers)), images()
+    CoSePPruner(model, x[:1], fitted(model, x, y), pruning_ratio=0.5, round_to=8).step()
+    # Of 6 channels in each of 4 groups 3 would be kept, 12 in all: a multiple of 8 is 2 or 4 in each.
+    assert model[0].out_channels in (8, 16)
+
+
 @pytest.mark.parametrize(
     ("ratio", "more"),
     [(0.1, {}), (0.5, {}), (0.8, {"max_pruning_ratio": 0.9}), (0.5, {"isomorphic": True}), (0.5, {"round_to": 4})],

@@ -179,7 +179,7 @@ def test_example_inputs_can_be_given(tmp_path):
     x, y = torch.randn(40, 20), torch.arange(40) % 4
     one = Fraction(1)
     model = Any().eval()
-    selector = tp_cosep.ReconstructionSelector(n_keep=5).fit(model, [((x, one), y)], progress=False)
+    selector = tp_cosep.ReconstructionSelector(keep=5).fit(model, [((x, one), y)], progress=False)
     pruner = CoSePPruner(model, (x[:1], one), selector)
     pruner.step()
     assert pruner.plan.inputs is None

@@ -121,7 +121,7 @@ def test_of_copies_one_stays(class_weight):
 
 def test_a_cluster_keeps_what_reconstructs_best():
     model, x, y = build("resnet", 12)
-    options = {"spatial": 2, "keep_ratio": 0.5}
+    options = {"spatial": 2, "keep": 0.5}
     plain = CoSePSelector(**options).fit(model, [(x, y)], progress=False)
     selector = CoSePSelector(representative="reconstruction", **options).fit(model, [(x, y)], progress=False)
     differ = 0

@@ -184,7 +184,7 @@ def test_distances_of_slots_add_up_over_the_channel_groups():
 @pytest.mark.parametrize("kind", ["norm", "grouped", "depthwise"])
 def test_the_stock_pruner_prunes_channel_groups_alike(kind):
     model, (x, y) = channel_group_net(kind), images()
-    selector, weight = fitted(model, x, y, n_keep=2), model[0].weight.detach().clone()
+    selector, weight = fitted(model, x, y, keep=2), model[0].weight.detach().clone()
     group = next(g for g in trace(model, x[:1]).get_all_groups() if model[0] in [d.target.module for d, _ in g])
     kept = list(selector.select(group).keep_idxs)
     ratios = selector.pruning_ratio_dict(model, x[:1], [model[6]])
@@ -205,7 +205,7 @@ def best_of_clusters(values, selection):
 @pytest.mark.parametrize("n_keep", [None, 5])
 def test_max_norm_keeps_the_largest_of_every_cluster(n_keep):
     model, x, y = build("resnet", 12)
-    plain, selector = (fitted(model, x, y, n_keep=n_keep, representative=r) for r in ("medoid", "max_norm"))
+    plain, selector = (fitted(model, x, y, keep=n_keep, representative=r) for r in ("medoid", "max_norm"))
     for channels, group in groups_of("resnet", model, x).items():
         norms = sum(model.get_submodule(m).weight.detach().abs().sum((1, 2, 3)) for m in PRODUCERS["resnet"][channels])
         clusters, selection = plain.select(group), selector.select(group)
@@ -220,7 +220,7 @@ def test_max_norm_keeps_the_largest_of_every_cluster(n_keep):
 )
 def test_an_importance_keeps_its_best_of_every_cluster(importance):
     model, x, y = build("resnet", 12)
-    plain, selector = (fitted(model, x, y, n_keep=4, representative=r) for r in ("medoid", importance))
+    plain, selector = (fitted(model, x, y, keep=4, representative=r) for r in ("medoid", importance))
     for group in groups_of("resnet", model, x).values():
         clusters = plain.select(group)
         assert selector.select(group).keep_idxs == tuple(best_of_clusters(importance(group).tolist(), clusters))
@@ -229,7 +229,7 @@ def test_an_importance_keeps_its_best_of_every_cluster(importance):
 def test_an_importance_is_averaged_over_channel_groups():
     model, (x, y) = channel_group_net("norm"), images()
     values = torch.tensor([5.0, 0, 1, 2] + [0, 0, 9, 8] * 2)
-    selector = fitted(model, x, y, n_keep=1, representative=lambda group: values)
+    selector = fitted(model, x, y, keep=1, representative=lambda group: values)
     group = next(g for g in trace(model, x[:1]).get_all_groups() if g[0].dep.target.module is model[0])
     assert selector.select(group).keep_idxs == (2, 6, 10)
 
@@ -244,15 +244,15 @@ def test_an_importance_without_an_opinion_leaves_the_medoids():
 @pytest.mark.parametrize(
     ("options", "counts"),
     [
-        ({"n_keep": 1}, (1, 1)),
-        ({"n_keep": 11}, (10, 11)),
-        ({"n_keep": 500}, (10, 11)),
-        ({"keep_ratio": 0.01}, (1, 1)),
-        ({"keep_ratio": 0.35}, (4, 4)),  # 3.5 and 3.85
-        ({"keep_ratio": 1.0}, (10, 11)),
+        ({"keep": 1}, (1, 1)),
+        ({"keep": 11}, (10, 11)),
+        ({"keep": 500}, (10, 11)),
+        ({"keep": 0.01}, (1, 1)),
+        ({"keep": 0.35}, (4, 4)),  # 3.5 and 3.85
+        ({"keep": 1.0}, (10, 11)),
     ],
 )
-def test_n_keep_and_keep_ratio(options, counts):
+def test_keep_is_a_number_or_a_share(options, counts):
     model, x, y = build("mlp", 10)
     selector, groups = fitted(model, x, y, **options), groups_of("mlp", model, x)
     for group, count in zip((groups["a"], groups["b"]), counts, strict=True):

@@ -29,19 +29,8 @@ def group_of(model, x, name):
             {"representative": "random"},
             "expected representative of ['medoid', 'max_norm', 'reconstruction'] or an importance, got 'random'",
         ),
-        ({"n_keep": 0}, "CoSePSelector: expected n_keep to be an integer ≥ 1 or None, got 0"),
-        ({"n_keep": -3}, "CoSePSelector: expected n_keep to be an integer ≥ 1 or None, got -3"),
-        ({"n_keep": 2.5}, "expected n_keep to be an integer ≥ 1 or None, got 2.5"),
-        ({"n_keep": True}, "expected n_keep to be an integer ≥ 1 or None, got True"),
-        ({"n_keep": "3"}, "expected n_keep to be an integer ≥ 1 or None, got '3'"),
         ({"max_class_pairs": 0}, "CoSePSelector: expected max_class_pairs to be an integer ≥ 1 or None, got 0"),
         ({"max_class_pairs": 2.5}, "expected max_class_pairs to be an integer ≥ 1 or None, got 2.5"),
-        ({"keep_ratio": 0}, "CoSePSelector: expected keep_ratio in (0, 1] or None, got 0"),
-        ({"keep_ratio": 1.5}, "CoSePSelector: expected keep_ratio in (0, 1] or None, got 1.5"),
-        ({"keep_ratio": float("nan")}, "CoSePSelector: expected keep_ratio in (0, 1] or None, got nan"),
-        ({"keep_ratio": "a"}, "expected keep_ratio in (0, 1] or None, got 'a'"),
-        ({"keep_ratio": True}, "expected keep_ratio in (0, 1] or None, got True"),
-        ({"n_keep": 3, "keep_ratio": 0.5}, "CoSePSelector: expected n_keep or keep_ratio, got both"),
     ],
 )
 def test_unknown_options(options, message):
@@ -49,9 +38,18 @@ def test_unknown_options(options, message):
         CoSePSelector(**options)
 
 
+@pytest.mark.parametrize("keep", [0, -3, 0.0, 1.5, 2.0, float("nan"), True, "3"])
+def test_keep_that_is_neither_a_number_nor_a_share(keep):
+    message = (
+        "CoSePSelector: expected keep to be a number of channels (an integer ≥ 1), a share (a float in (0, 1]) or "
+    )
+    with pytest.raises(InputError, match=re.escape(message + f"None, got {keep!r}")):
+        CoSePSelector(keep=keep)
+
+
 def test_options_that_are_known():
     assert ReconstructionSelector(knee="first").knee == "first"
-    assert ReconstructionSelector(keep_ratio=1).keep_ratio == 1
+    assert ReconstructionSelector(keep=1.0).keep == 1
 
 
 def assert_refused(error, message, model, use):
@@ -117,7 +115,7 @@ def test_a_layer_that_only_one_class_reached():
 
 def test_moments_that_no_longer_fit():
     model, x, y = build("resnet", 12)
-    selector = fitted(model, x, y, n_keep=7)
+    selector = fitted(model, x, y, keep=7)
     ratios = selector.pruning_ratio_dict(model, x[:1], [model.head])
     tp.pruner.MetaPruner(
         model, x[:1], selector, pruning_ratio=0.0, pruning_ratio_dict=ratios, ignored_layers=[model.head]

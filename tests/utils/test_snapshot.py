@@ -345,7 +345,7 @@ def test_a_failure_in_a_later_step_goes_back_to_the_step_before():
 def test_what_is_raised_into_an_interactive_step_puts_the_model_back():
     model, x, y = build("resnet", 10)
     before = fingerprint(model)
-    pruner = CoSePPruner(model, x[:1], ReconstructionSelector(keep_ratio=0.5).fit(model, [(x, y)]))
+    pruner = CoSePPruner(model, x[:1], ReconstructionSelector(keep=0.5).fit(model, [(x, y)]))
     groups = pruner.step(interactive=True)
     next(groups).prune()
     next(groups).prune()
@@ -364,7 +364,7 @@ def test_a_part_that_the_caller_pruned_badly_puts_the_model_back():
     model, (x, y) = initialise(Fragile()), vectors()
     model.is_hard_coded = True
     before = fingerprint(model)
-    selector = ReconstructionSelector(keep_ratio=0.5).fit(model, [(x, y)])
+    selector = ReconstructionSelector(keep=0.5).fit(model, [(x, y)])
     pruner = CoSePPruner(model, x[:1], selector, customized_pruners={Scale: ScalePruner()})
 
     def prune_all():
@@ -387,7 +387,7 @@ def test_a_pruner_that_shrinks_a_parameter_in_place():
 
     model, (x, y) = initialise(Fragile()), vectors()
     before = fingerprint(model)
-    selector = ReconstructionSelector(keep_ratio=0.5).fit(model, [(x, y)])
+    selector = ReconstructionSelector(keep=0.5).fit(model, [(x, y)])
     options = {"customized_pruners": {Scale: InPlace()}, "fine_tune": lambda m: m.no_such_layer}
     with pytest.raises(AttributeError, match="no_such_layer"):
         CoSePPruner(model, x[:1], selector, **options).step()

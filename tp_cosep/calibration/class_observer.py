@@ -57,7 +57,7 @@ def channel_dim_of(layer: nn.Module, channel_dims: Mapping[type[nn.Module], int]
 def measured_layers(
     model: nn.Module, channel_dims: Mapping[type[nn.Module], int] | None = None
 ) -> dict[str, nn.Module]:
-    """The layers of a model that :func:`collect_moments` can measure, by name."""
+    """The layers of a model whose class moments can be taken, by name."""
     # An attention layer of torch computes its output projection itself: the projection never runs as a layer.
     inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     return {
@@ -72,7 +72,7 @@ class ClassObserver:
 
     Args:
         layers: By name.
-        observe: What is measured of them, see :data:`tp_cosep.calibration.labels.OBSERVED`.
+        observe: What is measured of them, see :data:`tp_cosep.calibration.statistics.OBSERVED`.
         channel_dims: Further types of layers, and the dimension of their tensors that holds the channels.
         n_cells: Cells per dimension that maps are pooled to; ``None`` for every pixel.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,19 +11,10 @@ from torch import Tensor
 
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments
+from tp_cosep.utils.checks import check_one_of
 from tp_cosep.utils.data import BatchAdapter, CalibrationData
 
-__all__ = ["check_data", "check_one_of", "finished", "guessed_classes"]
-
-
-def check_one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse an option of ``fit`` that is unknown.
-
-    Raises:
-        InputError: If the value is none of those known.
-    """
-    if value not in known:
-        raise InputError(f"fit: expected {name}={known[0]!r} or {known[1]!r}, got {value!r}.")
+__all__ = ["check_data", "finished", "guessed_classes"]
 
 
 def check_data(data: CalibrationData) -> None:
@@ -33,8 +23,8 @@ def check_data(data: CalibrationData) -> None:
     Raises:
         InputError: If ``labels`` or ``rare_classes`` is unknown.
     """
-    check_one_of("labels", data.labels, ("given", "predicted"))
-    check_one_of("rare_classes", data.rare_classes, ("error", "drop"))
+    check_one_of("labels", data.labels, ("given", "predicted"), "fit")
+    check_one_of("rare_classes", data.rare_classes, ("error", "drop"), "fit")
 
 
 def guessed_classes(adapter: BatchAdapter, outputs: Any, given: Any, n_classes: int | None) -> int:
@@ -72,7 +62,7 @@ def finished(
         unclear: Layers whose tensors cannot be told apart by sample.
         samples: Number of samples by label.
         observe: What was measured of them.
-        rare_classes: As for :func:`tp_cosep.calibration.class_observer.collect_moments`, or ``"keep"``.
+        rare_classes: As for :class:`tp_cosep.utils.data.CalibrationData`, or ``"keep"``.
         consequence: What it means that a layer is unclear.
 
     Returns:

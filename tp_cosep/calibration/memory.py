@@ -81,7 +81,7 @@ def estimate(
     """What measuring and choosing take.
 
     Args:
-        shapes: Of the tensors of which class moments are taken, by layer and tap.
+        shapes: Of the tensors of which class moments are taken, by layer and observed tensor.
         n_features: Features of the layers of which second moments are taken.
         n_classes: Number of classes.
         cells: Cells per dimension.

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from tp_cosep.calibration.input_observer import InputStatistics
-from tp_cosep.calibration.labels import check_one_of
 from tp_cosep.errors import InputError
 from tp_cosep.functional.class_moments import ClassMoments
+from tp_cosep.utils.checks import check_one_of
 
 __all__ = ["OBSERVED", "Statistics", "StatisticsSpec"]
 
@@ -55,7 +55,7 @@ class StatisticsSpec:
         is_count = isinstance(spatial, int) and not isinstance(spatial, bool) and spatial >= 1
         if not (is_count or spatial is None or spatial == "auto"):
             raise InputError(f"fit: expected spatial to be an integer ≥ 1, None or 'auto', got {spatial!r}.")
-        check_one_of("observe", self.observe, OBSERVED)
+        check_one_of("observe", self.observe, OBSERVED, "fit")
 
     @property
     def with_labels(self) -> bool:

@@ -7,10 +7,7 @@ from math import log
 import torch
 from torch import Tensor
 
-__all__ = ["ATTENTION_JS", "jensen_shannon_distances"]
-
-#: Name of the metric that compares attention heads by their attention maps rather than by class separability.
-ATTENTION_JS = "attention-js"
+__all__ = ["jensen_shannon_distances"]
 
 
 def jensen_shannon_distances(maps: Tensor) -> Tensor:

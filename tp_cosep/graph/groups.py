@@ -95,7 +95,7 @@ class GroupView:
         return int(self.component_of.max()) + 1
 
     def observed(self, observe: str) -> tuple[Member, ...]:
-        """The layers whose moments describe the channels, see :data:`tp_cosep.calibration.labels.OBSERVED`."""
+        """The layers whose moments describe the channels, see :data:`tp_cosep.calibration.statistics.OBSERVED`."""
         return self.producers if observe == "outputs" else self.consumers
 
     def channels_of(self, components: Iterable[int]) -> list[int]:

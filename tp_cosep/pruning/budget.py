@@ -87,7 +87,7 @@ class Preview:
 
     def __str__(self) -> str:
         whole = self.points[0]
-        lines = ["     MACs    of all      params    of all  coverage"]
+        lines = ["     MACs    of all      params    of all  retained"]
         lines += [
             f"{p.macs:9.4g}  {p.macs / whole.macs:8.3f}  {p.params:10,.0f}  {p.params / whole.params:8.3f}  "
             f"{p.retained_variance:8.4f}"

@@ -28,7 +28,7 @@ from tp_cosep.pruning.targets import allocate_counts, check_target
 from tp_cosep.selection.result import GroupPlan
 from tp_cosep.utils.snapshot import restored_on_error
 
-__all__ = ["GroupVisit", "PruningStep", "StepHost", "key_of", "n_channels_of"]
+__all__ = ["GroupVisit", "PrunerState", "PruningStep", "StepHost", "key_of", "n_channels_of"]
 
 # What a pruner writes to while it prunes.
 _STATE = ("current_step", "plan", "in_channel_groups", "out_channel_groups", "num_heads", "_scope_initial_channels")

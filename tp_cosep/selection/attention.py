@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,11 +88,9 @@ class AttentionMapSelector(Selector):
 
     Args:
         knee: ``"guarded"``, ``"strongest"`` or ``"first"``, see :func:`tp_cosep.functional.knee.find_knee`.
-        n_keep: Keep exactly this many heads of every layer (at most all it has), instead of the knee's.
-        keep_ratio: Keep this share of every layer's heads, in (0, 1], at least one; rounded to the nearest.
+        keep: In place of the knee's count: an integer for that many heads of every layer (at most all it has), or a
+            float in (0, 1] for that share of them, rounded to the nearest and at least one.
         backend: Of the k-medoids solver, see :func:`tp_cosep.functional.kmedoids.k_medoids`.
-        num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them in
-            :meth:`fit`. Give a stock pruner the same dictionary.
         scope: ``"layer"``, or ``"model"`` for all heads of the model together, with at least one kept in every layer.
 
     Attributes:
@@ -108,13 +106,11 @@ class AttentionMapSelector(Selector):
         self,
         *,
         knee: str = "guarded",
-        n_keep: int | None = None,
-        keep_ratio: float | None = None,
+        keep: int | float | None = None,
         backend: str = "native",
-        num_heads: dict[nn.Module, int] | None = None,
         scope: str = "layer",
     ) -> None:
-        super().__init__(knee=knee, n_keep=n_keep, keep_ratio=keep_ratio, num_heads=num_heads, scope=scope)
+        super().__init__(knee=knee, keep=keep, scope=scope)
         check_one_of("backend", backend, sorted(BACKENDS), type(self).__name__)
         self.backend = backend
 
@@ -132,7 +128,13 @@ class AttentionMapSelector(Selector):
         return {"knee": self.knee, "backend": self.backend}
 
     def memory_estimate(
-        self, model: nn.Module, example_inputs: Any, n_classes: int, *, ignored_layers: Iterable[Any] = ()
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        n_classes: int,
+        *,
+        ignored_layers: Iterable[Any] = (),
+        num_heads: Mapping[nn.Module, int] | None = None,
     ) -> MemoryEstimate:
         """Attention maps take n_heads² · 8 bytes per sample, next to nothing.
 

@@ -28,18 +28,15 @@ __all__ = ["Calibrated"]
 class Calibrated(ABC):
     """Collects the statistics that its spec requires, and holds them.
 
-    Args:
-        num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them in
-            :meth:`fit`.
-
     Attributes:
         statistics: What was collected of the model; empty before :meth:`fit`.
+        num_heads: Number of heads by attention layer, as :meth:`fit` was given or found them; a stock pruner takes the
+            same dictionary.
     """
 
-    def __init__(self, num_heads: dict[nn.Module, int] | None) -> None:
-        self.num_heads: dict[nn.Module, int] = num_heads if num_heads is not None else {}
+    def __init__(self) -> None:
+        self.num_heads: dict[nn.Module, int] = {}
         self.statistics = Statistics()
-        self._given_heads = num_heads
 
     @property
     @abstractmethod
@@ -71,7 +68,7 @@ class Calibrated(ABC):
             layers: Names of the layers to observe. By default those of groups that can be pruned, which a trace on the
                 first samples shows.
             ignored_layers: Groups that contain one of these (modules, names or types) are left out, as by the pruner.
-            num_heads: Number of heads by attention layer, in place of the selector's own.
+            num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them.
             checkpoint: A file that keeps the pass on the way. An interrupted pass goes on from it, behind the batches
                 that it has seen, so the loader has to give the same ones in the same order; a finished one is not
                 repeated. Delete the file to collect again.
@@ -86,7 +83,7 @@ class Calibrated(ABC):
             InputError: If the loader, the labels or the activations cannot be used.
         """
         check_plain(model)
-        self.num_heads = self._heads_of(model) if num_heads is None else dict(num_heads)
+        self.num_heads = _heads_of(model, num_heads)
         self._hold(
             collect(
                 model,
@@ -100,15 +97,17 @@ class Calibrated(ABC):
         )
         return self
 
-    def _heads_of(self, model: nn.Module) -> dict[nn.Module, int]:
-        """Number of heads by attention layer: those that were given, or those that are found by name."""
-        return attention_heads(model) if self._given_heads is None else dict(self._given_heads)
-
     def _hold(self, statistics: Statistics) -> None:
         self.statistics = statistics
 
     def memory_estimate(
-        self, model: nn.Module, example_inputs: Any, n_classes: int, *, ignored_layers: Iterable[Any] = ()
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        n_classes: int,
+        *,
+        ignored_layers: Iterable[Any] = (),
+        num_heads: Mapping[nn.Module, int] | None = None,
     ) -> MemoryEstimate:
         """What :meth:`fit` and a selection take, found by a trace and a run on a few samples.
 
@@ -117,6 +116,7 @@ class Calibrated(ABC):
             example_inputs: As the model gets them, of the size of the calibration data; the batch may be small.
             n_classes: Number of classes.
             ignored_layers: As for :meth:`fit`.
+            num_heads: As for :meth:`fit`.
 
         Returns:
             Bytes; :meth:`fit` refuses to begin if ``measuring`` is more than ``memory_budget``.
@@ -124,7 +124,7 @@ class Calibrated(ABC):
         check_plain(model, may_be_empty=True)
         ignored = resolve_layers(model, ignored_layers, "ignored_layers")
         # It may be another model than the fitted one, or that one after pruning.
-        spec = replace(self._spec, num_heads=self._heads_of(model))
+        spec = replace(self._spec, num_heads=_heads_of(model, num_heads))
         return estimate_memory(model, example_inputs, spec, n_classes, ignored)
 
     def save_statistics(self, path: str | os.PathLike[str]) -> None:
@@ -140,15 +140,23 @@ class Calibrated(ABC):
         self.check_fitted()
         save_statistics(path, {"measured": self._spec.facts()}, self.statistics)
 
-    def load_statistics(self, path: str | os.PathLike[str], model: nn.Module, *, n_classes: int | None = None) -> Self:
+    def load_statistics(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        n_classes: int | None = None,
+        num_heads: Mapping[nn.Module, int] | None = None,
+    ) -> Self:
         """Take the statistics that a selector with the same options collected of the same model, without data.
 
-        Options that only decide what is selected, such as ``knee`` or ``n_keep``, may differ.
+        Options that only decide what is selected, such as ``knee`` or ``keep``, may differ.
 
         Args:
             path: Of the file.
             model: The model, as it was when it was observed.
             n_classes: If given, the number of classes that must have been seen.
+            num_heads: As for :meth:`fit`.
 
         Returns:
             The selector itself.
@@ -160,7 +168,7 @@ class Calibrated(ABC):
         check_plain(model)
         statistics = load_statistics(path, {"measured": self._spec.facts()}, model, n_classes)
         statistics.weight_shapes = weight_shapes(model, statistics.moments)
-        self.num_heads = self._heads_of(model)
+        self.num_heads = _heads_of(model, num_heads)
         self._hold(statistics)
         return self
 
@@ -182,3 +190,7 @@ class Calibrated(ABC):
         """
         if not self.is_fitted:
             raise NotFittedError(f"{type(self).__name__}: no data seen yet; call fit(model, loader) first.")
+
+
+def _heads_of(model: nn.Module, given: Mapping[nn.Module, int] | None) -> dict[nn.Module, int]:
+    return attention_heads(model) if given is None else dict(given)

@@ -45,16 +45,14 @@ class CoSePSelector(Selector):
         representative: Which member of a cluster is kept: ``"medoid"``, ``"max_norm"`` (the largest L1 norm of the
             weights that create it), ``"reconstruction"`` (the members that together let the refitted consumers lose
             least) or a Torch-Pruning importance, whose best-scored member is.
-        n_keep: Keep exactly this many channels of every group (at most all it has), instead of the knee's.
-        keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
+        keep: In place of the knee's count: an integer for that many channels of every group (at most all it has), or a
+            float in (0, 1] for that share of it, rounded to the nearest and at least one channel.
         observe: ``"outputs"`` of the layers that create a channel, or ``"inputs"`` of the layers that consume it,
             behind additions, normalisation and activations.
         max_class_pairs: With more class pairs, profiles hold a sample of about so many, in which every class occurs
             equally often; ``sampling_errors`` says how precise that is.
         backend: Of the k-medoids solver, see :func:`tp_cosep.functional.kmedoids.k_medoids`.
         memory_budget: Bytes that the statistics may take; :meth:`fit` refuses to begin if it would take more.
-        num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them in
-            :meth:`fit`. Give a stock pruner the same dictionary.
         scope: Where whole heads are selected: ``"layer"``, or ``"model"`` for all heads of the model together, with at
             least one kept in every layer (as CAHP does, arXiv 2606.19150).
         channel_dims: Further types of layers to observe, such as your own, and the dimension of their output (or input)
@@ -94,22 +92,18 @@ class CoSePSelector(Selector):
         spatial: int | str | None = 4,
         knee: str = "guarded",
         representative: str | Callable[[Any], Tensor | None] = "medoid",
-        n_keep: int | None = None,
-        keep_ratio: float | None = None,
+        keep: int | float | None = None,
         observe: str = "outputs",
         max_class_pairs: int | None = None,
         backend: str = "native",
         memory_budget: int = 2**32,
-        num_heads: dict[nn.Module, int] | None = None,
         scope: str = "layer",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
     ) -> None:
         super().__init__(
             knee=knee,
-            n_keep=n_keep,
-            keep_ratio=keep_ratio,
+            keep=keep,
             memory_budget=memory_budget,
-            num_heads=num_heads,
             scope=scope,
             channel_dims=channel_dims,
         )

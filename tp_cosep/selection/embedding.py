@@ -24,7 +24,7 @@ __all__ = ["N_COLOURS", "ClassPair", "GroupEmbedding", "cluster_colours", "embed
 #: Colours that clusters are told apart by.
 N_COLOURS = 6
 _N_PAIRS = 3
-# Values of class profiles that are computed for one group, so that a picture costs little beside the choice.
+# Values of class profiles that are computed for one group, so that an embedding costs little beside the choice.
 _MOST_VALUES, _MOST_CELLS, _FEWEST_CLASSES = 2**21, 64, 10
 _MOST_LANDMARKS, _MOST_PAIRS = 256, 2000
 
@@ -66,7 +66,7 @@ class GroupEmbedding:
         return torch.tensor(self.positions, dtype=torch.float64).reshape(-1, 2) * self.scale
 
     def to_json(self) -> dict[str, Any]:
-        """The picture in lists and numbers."""
+        """The embedding in lists and numbers."""
         return {
             "positions": [x for position in self.positions for x in position],
             "scale": self.scale,
@@ -82,7 +82,7 @@ class GroupEmbedding:
         """The inverse of :meth:`to_json`, for the selection of the same group.
 
         Returns:
-            The picture.
+            The embedding.
 
         Raises:
             ValueError: If it is not one of this selection, or damaged.
@@ -96,11 +96,11 @@ class GroupEmbedding:
         pairs = tuple(tuple(_pairs_of(of_cluster)) for of_cluster in document["pairs"])
         n_compared, n_classes = (int(count) for count in document["n_classes"])
         if len(x) != 2 * n or not all(map(math.isfinite, [*x, first, second, scale])):
-            raise ValueError(f"picture: expected 2 finite coordinates for each of {n} components")
+            raise ValueError(f"embedding: expected 2 finite coordinates for each of {n} components")
         if component_of and (len(component_of) != selection.n_channels or not set(component_of) <= set(range(n))):
-            raise ValueError(f"picture: expected one of {n} components for each of {selection.n_channels} channels")
+            raise ValueError(f"embedding: expected one of {n} components for each of {selection.n_channels} channels")
         if len(pairs) not in (0, k):
-            raise ValueError(f"picture: expected class pairs of {k} clusters, got {len(pairs)}")
+            raise ValueError(f"embedding: expected class pairs of {k} clusters, got {len(pairs)}")
         positions = tuple(zip(x[::2], x[1::2], strict=True))
         shares, counts, note = (first, second), (n_compared, n_classes), str(document["note"])
         return cls(positions, scale, shares, component_of, pairs, counts, note)
@@ -109,7 +109,7 @@ class GroupEmbedding:
 def _pairs_of(numbers: Sequence[float]) -> Iterator[ClassPair]:
     for a, b, distance in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
         if not math.isfinite(distance):
-            raise ValueError("picture: expected finite distances of class pairs")
+            raise ValueError("embedding: expected finite distances of class pairs")
         yield ClassPair(int(a), int(b), float(distance))
 
 

@@ -36,11 +36,9 @@ class ReconstructionSelector(Selector):
         class_weight: α ≥ 0. With 0 no labels are required, and attention groups cannot be selected.
         spatial: Cells per dimension that maps are pooled to for class means; ``None`` for every pixel.
         knee: ``"guarded"``, ``"strongest"`` or ``"first"``, see :func:`tp_cosep.functional.knee.find_knee`.
-        n_keep: Keep exactly this many channels of every group (at most all it has), instead of the knee's.
-        keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
+        keep: In place of the knee's count: an integer for that many channels of every group (at most all it has), or a
+            float in (0, 1] for that share of it, rounded to the nearest and at least one channel.
         memory_budget: Bytes that the statistics may take; :meth:`fit` refuses to begin if it would take more.
-        num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them in
-            :meth:`fit`. Give a stock pruner the same dictionary.
         scope: Where whole heads are selected: ``"layer"``, or ``"model"`` for all heads of the model together, with at
             least one kept in every layer.
         channel_dims: Further types of layers to observe, such as your own, and the dimension of their output that holds
@@ -57,7 +55,7 @@ class ReconstructionSelector(Selector):
         >>> import torch_pruning as tp
         >>> model = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
         >>> x, y = torch.randn(40, 1, 8, 8), torch.arange(40) % 3
-        >>> selector = ReconstructionSelector(keep_ratio=0.25).fit(model, [(x, y)])
+        >>> selector = ReconstructionSelector(keep=0.25).fit(model, [(x, y)])
         >>> group = tp.DependencyGraph().build_dependency(model, x[:1]).get_pruning_group(
         ...     model[0], tp.prune_conv_out_channels, list(range(12))
         ... )
@@ -71,19 +69,15 @@ class ReconstructionSelector(Selector):
         class_weight: float = 3.0,
         spatial: int | str | None = 4,
         knee: str = "guarded",
-        n_keep: int | None = None,
-        keep_ratio: float | None = None,
+        keep: int | float | None = None,
         memory_budget: int = 2**32,
-        num_heads: dict[nn.Module, int] | None = None,
         scope: str = "layer",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
     ) -> None:
         super().__init__(
             knee=knee,
-            n_keep=n_keep,
-            keep_ratio=keep_ratio,
+            keep=keep,
             memory_budget=memory_budget,
-            num_heads=num_heads,
             scope=scope,
             channel_dims=channel_dims,
         )

@@ -20,7 +20,7 @@ from tp_cosep.graph.tracing import ROOT_TYPES, resolve_layers, trace
 from tp_cosep.selection.calibrated import Calibrated
 from tp_cosep.selection.criterion import Criterion
 from tp_cosep.selection.heads import HeadOptions, add_head_scores, select_heads
-from tp_cosep.utils.checks import check_one_of, is_count, is_number
+from tp_cosep.utils.checks import check_one_of, is_count
 
 __all__ = ["Selector", "ratio_for"]
 
@@ -33,12 +33,10 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
     Args:
         knee: How the count is read from a curve, one of :data:`tp_cosep.functional.knee.KNEE_RULES`.
-        n_keep: Keep exactly this many channels of every group (at most all it has), instead of the knee's.
-        keep_ratio: Keep this share of every group, in (0, 1], at least one channel; rounded to the nearest.
+        keep: In place of the knee's count: an integer for that many channels of every group (at most all it has), or a
+            float in (0, 1] for that share of it, rounded to the nearest and at least one channel.
         memory_budget: Bytes that the statistics may take, see :meth:`memory_estimate`; :meth:`fit` refuses to begin if
             it would take more.
-        num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them in
-            :meth:`fit`. Give a stock pruner the same dictionary.
         scope: Where whole heads are selected: ``"layer"``, or ``"model"`` for all heads of the model together, with at
             least one kept in every layer (as CAHP does, arXiv 2606.19150).
         channel_dims: Further types of layers to observe, such as your own, and the dimension of their output (or input)
@@ -60,21 +58,18 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         self,
         *,
         knee: str = "guarded",
-        n_keep: int | None = None,
-        keep_ratio: float | None = None,
+        keep: int | float | None = None,
         memory_budget: int = 2**32,
-        num_heads: dict[nn.Module, int] | None = None,
         scope: str = "layer",
         channel_dims: Mapping[type[nn.Module], int] | None = None,
     ) -> None:
-        super().__init__(num_heads)
+        super().__init__()
         where = type(self).__name__
         check_one_of("knee", knee, KNEE_RULES, where)
         check_one_of("scope", scope, ("layer", "model"), where)
-        _check_count(where, n_keep, keep_ratio)
+        _check_keep(where, keep)
         self.knee = knee
-        self.n_keep = n_keep
-        self.keep_ratio = keep_ratio
+        self.keep = keep
         self.memory_budget = memory_budget
         self.scope = scope
         self.channel_dims = dict(channel_dims or {})
@@ -249,13 +244,13 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
 
     @property
     def is_automatic(self) -> bool:
-        """Whether the knee decides the counts, rather than ``n_keep`` or ``keep_ratio``."""
-        return self.n_keep is None and self.keep_ratio is None
+        """Whether the knee decides the counts, rather than ``keep``."""
+        return self.keep is None
 
     def _fixed_count(self, n: int) -> int | None:
-        if self.n_keep is not None:
-            return min(self.n_keep, n)
-        return None if self.keep_ratio is None else max(1, round(self.keep_ratio * n))
+        if self.keep is None:
+            return None
+        return max(1, round(self.keep * n)) if isinstance(self.keep, float) else min(self.keep, n)
 
 
 def ratio_for(k: int, n: int) -> float:
@@ -263,10 +258,10 @@ def ratio_for(k: int, n: int) -> float:
     return 1 - (k + 0.5) / n
 
 
-def _check_count(where: str, n_keep: int | None, keep_ratio: float | None) -> None:
-    if n_keep is not None and keep_ratio is not None:
-        raise InputError(f"{where}: expected n_keep or keep_ratio, got both.")
-    if n_keep is not None and not is_count(n_keep):
-        raise InputError(f"{where}: expected n_keep to be an integer ≥ 1 or None, got {n_keep!r}.")
-    if keep_ratio is not None and not (is_number(keep_ratio) and 0 < keep_ratio <= 1):
-        raise InputError(f"{where}: expected keep_ratio in (0, 1] or None, got {keep_ratio!r}.")
+def _check_keep(where: str, keep: Any) -> None:
+    is_share = isinstance(keep, float) and 0 < keep <= 1
+    if keep is not None and not is_share and not is_count(keep):
+        raise InputError(
+            f"{where}: expected keep to be a number of channels (an integer ≥ 1), a share (a float in (0, 1]) or None, "
+            f"got {keep!r}."
+        )
