@@ -3,7 +3,7 @@ import torch
 from models import seeded
 
 from tp_cosep.functional import elimination as module
-from tp_cosep.functional.elimination import Consumer, backward_elimination
+from tp_cosep.functional.elimination import Consumer, backward_elimination, refit_losses
 
 N = 7
 
@@ -70,3 +70,29 @@ def test_constant_channels_are_pruned_first():
     assert elimination.order[0] == 2
     assert torch.isfinite(elimination.costs).all()
     assert elimination.costs[0] < 1e-6
+
+
+@pytest.mark.parametrize("sizes", [[1] * N, [3] * N, [1, 2, 3, 1, 1, 4, 2]])
+def test_losses_along_an_order_are_those_of_refits(sizes):
+    parts = [consumer(sizes, 2, 5), consumer(sizes[::-1], 0, 3, seed=1)]
+    order = torch.randperm(N, generator=seeded(2))
+    kept, before = set(range(N)), 0.0
+    for pruned, loss in zip(order.tolist(), refit_losses([c for c, _ in parts], order).tolist(), strict=True):
+        kept.remove(pruned)
+        after = sum(lost(c, w, kept) for c, w in parts)
+        assert loss == pytest.approx(after - before, rel=1e-6)
+        before = after
+
+
+def test_losses_along_the_order_of_elimination_are_its_costs():
+    parts = [consumer([1, 2, 3, 1, 1, 4, 2], 2, 5)[0]]
+    elimination = backward_elimination(parts, N)
+    assert refit_losses(parts, elimination.order).tolist() == pytest.approx(elimination.costs.tolist(), rel=1e-6)
+
+
+def test_losses_of_constant_channels_are_none():
+    part, _ = consumer([1] * 5, 0, 3)
+    covariance = part.covariance.clone()
+    covariance[2] = covariance[:, 2] = 0
+    losses = refit_losses([Consumer(covariance, part.costs, torch.arange(5))], torch.tensor([4, 2, 0, 1, 3]))
+    assert losses[1] < 1e-6 < losses[[0, 2, 3, 4]].min()

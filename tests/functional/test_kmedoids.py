@@ -299,3 +299,99 @@ def test_few_threads_gives_back_what_it_took(n, inside):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def random_weights(n, seed=0):
+    """Spread over orders of magnitude, some of them 0."""
+    rng = np.random.default_rng(seed)
+    e = np.exp(2 * rng.normal(size=n)) * (rng.uniform(size=n) > 0.2)
+    e[0] = 1
+    return e
+
+
+def weighted(d, e):
+    """Rows scaled: the deviation of a set of medoids is then the weighted one."""
+    return d * np.asarray(e)[:, None]
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("n", [1, 12, 33, 97, 300])
+def test_unit_weights_change_nothing(name, n):
+    d = MATRICES[name](n, seed=4)
+    ks = sorted({1, min(2, n), -(-n // 3), max(n - 1, 1), n})
+    for a, b in zip(k_medoids_path(d, ks), k_medoids_path(d, ks, weights=torch.ones(n)), strict=True):
+        assert a.medoids.tolist() == b.medoids.tolist()
+        assert a.labels.tolist() == b.labels.tolist()
+        assert a.total_deviation == b.total_deviation
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("n", [3, 7, 10, 16])
+def test_the_weighted_path_makes_the_moves_of_naive_pam(name, n):
+    d, e = MATRICES[name](n, seed=n), random_weights(n, n) + 0.01
+    assert medoid_lists(k_medoids_path(d, range(1, n + 1), weights=torch.tensor(e))) == naive_path(weighted(d, e))
+
+
+def test_small_weighted_problems_are_close_to_exhaustive_search():
+    hits = []
+    for n, seed, matrix in itertools.product([3, 5, 9], range(5), MATRICES.values()):
+        d, e = matrix(n, seed=seed), random_weights(n, seed)
+        for s in k_medoids_path(d, range(1, n + 1), weights=torch.tensor(e)):
+            optimum = min(deviation(weighted(d, e), m) for m in itertools.combinations(range(n), s.k))
+            assert s.total_deviation == pytest.approx(deviation(weighted(d, e), s.medoids.tolist()), abs=1e-14)
+            assert s.total_deviation >= optimum * (1 - 1e-12)
+            hits.append(s.total_deviation <= optimum * (1 + 1e-12) + 1e-14)
+            assert hits[-1] or s.k not in (1, n)
+    assert np.mean(hits) >= 0.95
+
+
+@pytest.mark.parametrize("n", [12, 33, 290])  # tables of few points, and of many, are updated in different ways
+@pytest.mark.parametrize("name", MATRICES)
+def test_no_single_swap_improves_a_weighted_solution(name, n):
+    d, e = MATRICES[name](n, seed=1), random_weights(n, 3)
+    costs = weighted(d, e)
+    for s in k_medoids_path(d, [2, 3, 7, n // 2], weights=torch.tensor(e)):
+        medoids = s.medoids.numpy()
+        assert s.total_deviation == pytest.approx(deviation(costs, medoids), rel=1e-10)
+        for out in range(s.k):
+            kept = costs[:, np.delete(medoids, out)]
+            nearest = kept.min(1) if s.k > 1 else np.full(n, np.inf)
+            swapped = np.minimum(nearest[:, None], costs).sum(0)
+            assert swapped.min() >= s.total_deviation * (1 - 1e-10)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_weight_is_a_number_of_points_at_one_place(name):
+    d, times = MATRICES[name](9, seed=6), np.array([1, 3, 1, 2, 5, 1, 1, 4, 2])
+    place = np.repeat(np.arange(9), times)
+    for s in k_medoids_path(d, range(1, 5), weights=torch.tensor(times)):
+        repeated = k_medoids(d[np.ix_(place, place)], s.k)
+        assert s.total_deviation == pytest.approx(repeated.total_deviation)
+        assert s.medoids.tolist() == sorted(place[repeated.medoids.numpy()])
+
+
+def test_a_point_of_no_weight_belongs_to_its_nearest_medoid():
+    x = np.array([[0.0], [1], [9], [10], [8]])
+    s = k_medoids(euclidean(x), 2, weights=torch.tensor([1.0, 0, 0, 1, 0]))
+    assert (s.medoids.tolist(), s.labels.tolist(), s.total_deviation) == ([0, 3], [0, 0, 1, 1, 1], 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 2], r"expected one weight per point, shape \(3,\), got \(2,\)"),
+        ([1.0, -1, 2], r"expected finite weights ≥ 0, at least one of them positive, got \[1\.0, -1\.0, 2\.0\]"),
+        ([0.0, 0, 0], "at least one of them positive"),
+        ([1.0, float("nan"), 2], "expected finite weights"),
+        ([1.0, float("inf"), 2], "expected finite weights"),
+    ],
+)
+def test_weights_that_cannot_be_used(weights, message):
+    with pytest.raises(InputError, match=message):
+        k_medoids(points_matrix(3), 2, weights=torch.tensor(weights))
+
+
+@pytest.mark.parametrize("backend", ["kmedoids", "sklearn-extra"])
+def test_other_backends_know_no_weights(backend):
+    with pytest.raises(InputError, match=f"backend='{backend}' knows no weights"):
+        k_medoids(points_matrix(3), 2, weights=torch.ones(3), backend=backend)

@@ -7,8 +7,9 @@ from models import seeded
 from scipy.spatial.distance import cdist
 
 from tp_cosep.errors import InputError
-from tp_cosep.functional.kmedoids import k_medoids
+from tp_cosep.functional.kmedoids import k_medoids, k_medoids_path
 from tp_cosep.functional.selection import ChannelSelection, nested_scores, select_channels
+from tp_cosep.functional.silhouette import mean_simplified_silhouette
 
 
 def points(n, dim=5, seed=0):
@@ -276,3 +277,82 @@ def test_the_matrix_given_is_left_alone():
     before = d.clone()
     select_channels(d, preference=torch.rand(12))
     assert torch.equal(d, before)
+
+
+def skewed(n, seed=0):
+    """Weights over three orders of magnitude."""
+    return (1.5 * torch.randn(n, generator=seeded(seed + 7), dtype=torch.float64)).exp()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n_keep": 5}, {"knee": "strongest"}, {"knee": "strongest", "round_to": 4}], ids=str
+)
+@pytest.mark.parametrize("n", [7, 40])
+def test_unit_weights_change_nothing_but_the_floor(n, options):
+    d = planted(n // 4 + 1, 4, noise=0.3)
+    plain, unit = (select_channels(d, weights=w, **options) for w in (None, torch.ones(len(d))))
+    if options or unit.k == plain.k:
+        assert plain == unit
+    else:
+        assert unit.k > plain.k
+
+
+@pytest.mark.parametrize("n", [3, 10, 17])
+def test_weighted_scores_are_a_greedy_order(n):
+    for seed in range(4):
+        d, e = distances(points(n, seed=seed)), skewed(n, seed)
+        costs = d * e  # row: medoid, column: point
+        for k in {1, 2, n // 2, n - 1, n}:
+            keep = k_medoids(d, k, weights=e).medoids
+            assert_greedy(costs, keep.tolist(), nested_scores(d, keep, e))
+
+
+@pytest.mark.parametrize("n", [10, 33, 70])
+def test_every_kept_component_is_the_weighted_medoid_of_its_cluster(n):
+    d, e = distances(points(n)), skewed(n)
+    for n_keep in (None, 2, n // 3, n - 2):
+        selection = select_channels(d, weights=e, n_keep=n_keep)
+        labels = torch.tensor(selection.labels)
+        for j, medoid in enumerate(selection.keep_idxs):
+            members = (labels == j).nonzero()[:, 0]
+            deviations = (e[members, None] * d[members[:, None], members]).sum(0)
+            assert members[deviations.argmin()] == medoid or deviations.min() >= deviations[members == medoid] - 1e-12
+
+
+def test_the_curve_is_that_of_weighted_solutions():
+    d, e = distances(points(20)), skewed(20)
+    selection = select_channels(d, weights=e)
+    path = k_medoids_path(d, selection.ks, weights=e)
+    expected = [mean_simplified_silhouette(d, s.medoids, s.labels, e) for s in path]
+    assert list(selection.mss) == pytest.approx(expected)
+
+
+def test_the_guarded_knee_covers_most_of_the_weight():
+    # Two heavy clusters and light points far from both: their silhouette alone would keep two or three.
+    x = torch.cat([points(6, seed=1) * 0.02, points(6, seed=2) * 0.02 + 9, points(20, seed=3) * 10])
+    e = torch.cat([torch.full((12,), 30.0), torch.full((20,), 3.0)])
+    d = distances(x)
+    strongest, guarded = (select_channels(d, weights=e, knee=knee).k for knee in ("strongest", "guarded"))
+    covered = [
+        1 - float((e * d[k_medoids(d, k, weights=e).medoids].min(0).values).sum() / (d.max() * e.sum()))
+        for k in range(1, 33)
+    ]
+    least = next(k for k, c in enumerate(covered, 1) if c >= 0.95)
+    assert strongest < least <= guarded
+
+
+def test_losses_in_place_of_deviations():
+    d, e = distances(points(12)), skewed(12)
+    plain = select_channels(d, weights=e, n_keep=5)
+    asked = []
+
+    def losses(order):
+        asked.append(order.tolist())
+        return torch.tensor([1.0, 3, 1, 2, 4, 4, 5, 5, 5, 6, 6, 58])
+
+    selection = select_channels(d, weights=e, n_keep=5, losses=losses)
+    assert asked == [plain.scores.argsort().tolist()] == [selection.scores.argsort().tolist()]
+    # 3, 1, 2 fall along the order: pooled to 2 each.
+    shares = selection.scores[asked[0]] - 1e-6 * torch.arange(1, 13) / 12
+    assert shares.tolist() == pytest.approx([v / 100 for v in [1, 2, 2, 2, 4, 4, 5, 5, 5, 6, 6, 58]])
+    assert set(selection.scores.topk(5).indices.tolist()) == set(selection.keep_idxs) == set(plain.keep_idxs)

@@ -180,3 +180,44 @@ def test_curve_at_points_that_coincide_with_every_medoid():
     d = (x[:, None] - x).abs()
     path = [KMedoids.from_medoids(d, torch.tensor(m)) for m in ([0, 1, 3, 4, 5], [0, 1, 3, 4], [0, 1, 3], [0, 1])]
     assert mss_curve(d, path).tolist() == pytest.approx(one_by_one(d, path), rel=1e-10)
+
+
+@BOTH
+@pytest.mark.parametrize("n", [7, 12])
+def test_a_weight_counts_a_point_so_many_times(n, silhouette):
+    d, times = points_matrix(n), torch.as_tensor(np.random.default_rng(n).integers(0, 5, size=n))
+    for medoids, labels in random_solutions(d):
+        if silhouette is non_medoid_silhouette:
+            counted = times.clone()
+            counted[medoids] = 0
+            terms = [(naive_term(d, medoids, labels, i), int(counted[i])) for i in range(n)]
+        else:
+            terms = [
+                (1.0 if i in medoids.tolist() else naive_mss(d, medoids, labels, i), int(times[i])) for i in range(n)
+            ]
+        total = sum(count for _, count in terms)
+        expected = sum(value * count for value, count in terms) / total if total else float(len(medoids) < n)
+        assert silhouette(d, medoids, labels, times) == pytest.approx(expected, abs=1e-12)
+
+
+def a_and_b(d, medoids, labels, i):
+    own = int(medoids[labels[i]])
+    others = [float(d[i, m]) for m in medoids.tolist() if m != own]
+    return float(d[i, own]), sum(others) / len(others)
+
+
+def naive_mss(d, medoids, labels, i):
+    a, b = a_and_b(d, medoids, labels, i)
+    return 1 - a / b
+
+
+def naive_term(d, medoids, labels, i):
+    a, b = a_and_b(d, medoids, labels, i)
+    return (b - a) / max(a, b)
+
+
+@BOTH
+def test_unit_weights_change_nothing(silhouette):
+    d = points_matrix(33)
+    for medoids, labels in random_solutions(d):
+        assert silhouette(d, medoids, labels, torch.ones(33)) == silhouette(d, medoids, labels)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Consumer", "Elimination", "backward_elimination", "precision_of"]
+__all__ = ["Consumer", "Elimination", "backward_elimination", "precision_of", "refit_losses"]
 
 # Added to the covariance, as shares of each variance and of the mean variance: it is singular for copies of a channel.
 _RIDGE, _FLOOR = 1e-4, 1e-10
@@ -58,10 +58,14 @@ def precision_of(covariance: Tensor) -> Tensor:
     Returns:
         P, ``[f, f]`` float64.
     """
+    inverse: Tensor = torch.linalg.inv(_ridged(covariance))
+    return inverse
+
+
+def _ridged(covariance: Tensor) -> Tensor:
     variance = covariance.diagonal()
     floor = _FLOOR * variance.mean()
-    inverse: Tensor = torch.linalg.inv(covariance + torch.diag(_RIDGE * variance + (floor if floor > 0 else 1)))
-    return inverse
+    return covariance + torch.diag(_RIDGE * variance + (floor if floor > 0 else 1))
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,39 @@ def backward_elimination(
         for state in states:
             state.remove(cheapest)
     return Elimination(torch.tensor(order), torch.tensor(costs, dtype=torch.float64))
+
+
+def refit_losses(consumers: Sequence[Consumer], order: Tensor) -> Tensor:
+    """What the refitted consumers lose by each component, if components are pruned in a given order.
+
+    With the features sorted from the last to be pruned to the first, those always kept before all, and L the Cholesky
+    factor of C, a feature costs (Lᵀ K L)_ff: what the output varies by that part of the feature which the ones before
+    it do not tell. The cost of a component, that of :func:`backward_elimination` for the same order, is the sum over
+    its features.
+
+    Args:
+        consumers: All consumers of the components.
+        order: ``[n]`` int64, all components from the first to be pruned to the last.
+
+    Returns:
+        ``[n]`` float64 on the CPU, ≥ 0: the cost of each of ``order`` after those before it.
+
+    Example:
+        >>> consumer = Consumer(torch.diag(torch.tensor([1.0, 4.0]).double()), torch.eye(2).double(), torch.arange(2))
+        >>> [round(x, 2) for x in refit_losses([consumer], torch.tensor([0, 1])).tolist()]
+        [1.0, 4.0]
+    """
+    n = len(order)
+    position = torch.empty(n + 1, dtype=torch.int64)
+    position[order.cpu()], position[-1] = torch.arange(n), n  # features that are always kept: component −1
+    losses = torch.zeros(n + 1, dtype=torch.float64)
+    for consumer in consumers:
+        at = position.to(consumer.components.device)[consumer.components]
+        by_rank = at.argsort(descending=True, stable=True)
+        factor = torch.linalg.cholesky(_ridged(consumer.covariance)[by_rank[:, None], by_rank])
+        costs = (factor * (consumer.costs[by_rank[:, None], by_rank] @ factor)).sum(0).clamp(min=0)
+        losses.index_add_(0, at[by_rank].cpu(), costs.cpu())
+    return losses[:n]
 
 
 class _State:

@@ -1,6 +1,7 @@
 """k-medoids on a distance matrix: for one k, and for every k along one warm-started path.
 
-Letters: D is the ``[n, n]`` distance matrix, TD(M) = Σ_i min_{m ∈ M} D_im the total deviation of a set M of medoids.
+Letters: D is the ``[n, n]`` distance matrix, e_i ≥ 0 the weight of point i (1 by default), and
+TD(M) = Σ_i e_i min_{m ∈ M} D_im the total deviation of a set M of medoids.
 
 The search runs on the CPU; results are on the device of D. It is deterministic: ties go to the lowest index.
 """
@@ -26,6 +27,7 @@ __all__ = [
     "GrowingPath",
     "KMedoids",
     "check_backend",
+    "check_point_weights",
     "checkpoints_for",
     "k_medoids",
     "k_medoids_path",
@@ -38,7 +40,7 @@ _SHARE = 4
 # After swaps the table's gains are out of date: after this number of candidates that gain nothing it is updated.
 _MOST_FAILURES = 6
 
-Backend = Callable[[Tensor, Sequence[int]], "list[KMedoids]"]
+Backend = Callable[[Tensor, Sequence[int], Tensor | None], "list[KMedoids]"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class KMedoids:
         medoids: ``[k]`` int64, ascending.
         labels: ``[n]`` int64, position in ``medoids`` of each point's nearest medoid (the lowest on ties; a medoid
             always belongs to itself).
-        total_deviation: TD, the sum over all points of the distance to the nearest medoid.
+        total_deviation: TD, the weighted sum over all points of the distance to the nearest medoid.
     """
 
     k: int
@@ -59,11 +61,12 @@ class KMedoids:
     total_deviation: float
 
     @classmethod
-    def from_assignment(cls, assignment: Assignment) -> KMedoids:
+    def from_assignment(cls, assignment: Assignment, distances: Floats) -> KMedoids:
         """The solution of a search; equals :meth:`from_medoids`, without computing the nearest medoids again.
 
         Args:
             assignment: The final state of the search.
+            distances: ``[n, n]``, without weights: points of weight 0 belong to their nearest medoid too.
 
         Returns:
             The solution, its medoids sorted, on the CPU.
@@ -75,17 +78,18 @@ class KMedoids:
         labels = place[assignment.own]
         tied = np.flatnonzero(assignment.d1 == assignment.d2)
         if len(tied):
-            labels[tied] = assignment.d[tied[:, None], medoids].argmin(1)
+            labels[tied] = distances[tied[:, None], medoids].argmin(1)
         labels[medoids] = np.arange(k)
         return cls(k, torch.from_numpy(medoids), torch.from_numpy(labels), float(assignment.d1.sum()))
 
     @classmethod
-    def from_medoids(cls, distances: Tensor, medoids: Tensor) -> KMedoids:
+    def from_medoids(cls, distances: Tensor, medoids: Tensor, weights: Tensor | None = None) -> KMedoids:
         """The solution that a given set of medoids defines.
 
         Args:
             distances: ``[n, n]``.
             medoids: ``[k]``, distinct indices.
+            weights: ``[n]``, of the points.
 
         Returns:
             The solution, its medoids sorted.
@@ -94,6 +98,8 @@ class KMedoids:
         rows = distances[medoids]
         deviation, labels = rows.min(0)
         labels[medoids] = torch.arange(len(medoids), device=labels.device)
+        if weights is not None:
+            deviation = deviation * weights.to(deviation.device)
         return cls(len(medoids), medoids, labels, float(deviation.sum()))
 
     def to(self, device: torch.device) -> KMedoids:
@@ -110,7 +116,9 @@ class KMedoids:
         return replace(self, medoids=self.medoids.to(device), labels=self.labels.to(device))
 
 
-def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native") -> KMedoids:
+def k_medoids(
+    distances: Tensor | np.ndarray, k: int, *, weights: Tensor | None = None, backend: str = "native"
+) -> KMedoids:
     """Cluster n points around k of them: minimise TD(M) over sets M of k medoids.
 
     The native backend grows from one medoid to k, see :class:`GrowingPath`, as in :func:`k_medoids_path`; so the result
@@ -120,14 +128,16 @@ def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native"
     Args:
         distances: ``[n, n]``, see :func:`tp_cosep.functional.distances.check_distances`.
         k: Number of medoids, in 1 … n.
+        weights: ``[n]``, finite, ≥ 0, at least one positive: how much the deviation of a point counts. A point of
+            weight 0 has no say, but may become a medoid.
         backend: ``"native"``; ``"kmedoids"``, FasterPAM of the package kmedoids (GPL, never required);
-            ``"sklearn-extra"``, PAM of scikit-learn-extra's ``KMedoids``.
+            ``"sklearn-extra"``, PAM of scikit-learn-extra's ``KMedoids``. The latter two know no weights.
 
     Returns:
         The solution.
 
     Raises:
-        InputError: If the matrix, k or the backend is not valid.
+        InputError: If the matrix, k, the weights or the backend is not valid.
         MissingDependencyError: If the backend's package is not installed.
 
     Example:
@@ -135,11 +145,15 @@ def k_medoids(distances: Tensor | np.ndarray, k: int, *, backend: str = "native"
         >>> k_medoids((x[:, None] - x).abs(), 2).medoids
         tensor([1, 4])
     """
-    return k_medoids_path(distances, [k], backend=backend)[0]
+    return k_medoids_path(distances, [k], weights=weights, backend=backend)[0]
 
 
 def k_medoids_path(
-    distances: Tensor | np.ndarray, ks: Iterable[int] | None = None, *, backend: str = "native"
+    distances: Tensor | np.ndarray,
+    ks: Iterable[int] | None = None,
+    *,
+    weights: Tensor | None = None,
+    backend: str = "native",
 ) -> list[KMedoids]:
     """k-medoids for many k, all from one sequence of warm starts.
 
@@ -150,13 +164,14 @@ def k_medoids_path(
     Args:
         distances: ``[n, n]``, see :func:`tp_cosep.functional.distances.check_distances`.
         ks: Numbers of medoids, each in 1 … n, in any order; by default all of 2 … n (1 if n is 1).
+        weights: ``[n]``, of the points, see :func:`k_medoids`.
         backend: Solver, see :func:`k_medoids`.
 
     Returns:
         One solution per k, in the order of ``ks``.
 
     Raises:
-        InputError: If the matrix, a k or the backend is not valid.
+        InputError: If the matrix, a k, the weights or the backend is not valid.
         MissingDependencyError: If the backend's package is not installed.
 
     Example:
@@ -170,7 +185,7 @@ def k_medoids_path(
     for k in requested:
         if not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
             raise InputError(f"k_medoids: expected an integer k in 1 … {n} (the number of points), got {k!r}.")
-    return check_backend(backend)(d, requested)
+    return check_backend(backend)(d, requested, None if weights is None else check_point_weights(weights, n))
 
 
 def check_backend(backend: str) -> Backend:
@@ -180,7 +195,7 @@ def check_backend(backend: str) -> Backend:
         backend: One of :data:`BACKENDS`.
 
     Returns:
-        A function ``solve(distances, ks)`` that finds one solution per k.
+        A function ``solve(distances, ks, weights)`` that finds one solution per k.
 
     Raises:
         InputError: If the name is unknown.
@@ -188,6 +203,30 @@ def check_backend(backend: str) -> Backend:
     if backend not in BACKENDS:
         raise InputError(f"k_medoids: expected a backend of {sorted(BACKENDS)}, got {backend!r}.")
     return BACKENDS[backend]
+
+
+def check_point_weights(weights: Tensor, n: int) -> Tensor:
+    """Check the weights of n points.
+
+    Args:
+        weights: ``[n]``.
+        n: Number of points.
+
+    Returns:
+        The weights in float64 on the CPU.
+
+    Raises:
+        InputError: If the number differs, a weight is negative or not finite, or all are 0.
+    """
+    e = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    if e.shape != (n,):
+        raise InputError(f"k_medoids: expected one weight per point, shape ({n},), got {tuple(e.shape)}.")
+    if not torch.isfinite(e).all() or (e < 0).any() or not e.any():
+        raise InputError(
+            "k_medoids: expected finite weights ≥ 0, at least one of them positive, got "
+            f"{[round(x, 4) for x in e.tolist()[:10]]}."
+        )
+    return e
 
 
 class GrowingPath:
@@ -201,15 +240,19 @@ class GrowingPath:
     Args:
         d: ``[n, n]``, as :func:`tp_cosep.functional.distances.check_distances` returns it.
         checkpoints: Numbers of medoids, ascending from 1; those of :func:`checkpoints_for` by default.
+        weights: ``[n]``, as :func:`check_point_weights` returns them.
     """
 
-    def __init__(self, d: Tensor, checkpoints: Sequence[int] | None = None) -> None:
+    def __init__(self, d: Tensor, checkpoints: Sequence[int] | None = None, *, weights: Tensor | None = None) -> None:
         self._d = d.cpu().contiguous()
         self._device = d.device
+        self._weights = weights
         self._checkpoints = checkpoints or checkpoints_for(len(d))
-        sums = self._d.sum(0).numpy()
+        by_point = self._d if weights is None else self._d * weights[:, None]
+        by_medoid = self._d if weights is None else self._d * weights
+        sums = by_point.sum(0).numpy()
         first = np.flatnonzero(sums <= sums.min() * (1 + TOLERANCE))[:1]
-        self._table = SwapTable(Assignment(self._d.numpy(), first), 1)
+        self._table = SwapTable(Assignment(by_medoid.numpy(), first, by_point.numpy()), 1)
         self._at = 1
         self._states = {1: self._table.assignment.copy()}  # converged, by k
 
@@ -224,7 +267,7 @@ class GrowingPath:
         """
         if k == len(self._d):
             return KMedoids.from_medoids(self._d, torch.arange(k)).to(self._device)
-        return KMedoids.from_assignment(self._solved(k)).to(self._device)
+        return KMedoids.from_assignment(self._solved(k), self._d.numpy()).to(self._device)
 
     def medoids(self, k: int) -> tuple[Indices, Floats]:
         """The medoids for one k, and every point's distance to the nearest.
@@ -233,12 +276,15 @@ class GrowingPath:
             k: Number of medoids, in 1 … n.
 
         Returns:
-            The medoids ``[k]``, ascending; the distances ``[n]``.
+            The medoids ``[k]``, ascending; the distances ``[n]``, without weights.
         """
         if k == len(self._d):
             return np.arange(k), np.zeros(k)
         state = self._solved(k)
-        return np.sort(state.medoids), state.d1
+        medoids = np.sort(state.medoids)
+        if self._weights is None:
+            return medoids, state.d1
+        return medoids, self._d.numpy().take(medoids, 0).min(0)
 
     def _solved(self, k: int) -> Assignment:
         if k not in self._states:
@@ -296,7 +342,7 @@ def _grow(table: SwapTable, k: int) -> None:
     while len(state.medoids) < k:
         at_once = max(1, len(state.medoids) // _SHARE)
         table.add(min(at_once, k - len(state.medoids)))
-    while k < len(state.d) and _swap(table):
+    while k < len(state.by_medoid) and _swap(table):
         pass
 
 
@@ -317,7 +363,7 @@ def _swap(table: SwapTable) -> bool:
             now = float(state.d1.sum())
             if now < deviation:
                 deviation, n_failures, has_swapped = now, 0, True
-                if len(state.d) <= _FEW:
+                if len(state.by_medoid) <= _FEW:
                     return True
                 continue
             state.replace(slot, before)  # a gain at the edge of rounding
@@ -327,13 +373,14 @@ def _swap(table: SwapTable) -> bool:
     return has_swapped
 
 
-def _native(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
-    path = GrowingPath(d)
+def _native(d: Tensor, ks: Sequence[int], weights: Tensor | None) -> list[KMedoids]:
+    path = GrowingPath(d, weights=weights)
     found = {k: path.solve(k) for k in sorted(set(ks))}
     return [found[k] for k in ks]
 
 
-def _kmedoids_package(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
+def _kmedoids_package(d: Tensor, ks: Sequence[int], weights: Tensor | None) -> list[KMedoids]:
+    _refuse_weights("kmedoids", weights)
     try:
         import kmedoids
     except ImportError as error:
@@ -345,7 +392,8 @@ def _kmedoids_package(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
     return _from_arrays(d, results)
 
 
-def _sklearn_extra(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
+def _sklearn_extra(d: Tensor, ks: Sequence[int], weights: Tensor | None) -> list[KMedoids]:
+    _refuse_weights("sklearn-extra", weights)
     try:
         from sklearn_extra.cluster import KMedoids as SklearnKMedoids
     except ImportError as error:
@@ -368,12 +416,17 @@ def _sklearn_extra(d: Tensor, ks: Sequence[int]) -> list[KMedoids]:
     return _from_arrays(d, results)
 
 
+def _refuse_weights(backend: str, weights: Tensor | None) -> None:
+    if weights is not None:
+        raise InputError(f"k_medoids: backend={backend!r} knows no weights; use backend='native', or weights=None.")
+
+
 def _from_arrays(d: Tensor, medoid_sets: Iterable[np.ndarray]) -> list[KMedoids]:
     tensors = (torch.as_tensor(np.asarray(m).astype(np.int64), device=d.device) for m in medoid_sets)
     return [KMedoids.from_medoids(d, medoids) for medoids in tensors]
 
 
-#: Backends by name: ``backend(distances, ks) -> one solution per k``.
+#: Backends by name: ``backend(distances, ks, weights) -> one solution per k``.
 BACKENDS: dict[str, Backend] = {
     "native": _native,
     "kmedoids": _kmedoids_package,

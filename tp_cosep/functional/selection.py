@@ -1,6 +1,7 @@
 """From distances between components to a selection: how many are kept, which, and in what order.
 
-Letters: n components, D ``[n, n]`` distances, TD(S) = Σ_i min_{j ∈ S} D_ij the total deviation of a kept set S.
+Letters: n components, D ``[n, n]`` distances, e ``[n]`` weights (1 by default), TD(S) = Σ_i e_i min_{j ∈ S} D_ij the
+total deviation of a kept set S.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from tp_cosep.errors import InputError
 from tp_cosep.functional.distances import check_distances
 from tp_cosep.functional.elimination import Elimination
-from tp_cosep.functional.kmedoids import KMedoids
+from tp_cosep.functional.kmedoids import KMedoids, check_point_weights
 from tp_cosep.functional.knee import Knee, find_knee, guarded_count
 from tp_cosep.functional.silhouette import SilhouetteCurve
 from tp_cosep.functional.swap_table import Assignment, Floats, Indices, few_threads
@@ -25,6 +26,9 @@ __all__ = ["ChannelSelection", "nested_scores", "select_by_elimination", "select
 
 # Least retained variance at the guarded knee of an elimination.
 _RETAINED = 0.98
+# Least weighted coverage at the guarded knee of weighted medoids: where few components hold nearly all weight, the
+# silhouette's knee is at a handful.
+_COVERED = 0.95
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ class ChannelSelection:
 def select_channels(
     distances: Tensor,
     *,
+    weights: Tensor | None = None,
+    losses: Callable[[Tensor], Tensor] | None = None,
     n_keep: int | None = None,
     knee: str = "guarded",
     backend: str = "native",
@@ -128,11 +134,16 @@ def select_channels(
 ) -> ChannelSelection:
     """Cluster components by k-medoids and keep one of every cluster.
 
-    Source: CoSeP (arXiv 2505.13225), section 3. Departures: the default knee is the guarded one, and any member of a
-    cluster may represent it.
+    Source: CoSeP (arXiv 2505.13225), section 3. Departures: the default knee is the guarded one, components may have
+    weights, and any member of a cluster may represent it.
 
     Args:
         distances: ``[n, n]``, see :func:`tp_cosep.functional.distances.check_distances`.
+        weights: ``[n]``, see :func:`tp_cosep.functional.kmedoids.k_medoids`; all 1 as published. With weights the
+            guarded knee keeps at least as many components as cover 95 %, see
+            :meth:`tp_cosep.functional.silhouette.SilhouetteCurve.coverage`.
+        losses: What pruning costs, in place of deviations, for the scores: a function of the order ``[n]`` in which
+            components are pruned, from the first, that returns the loss ``[n]`` of each after those before it, ≥ 0.
         n_keep: Number to keep, in 1 … n; by default the knee of the MSS curve decides.
         knee: How the knee is chosen, one of :data:`tp_cosep.functional.knee.KNEE_RULES`.
         backend: Solver, see :func:`tp_cosep.functional.kmedoids.k_medoids`.
@@ -161,11 +172,12 @@ def select_channels(
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise InputError(f"selection: expected an integer round_to ≥ 1, got {round_to!r}.")
     with few_threads(d):
-        curve = SilhouetteCurve(d, backend=backend)
+        e = None if weights is None else check_point_weights(weights, n)
+        curve = SilhouetteCurve(d, weights=e, backend=backend)
         ks = curve.ks_for(knee, fine=n_keep is None)
         mss = [curve.mss(k) for k in ks]
         found = find_knee(ks, mss, knee)
-        k = n_keep if n_keep is not None else _count(d, curve, found, knee)
+        k = n_keep if n_keep is not None else _count(d, curve, found, knee, is_weighted=e is not None)
         if round_to is not None:
             k = _rounded(k, round_to, n, curve.mss)
         solution = curve.solution(k)
@@ -182,7 +194,7 @@ def select_channels(
         mss=tuple(mss),
         knee_k=found.k,
         knee_strength=found.strength,
-        scores=nested_scores(d, keep),
+        scores=nested_scores(d, keep, e, losses),
     )
 
 
@@ -255,7 +267,7 @@ def select_by_elimination(
     )
 
 
-def _count(d: Tensor, curve: SilhouetteCurve, knee: Knee, rule: str) -> int:
+def _count(d: Tensor, curve: SilhouetteCurve, knee: Knee, rule: str, *, is_weighted: bool) -> int:
     """Number to keep: the knee's k, all if there is no knee, one if all components coincide."""
     if not d.any():
         return 1
@@ -263,7 +275,19 @@ def _count(d: Tensor, curve: SilhouetteCurve, knee: Knee, rule: str) -> int:
         return len(d)
     if rule != "guarded" or knee.k == len(d):
         return knee.k
-    return guarded_count(len(d), knee.k, curve.represented(knee.k))
+    k = guarded_count(len(d), knee.k, curve.represented(knee.k))
+    return _covering(curve, k, len(d)) if is_weighted else k
+
+
+def _covering(curve: SilhouetteCurve, k: int, n: int) -> int:
+    """The least number from k on at which the coverage suffices, by bisection."""
+    if curve.coverage(k) >= _COVERED:
+        return k
+    low, high = k, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if curve.coverage(middle) >= _COVERED else (middle, high)
+    return high
 
 
 def _rounded(k: int, step: int, n: int, mss: Callable[[int], float]) -> int:
@@ -293,7 +317,12 @@ def _representatives(solution: KMedoids, preference: Tensor | Callable[[Tensor],
     return torch.stack(chosen).sort().values
 
 
-def nested_scores(d: Tensor, keep: Tensor) -> Tensor:
+def nested_scores(
+    d: Tensor,
+    keep: Tensor,
+    weights: Tensor | None = None,
+    losses: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Scores that order all components around a kept set.
 
     Kept components are dropped in the order of their cost TD(S ∖ j) − TD(S), smallest first; the others are added in
@@ -302,34 +331,54 @@ def nested_scores(d: Tensor, keep: Tensor) -> Tensor:
     it grows, so shares fall along the order (they are clipped to do so where a representative is not its cluster's
     medoid). A tie-break that falls by less than 1e-6 over the whole order makes all scores distinct.
 
+    If ``losses`` are given, a score is the share of the sum of losses instead, in the same order; losses that fall
+    along it are pooled to their mean (isotonic regression), which leaves the loss of the whole group as it is.
+
     Args:
         d: ``[n, n]`` distances.
         keep: ``[k]`` indices of the kept set, k ≥ 1.
+        weights: ``[n]`` float64 on the CPU, of the components.
+        losses: See :func:`select_channels`.
 
     Returns:
         ``[n]`` float64 on the CPU, in (0, 1 + 1e-6].
     """
     n = len(d)
-    matrix, kept = d.cpu().numpy(), keep.cpu().numpy()
-    dropped, costs = _drop_order(matrix, kept)
-    added, gains = _add_order(matrix, kept)
+    by_point, kept = d.cpu().numpy(), keep.cpu().numpy()
+    by_medoid = by_point
+    if weights is not None:
+        e = weights.numpy()
+        by_point, by_medoid = by_point * e[:, None], by_medoid * e
+    dropped, costs = _drop_order(by_medoid, by_point, kept)
+    added, gains = _add_order(by_medoid, by_point, kept)
     order = np.concatenate([dropped[::-1], added])
     shares = np.concatenate([costs[::-1], gains])
-    single = matrix.sum(0).min()
+    single = by_point.sum(0).min()
     if single > 0:
         shares = np.minimum(shares / single, 1)
     # Made to fall along the order: every share is at least the largest after it.
     shares = np.maximum.accumulate(shares[::-1])[::-1]
+    if losses is not None:
+        shares = _pooled(losses(torch.from_numpy(order[::-1].copy())).cpu().numpy())[::-1]
     scores = np.empty(n)
     scores[order] = shares + 1e-6 * np.arange(n, 0, -1) / n
     return torch.from_numpy(scores)
 
 
-def _drop_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
+def _pooled(losses: Floats) -> Floats:
+    """Losses as shares of their sum, pooled so that they never fall."""
+    from scipy.optimize import isotonic_regression  # takes a fifth of a second
+
+    total = losses.sum()
+    pooled: Floats = isotonic_regression(losses / total if total > 0 else losses).x
+    return pooled
+
+
+def _drop_order(by_medoid: Floats, by_point: Floats, keep: Indices) -> tuple[Indices, Floats]:
     """Kept components in the order in which they are dropped, and the cost of each."""
-    kept, k = Assignment(d, keep), len(keep)
+    kept, k = Assignment(by_medoid, keep, by_point), len(keep)
     own, second, d1, d2 = kept.own, kept.second, kept.d1, kept.d2
-    distances, dropped = d.take(keep, 0).T.copy(), np.zeros(k)  # dropped: infinite for slots dropped already
+    distances, dropped = by_medoid.take(keep, 0).T.copy(), np.zeros(k)  # dropped: infinite for slots dropped already
     order, costs = np.empty(k, np.int64), np.empty(k)
     for i in range(k - 1):
         loss = np.bincount(own, d2 - d1, k) + dropped
@@ -343,18 +392,18 @@ def _drop_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
             slots[lost], nearest[lost] = best, rows[at, best]
             rows[at, best] = np.inf
     # Nothing represents the last one: its cost is the whole deviation.
-    order[-1], costs[-1] = dropped.argmin(), d.sum(0).min()
+    order[-1], costs[-1] = dropped.argmin(), by_point.sum(0).min()
     return keep[order], costs
 
 
-def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
+def _add_order(by_medoid: Floats, by_point: Floats, keep: Indices) -> tuple[Indices, Floats]:
     """Other components in the order in which they are added, and the gain of each."""
-    nearest = d.take(keep, 0).min(0)
-    gain = np.zeros(len(d))
-    for start in range(0, len(d), 32):
-        further = nearest[start : start + 32, None] - d[start : start + 32]
+    nearest = by_medoid.take(keep, 0).min(0)
+    gain = np.zeros(len(nearest))
+    for start in range(0, len(nearest), 32):
+        further = nearest[start : start + 32, None] - by_point[start : start + 32]
         gain += np.maximum(further, 0, out=further).sum(0)
-    is_kept = np.zeros(len(d), dtype=bool)
+    is_kept = np.zeros(len(nearest), dtype=bool)
     is_kept[keep] = True
     # Gains only shrink as components are added: one that is still the largest after an update is the largest of all.
     heap = [(-g, i) for i, g in enumerate(gain.tolist()) if not is_kept[i]]
@@ -363,7 +412,7 @@ def _add_order(d: Floats, keep: Indices) -> tuple[Indices, Floats]:
     newest = -1  # the component whose gain was updated after the last addition
     while heap:
         negative, best = heap[0]
-        further = nearest - d[best]
+        further = nearest - by_medoid[best]
         if best != newest and negative < 0:
             newest = best
             heapreplace(heap, (-float(np.maximum(further, 0).sum()), best))

@@ -1,8 +1,8 @@
 """The Mean Simplified Silhouette (MSS) of clusterings around medoids, and its curve over the number of clusters.
 
-Letters: n points, k medoids; a ``[n]`` is the distance of every point to its own medoid, b ``[n]`` its *mean* distance
-to all other medoids (not to the nearest one); lo is the lowest MSS found. The *height* of a curve at k is that of
-Kneedle's difference curve, (MSS(k) − lo) / (1 − lo) − (k − 2) / (n − 2).
+Letters: n points with weights e ``[n]`` (1 by default), k medoids; a ``[n]`` is the distance of every point to its own
+medoid, b ``[n]`` its *mean* distance to all other medoids (not to the nearest one); lo is the lowest MSS found. The
+*height* of a curve at k is that of Kneedle's difference curve, (MSS(k) − lo) / (1 − lo) − (k − 2) / (n − 2).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tp_cosep.functional.kmedoids import GrowingPath, KMedoids, check_backend, checkpoints_for
+from tp_cosep.functional.kmedoids import GrowingPath, KMedoids, check_backend, check_point_weights, checkpoints_for
 from tp_cosep.functional.knee import difference_curve
 from tp_cosep.functional.swap_table import Floats, Indices
 
@@ -27,10 +27,12 @@ _ROWS = 32
 _PLATEAUS = {0.002: 50, 0.02: 16}
 
 
-def mean_simplified_silhouette(distances: Tensor, medoids: Tensor, labels: Tensor) -> float:
+def mean_simplified_silhouette(
+    distances: Tensor, medoids: Tensor, labels: Tensor, weights: Tensor | None = None
+) -> float:
     """Mean Simplified Silhouette (MSS) of a clustering around medoids.
 
-        MSS = 1/n Σ_i (1 − a_i / b_i)
+        MSS = Σ_i e_i (1 − a_i / b_i) / Σ_i e_i
 
     A medoid counts 1, so MSS(n) = 1. A point with a_i = b_i = 0 (it coincides with every medoid) counts 1 if it is a
     medoid and 0 if not. MSS is 0 for a single medoid, which has no others to compare with.
@@ -41,6 +43,7 @@ def mean_simplified_silhouette(distances: Tensor, medoids: Tensor, labels: Tenso
         distances: ``[n, n]``.
         medoids: ``[k]`` int64 indices.
         labels: ``[n]`` int64, position in ``medoids`` of each point's own medoid.
+        weights: e, ``[n]``, see :func:`tp_cosep.functional.kmedoids.k_medoids`; all 1 as published.
 
     Returns:
         MSS, at most 1; at least 0 where every point belongs to its nearest medoid.
@@ -50,16 +53,16 @@ def mean_simplified_silhouette(distances: Tensor, medoids: Tensor, labels: Tenso
         >>> round(mean_simplified_silhouette((x[:, None] - x).abs(), torch.tensor([0, 2]), torch.tensor([0, 0, 1])), 4)
         0.8889
     """
-    return _mss(*_terms(distances, medoids, labels))
+    return _mss(*_terms(distances, medoids, labels), _weights_of(distances, weights))
 
 
-def non_medoid_silhouette(distances: Tensor, medoids: Tensor, labels: Tensor) -> float:
+def non_medoid_silhouette(distances: Tensor, medoids: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """Mean silhouette of the points that are no medoids: how well the medoids represent the pruned components.
 
-        s = 1/(n − k) Σ_{i no medoid} (b_i − a_i) / max(a_i, b_i)
+        s = Σ_{i no medoid} e_i (b_i − a_i) / max(a_i, b_i) / Σ_{i no medoid} e_i
 
     A summand is 1 − a_i/b_i where a point belongs to its nearest medoid, and 0 where a_i = b_i = 0. s is 0 for a
-    single medoid, and if every point is a medoid.
+    single medoid, and if every point is a medoid; it is 1 if only medoids have weight.
 
     Source: the silhouette of GB-AFS's code (arXiv 2309.02272); here it guards the knee,
     :func:`tp_cosep.functional.knee.guarded_count`.
@@ -68,11 +71,12 @@ def non_medoid_silhouette(distances: Tensor, medoids: Tensor, labels: Tensor) ->
         distances: ``[n, n]``.
         medoids: ``[k]`` int64 indices.
         labels: ``[n]`` int64, position in ``medoids`` of each point's own medoid.
+        weights: e, ``[n]``; all 1 by default.
 
     Returns:
         s, in [−1, 1].
     """
-    return _non_medoid(*_terms(distances, medoids, labels))
+    return _non_medoid(*_terms(distances, medoids, labels), _weights_of(distances, weights))
 
 
 def mss_curve(distances: Tensor, path: Sequence[KMedoids]) -> Tensor:
@@ -89,6 +93,10 @@ def mss_curve(distances: Tensor, path: Sequence[KMedoids]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def _weights_of(distances: Tensor, weights: Tensor | None) -> Floats:
+    return np.ones(len(distances)) if weights is None else check_point_weights(weights, len(distances)).numpy()
+
+
 def _terms(distances: Tensor, medoids: Tensor, labels: Tensor) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     d, own, slots = distances.cpu().numpy(), medoids.cpu().numpy(), labels.cpu().numpy()
     return _a_and_b(d, own, d[np.arange(len(d)), own[slots]], _row_sum(d, own))
@@ -103,21 +111,23 @@ def _a_and_b(d: Floats, medoids: Indices, a: Floats, total: Floats) -> tuple[Flo
     return a, b, is_medoid
 
 
-def _mss(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
+def _mss(a: Floats, b: Floats, is_medoid: NDArray[np.bool_], e: Floats) -> float:
     if is_medoid.sum() == 1:
         return 0.0
     # b = 0: all other medoids coincide with the point, which then belongs to none more than to another.
     width = 1 - np.divide(a, b, out=np.ones_like(a), where=b > 0)
     width[is_medoid] = 1
-    return float(width.mean())
+    return float((e * width).sum() / e.sum())
 
 
-def _non_medoid(a: Floats, b: Floats, is_medoid: NDArray[np.bool_]) -> float:
-    a, b = a[~is_medoid], b[~is_medoid]
+def _non_medoid(a: Floats, b: Floats, is_medoid: NDArray[np.bool_], e: Floats) -> float:
+    a, b, e = a[~is_medoid], b[~is_medoid], e[~is_medoid]
     if len(a) == 0 or is_medoid.sum() == 1:
         return 0.0
+    if not e.any():
+        return 1.0
     larger = np.maximum(a, b)
-    return float(np.divide(b - a, larger, out=np.zeros_like(a), where=larger > 0).mean())
+    return float((e * np.divide(b - a, larger, out=np.zeros_like(a), where=larger > 0)).sum() / e.sum())
 
 
 def _row_sum(d: Floats, rows: Indices) -> Floats:
@@ -137,17 +147,20 @@ class SilhouetteCurve:
 
     Args:
         d: ``[n, n]``, as :func:`tp_cosep.functional.distances.check_distances` returns it.
+        weights: ``[n]``, as :func:`tp_cosep.functional.kmedoids.check_point_weights` returns them.
         backend: Solver, see :func:`tp_cosep.functional.kmedoids.k_medoids`.
 
     Raises:
         InputError: If the backend is unknown.
     """
 
-    def __init__(self, d: Tensor, *, backend: str = "native") -> None:
+    def __init__(self, d: Tensor, *, weights: Tensor | None = None, backend: str = "native") -> None:
         self._d = d
+        self._weights = weights
         self._matrix = d.cpu().numpy()
+        self._e = _weights_of(d, weights)
         self._backend = check_backend(backend)
-        self._path = GrowingPath(d) if backend == "native" else None
+        self._path = GrowingPath(d, weights=weights) if backend == "native" else None
         self._found: dict[int, tuple[Indices, Floats]] = {}
         self._mss: dict[int, float] = {}
         self._summed, self._sum = np.zeros(len(d), dtype=bool), np.zeros(len(d))
@@ -161,17 +174,30 @@ class SilhouetteCurve:
         Returns:
             The solution, on the device of the matrix.
         """
-        return KMedoids.from_medoids(self._d, torch.from_numpy(self._solved(k)[0]).to(self._d.device))
+        medoids = torch.from_numpy(self._solved(k)[0]).to(self._d.device)
+        return KMedoids.from_medoids(self._d, medoids, self._weights)
 
     def mss(self, k: int) -> float:
         """MSS of the solution for k clusters, see :func:`mean_simplified_silhouette`."""
         if k not in self._mss:
-            self._mss[k] = _mss(*self._terms(k))
+            self._mss[k] = _mss(*self._terms(k), self._e)
         return self._mss[k]
 
     def represented(self, k: int) -> float:
         """Mean silhouette of the non-medoids in the solution for k clusters, see :func:`non_medoid_silhouette`."""
-        return _non_medoid(*self._terms(k))
+        return _non_medoid(*self._terms(k), self._e)
+
+    def coverage(self, k: int) -> float:
+        """Weighted coverage of the solution for k clusters.
+
+            1 − Σ_i e_i a_i / (max D · Σ_i e_i)
+
+        Returns:
+            In [0, 1]: 1 where every point with weight coincides with a medoid, 0 where all are as far from theirs as
+            any two points are.
+        """
+        widest = float(self._matrix.max())
+        return 1 - float((self._e * self._solved(k)[1]).sum() / (widest * self._e.sum())) if widest > 0 else 1.0
 
     def _solved(self, k: int) -> tuple[Indices, Floats]:
         """Medoids, ascending, and the distance of every point to its own."""
@@ -179,7 +205,7 @@ class SilhouetteCurve:
             if self._path is not None:
                 self._found[k] = self._path.medoids(k)
             else:
-                medoids = self._backend(self._d, [k])[0].medoids.cpu().numpy()
+                medoids = self._backend(self._d, [k], self._weights)[0].medoids.cpu().numpy()
                 self._found[k] = medoids, self._matrix[medoids].min(0)
         return self._found[k]
 

@@ -7,8 +7,9 @@ points cost about n² log n instead of n³ operations, apart from one scan of a 
 All values are float64 on the CPU. Steps on vectors of n use numpy, whose calls are several times cheaper than torch's;
 steps on ``[points, n]`` use torch, which broadcasts faster, on the same memory.
 
-Letters: D ``[n, n]`` distances, d1 and d2 the distances of a point to its nearest and second nearest medoid, TD = Σ d1
-the total deviation. A *slot* is a position in the list of medoids.
+Letters: D_ic is what it costs to have point i represented by point c, its distance times the weight of i; d1 and d2 are
+the costs at the medoids nearest and second nearest to a point, TD = Σ d1 is the total deviation. A *slot* is a position
+in the list of medoids. Weighted costs are not symmetric, so they are held twice: by point, D, and by medoid, Dᵀ.
 """
 
 from __future__ import annotations
@@ -58,22 +59,25 @@ class Assignment:
     """Nearest and second nearest medoid of every point.
 
     Args:
-        d: ``[n, n]`` distances, symmetric.
+        by_medoid: ``[n, n]``, row c holds the costs of all points at medoid c: Dᵀ.
         medoids: ``[k]`` distinct points, k ≥ 1.
+        by_point: ``[n, n]``, row i holds the costs of point i at all medoids: D; ``by_medoid`` if that is symmetric.
 
     Attributes:
+        by_medoid: Dᵀ.
+        by_point: D.
         medoids: ``[k]``, by slot.
         own: ``[n]``, slot of the nearest medoid.
         second: ``[n]``, slot of the second nearest; meaningless if k is 1.
-        d1: ``[n]``, distance to the nearest.
-        d2: ``[n]``, distance to the second nearest; ∞ if k is 1.
+        d1: ``[n]``, cost at the nearest.
+        d2: ``[n]``, cost at the second nearest; ∞ if k is 1.
         is_touched: ``[n]``, points whose nearest medoids were updated; reset by :class:`SwapTable`.
     """
 
-    def __init__(self, d: Floats, medoids: Indices) -> None:
-        self.d = d
+    def __init__(self, by_medoid: Floats, medoids: Indices, by_point: Floats | None = None) -> None:
+        self.by_medoid, self.by_point = by_medoid, by_medoid if by_point is None else by_point
         self.medoids = medoids.copy()
-        n = len(d)
+        n = len(by_medoid)
         self.own, self.second = np.zeros(n, np.int64), np.zeros(n, np.int64)
         self.d1, self.d2 = np.full(n, np.inf), np.full(n, np.inf)
         self.is_touched = np.zeros(n, dtype=bool)
@@ -83,10 +87,11 @@ class Assignment:
         """Copy the state.
 
         Returns:
-            The copy; it shares D.
+            The copy; it shares the costs.
         """
         other = object.__new__(Assignment)
-        other.d, other.medoids = self.d, self.medoids  # neither is ever changed in place
+        # None of these is ever changed in place.
+        other.by_medoid, other.by_point, other.medoids = self.by_medoid, self.by_point, self.medoids
         other.own, other.second = self.own.copy(), self.second.copy()
         other.d1, other.d2 = self.d1.copy(), self.d2.copy()
         other.is_touched = self.is_touched.copy()
@@ -102,7 +107,7 @@ class Assignment:
         Returns:
             The slot, that of the lowest medoid on ties; the change of TD.
         """
-        row = self.d[point]
+        row = self.by_medoid[point]
         kept = np.minimum(row, self.d1)
         rise = np.bincount(self.own, np.minimum(row, self.d2) - kept, len(self.medoids))
         slots = (rise <= rise.min() + TOLERANCE * deviation).nonzero()[0]
@@ -124,7 +129,7 @@ class Assignment:
 
     def _offer(self, point: int, slot: int) -> None:
         """Assign points to a new medoid where it is nearer than the second nearest."""
-        row = self.d[point]
+        row = self.by_medoid[point]
         is_second, is_nearest = row < self.d2, row < self.d1
         self.is_touched |= is_second
         self.second[is_second] = slot
@@ -137,15 +142,15 @@ class Assignment:
     def _reassign(self, points: Indices) -> None:
         """Recompute the two nearest medoids of some points."""
         self.is_touched[points] = True
-        if len(points) == len(self.d):
-            distances = self.d.take(self.medoids, 0).T.copy()
+        if len(points) == len(self.by_medoid):
+            costs = self.by_medoid.take(self.medoids, 0).T.copy()
         else:
-            distances = self.d.take(points, 0).take(self.medoids, 1)
+            costs = self.by_point.take(points, 0).take(self.medoids, 1)
         at = np.arange(len(points))
         for own, nearest in ((self.own, self.d1), (self.second, self.d2)):
-            best = distances.argmin(1)
-            own[points], nearest[points] = best, distances[at, best]
-            distances[at, best] = np.inf
+            best = costs.argmin(1)
+            own[points], nearest[points] = best, costs[at, best]
+            costs[at, best] = np.inf
 
 
 class SwapTable:
@@ -166,9 +171,9 @@ class SwapTable:
     """
 
     def __init__(self, assignment: Assignment, capacity: int) -> None:
-        n = len(assignment.d)
+        n = len(assignment.by_point)
         self.assignment = assignment
-        self._distances = torch.from_numpy(assignment.d)
+        self._costs = torch.from_numpy(assignment.by_point)
         self._drift = _DRIFT * float(assignment.d1.sum())
         # The sums, and the d1, slots and (d1, d2) that they were computed for: all are 0 at d1 = d2 = 0.
         self._shared, self._shared_d1 = np.zeros(n), np.zeros(n)
@@ -199,7 +204,7 @@ class SwapTable:
             self._shared_d1[points] = after
             self._shared += before.sum() - after.sum()
             for block in self._blocks(len(points)):
-                rows = self._distances.index_select(0, torch.from_numpy(points[block]))
+                rows = self._costs.index_select(0, torch.from_numpy(points[block]))
                 change = torch.minimum(rows, torch.from_numpy(after[block])[:, None])
                 change -= torch.minimum(rows, torch.from_numpy(before[block])[:, None], out=rows)
                 self._shared += change.numpy().sum(0)
@@ -208,7 +213,7 @@ class SwapTable:
     def _recomputed_shared(self, d1: Floats) -> Floats:
         """The change of TD by adding every point; leaves min(D, d1) in its buffer."""
         if self._computed_for is None or not np.array_equal(self._computed_for, d1):
-            torch.minimum(self._distances, torch.from_numpy(d1)[:, None], out=self._kept)
+            torch.minimum(self._costs, torch.from_numpy(d1)[:, None], out=self._kept)
             self._shared = self._kept.numpy().sum(0)
             self._shared -= d1.sum()
             self._computed_for = d1.copy()
@@ -229,7 +234,7 @@ class SwapTable:
             self._own, self._near = state.own.copy(), np.array((state.d1, state.d2))
             self._rise.zero_()
             for block in self._blocks(len(self._own)):
-                self._add_rises(self._distances[block], self._own[block], self._near[:, None, block])
+                self._add_rises(self._costs[block], self._own[block], self._near[:, None, block])
             return
         # Before and after the change: [2, points].
         own = np.array((self._own[points], state.own[points]))
@@ -238,7 +243,7 @@ class SwapTable:
         if self._changed is not None:
             self._changed = np.union1d(self._changed, own)
         for block in self._blocks(len(points)):
-            rows = self._distances.index_select(0, torch.from_numpy(points[block]))
+            rows = self._costs.index_select(0, torch.from_numpy(points[block]))
             self._add_rises(rows, own[:, block].ravel(), near[:, :, block])
 
     def _add_rises(self, rows: Tensor, own: Indices, near: Floats) -> None:
@@ -270,7 +275,7 @@ class SwapTable:
             return
         shared[first] = np.inf
         for point in _ascending(shared, (shared < -tolerance).nonzero()[0], tolerance)[: 4 * n_points].tolist():
-            if np.add.reduce(np.minimum(state.d[point] - state.d1, 0)) <= shared[point] / 2:
+            if np.add.reduce(np.minimum(state.by_medoid[point] - state.d1, 0)) <= shared[point] / 2:
                 state.add(point)
                 n_points -= 1
                 if n_points == 1:
@@ -293,7 +298,7 @@ class SwapTable:
         """The change of TD by the best swap of every point."""
         state = self.assignment
         change: Floats = self._recomputed_shared(state.d1).copy()
-        torch.minimum(self._distances, torch.from_numpy(state.d2)[:, None], out=self._to_second).sub_(self._kept)
+        torch.minimum(self._costs, torch.from_numpy(state.d2)[:, None], out=self._to_second).sub_(self._kept)
         self._grow_rise()
         rise = self._rise[: len(state.medoids)].zero_()
         rise.index_add_(0, torch.from_numpy(state.own), self._to_second)
