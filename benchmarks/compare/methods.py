@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from tp_cosep import ChannelSelection, CoSePSelector, ReconstructionSelector
 from tp_cosep.functional import select_channels
 from tp_cosep.graph.groups import GroupView, read_group
+from tp_cosep.selection.input_space import energies_of
 
 __all__ = [
     "ALLOCATED",
@@ -115,11 +116,24 @@ class CorrelationSelector(ReconstructionSelector):
         return select_channels(distances, n_keep=n_keep, knee=self.knee, round_to=round_to)
 
 
+class Energy(tp.importance.Importance):
+    """The energies of weighted CoSeP, without clustering: what a channel's consumers draw from it."""
+
+    def __init__(self, model: nn.Module, batches: _Batches) -> None:
+        self._selector = CoSePSelector(spatial=1).fit(model, batches, progress=False)
+
+    def __call__(self, group: Any) -> Tensor | None:
+        view = read_group(group)
+        energies = energies_of(view, self._selector.statistics.inputs)
+        return None if energies is None else energies[view.component_of]
+
+
 def _fitted(make: Callable[..., Any], labels: str = "given", **options: Any) -> Callable[[nn.Module, _Batches], Any]:
     return lambda model, batches: make(**options).fit(model, batches, labels=labels, progress=False)
 
 
 _cosep, _joint = partial(_fitted, CoSePSelector), partial(_fitted, ReconstructionSelector)
+_unweighted = partial(_cosep, weights=None)
 
 
 #: Importances by name: ``f(model, calibration batches)``.
@@ -133,32 +147,34 @@ METHODS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
     "taylor": _taylor,
     "hessian": DiagonalHessian,
     "correlation": _fitted(CorrelationSelector),
-    "cosep": _cosep(),
-    "cosep, max-norm": _cosep(representative="max_norm"),
-    "cosep, consumers": _cosep(observe="inputs"),
-    "cosep, reconstruction": _cosep(representative="reconstruction"),
+    "energy": Energy,
+    "unweighted cosep": _unweighted(),
+    "unweighted cosep, max-norm": _unweighted(representative="max_norm"),
+    "unweighted cosep, consumers": _unweighted(observe="inputs"),
+    "unweighted cosep, reconstruction": _unweighted(representative="reconstruction"),
     "cosep, as published": lambda model, batches: CoSePSelector.published().fit(model, batches, progress=False),
+    "cosep": _cosep(),
     "reconstruction": _joint(class_weight=0),
     "joint": _joint(),
 }
 #: Selections over all layers together: channels are ranked for one ratio.
 GLOBAL = {"l2, global": "l2", "lamp, global": "lamp", "bn-scale, global": "bn-scale", "taylor, global": "taylor"}
 #: The papers' schedule: group by group, statistics collected again and fine-tuning in between; allocated counts.
-LAYER_BY_LAYER = ("joint, layer by layer", "cosep, layer by layer")
+LAYER_BY_LAYER = ("joint, layer by layer", "unweighted cosep, layer by layer")
 #: Selections with the counts that a selector allocates to layers for a target in MACs, and that selector.
-ALLOCATED = {"joint, allocated": "joint", "l2, counts of joint": "joint"}
+ALLOCATED = {"joint, allocated": "joint", "cosep, allocated": "cosep", "l2, counts of joint": "joint"}
 #: Changes of one option.
 VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
-    "cosep, 1 cell": _cosep(spatial=1),
-    "cosep, 8 × 8 cells": _cosep(spatial=8),
-    "cosep, strongest knee": _cosep(knee="strongest"),
-    "cosep, first knee": _cosep(knee="first"),
+    "unweighted cosep, 1 cell": _unweighted(spatial=1),
+    "unweighted cosep, 8 × 8 cells": _unweighted(spatial=8),
+    "unweighted cosep, strongest knee": _unweighted(knee="strongest"),
+    "unweighted cosep, first knee": _unweighted(knee="first"),
     "joint, 2 × 2 cells": _joint(spatial=2),
     "joint, 8 × 8 cells": _joint(spatial=8),
     "joint, strongest knee": _joint(knee="strongest"),
-    "cosep, Hellinger": _cosep(metric="hellinger"),
-    "cosep, Wasserstein": _cosep(metric="wasserstein"),
-    "cosep, labels predicted": _cosep(labels="predicted"),
+    "unweighted cosep, Hellinger": _unweighted(metric="hellinger"),
+    "unweighted cosep, Wasserstein": _unweighted(metric="wasserstein"),
+    "unweighted cosep, labels predicted": _unweighted(labels="predicted"),
     "joint, labels predicted": _joint(labels="predicted"),
     "joint, 1 cell": _joint(spatial=1),
 }
@@ -167,7 +183,7 @@ VARIANTS: dict[str, Callable[[nn.Module, _Batches], Any]] = {
 #: Former selections and variants, of which the tables show the records.
 RETIRED = ("class-means",)
 RETIRED_VARIANTS = (
-    "cosep, GB-AFS silhouette",
+    "unweighted cosep, GB-AFS silhouette",
     "joint, k-medoids",
     "class-means, k-medoids",
     "correlation, column subset",

@@ -21,7 +21,7 @@ _Row = tuple[Cell, dict[str, Any]]
 
 _KNOWN = (*METHODS, *RETIRED)
 _OURS = ("joint", "reconstruction", "class-means")
-_COSEP = tuple(m for m in METHODS if m.startswith("cosep"))
+_COSEP = tuple(m for m in METHODS if "cosep" in m)
 _COLUMNS = [(compensation, recalibrated) for compensation in COMPENSATIONS for recalibrated in (False, True)]
 _HEADINGS = ["nothing", "BN", "one-shot", "one-shot + BN", "sequential", "sequential + BN"]
 _PANELS_IN_A_ROW = 4
@@ -164,7 +164,7 @@ def _equal_macs_table(rows: list[_Row]) -> str:
     return _table(
         ["selection", *(a.replace("x", "×") for a in amounts)],
         (
-            [f"**{m}**" if m.startswith((*_OURS, "cosep")) else m, *(entry(m, a) for a in amounts)]
+            [f"**{m}**" if m.startswith((*_OURS, "cosep", "unweighted cosep")) else m, *(entry(m, a) for a in amounts)]
             for m in sorted(found, key=lambda m: -best(m))
         ),
     )

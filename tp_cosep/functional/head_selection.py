@@ -16,7 +16,13 @@ __all__ = ["heads_of_layer", "heads_of_model"]
 
 
 def heads_of_layer(
-    distances: Tensor, *, n_sharing: int = 1, n_keep: int | None = None, preference: Tensor | None = None, **rules: Any
+    distances: Tensor,
+    *,
+    n_sharing: int = 1,
+    n_keep: int | None = None,
+    weights: Tensor | None = None,
+    preference: Tensor | None = None,
+    **rules: Any,
 ) -> ChannelSelection:
     """Select heads of one layer.
 
@@ -26,6 +32,7 @@ def heads_of_layer(
             is kept in every such block, by a selection of its own; the layer's count is divided by the number of
             blocks and rounded down, as in Torch-Pruning's pruner.
         n_keep: Number of heads to keep, in 1 … heads; by default the knee decides.
+        weights: ``[heads]``, how much each counts; by default all alike.
         preference: ``[heads]``; the most preferred head of a cluster is kept, by default the medoid.
         **rules: Further options of :func:`tp_cosep.functional.selection.select_channels`.
 
@@ -35,7 +42,7 @@ def heads_of_layer(
     Raises:
         InputError: If an argument is not valid.
     """
-    whole = select_channels(distances, n_keep=n_keep, preference=preference, **rules)
+    whole = select_channels(distances, n_keep=n_keep, weights=weights, preference=preference, **rules)
     if n_sharing == 1 or n_sharing == len(distances):
         return whole
     starts = range(0, len(distances), n_sharing)
@@ -44,6 +51,7 @@ def heads_of_layer(
         select_channels(
             distances[at : at + n_sharing, at : at + n_sharing],
             n_keep=each,
+            weights=None if weights is None else _in_block(weights[at : at + n_sharing]),
             preference=None if preference is None else preference[at : at + n_sharing],
             **rules,
         )
@@ -65,6 +73,7 @@ def heads_of_model(
     sizes: Sequence[int],
     *,
     n_keep: int | None = None,
+    weights: Tensor | None = None,
     preference: Tensor | None = None,
     **rules: Any,
 ) -> list[ChannelSelection]:
@@ -79,6 +88,7 @@ def heads_of_model(
         distances: ``[heads, heads]``, the heads of all layers one after another.
         sizes: Number of heads of every layer.
         n_keep: Number of heads to keep over all layers; at least one is kept in each. By default the knee decides.
+        weights: ``[heads]``, how much each counts; by default all alike.
         preference: ``[heads]``; the most preferred head of a cluster is kept, by default the medoid.
         **rules: Further options of :func:`tp_cosep.functional.selection.select_channels`.
 
@@ -91,7 +101,7 @@ def heads_of_model(
     """
     if sum(sizes) != len(distances):
         raise InputError(f"heads: expected the sizes of the layers to add up to {len(distances)}, got {list(sizes)}.")
-    whole = select_channels(distances, n_keep=n_keep, preference=preference, **rules)
+    whole = select_channels(distances, n_keep=n_keep, weights=weights, preference=preference, **rules)
     ends = torch.tensor(sizes).cumsum(0).tolist()
     ranges = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     order: list[int] = whole.scores.argsort(descending=True).tolist()
@@ -99,6 +109,11 @@ def heads_of_model(
     rest = [h for h in order if h not in best]
     kept = best | set(rest[: max(0, whole.k - len(best))])
     return [_in_layer(whole, distances, heads, kept) for heads in ranges]
+
+
+def _in_block(weights: Tensor) -> Tensor | None:
+    """Weights within a part of the heads; none, if all of them are 0."""
+    return weights if weights.any() else None
 
 
 def _in_layer(whole: ChannelSelection, distances: Tensor, heads: range, kept: set[int]) -> ChannelSelection:

@@ -207,6 +207,8 @@ class Planner:
 
     def _selected(self, group: DependencyGroup, view: GroupView, plan: GroupPlan) -> GroupPlan:
         selection, reason = self._select(group, view)
+        if selection is not None and (remark := self.selector.remark(view)):
+            reason = f"{reason}; {remark}"
         return self.with_embedding(view, replace(plan, selection=selection, reason=reason))
 
     def _select(self, group: DependencyGroup, view: GroupView) -> _Choice:

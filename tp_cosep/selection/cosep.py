@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from tp_cosep.calibration.statistics import OBSERVED, StatisticsSpec
 from tp_cosep.errors import InputError
+from tp_cosep.functional.elimination import Consumer, refit_losses
 from tp_cosep.functional.kmedoids import BACKENDS
 from tp_cosep.functional.selection import ChannelSelection, select_channels
 from tp_cosep.functional.separability import PairMetric, check_metric
 from tp_cosep.graph.groups import GroupView
 from tp_cosep.graph.protocols import DependencyGroup
-from tp_cosep.selection.input_space import consumers_of
-from tp_cosep.selection.representatives import REPRESENTATIVES, Preference, preference_of
+from tp_cosep.selection.input_space import consumers_of, energies_of
+from tp_cosep.selection.representatives import REPRESENTATIVES, Preference, preference_of, weights_of
 from tp_cosep.selection.selector import Selector
 from tp_cosep.selection.separability_space import SeparabilitySpace
 from tp_cosep.utils.checks import check_one_of, is_count
@@ -28,10 +30,15 @@ class CoSePSelector(Selector):
 
     A channel is described by its profile: how well it tells each pair of classes apart, by Jeffries-Matusita distances
     between class-conditional activations. Channels are clustered in that space by k-medoids, and one of every cluster
-    is kept. The number of clusters is the knee of the Mean Simplified Silhouette.
+    is kept. Each channel counts by its energy, what its consumers draw from it
+    (:func:`tp_cosep.selection.input_space.energies_of`), so that representatives speak for what matters. The number of
+    clusters is the knee of the Mean Simplified Silhouette.
 
-    Source: Levin & Singer, arXiv 2505.13225. Departures (``docs/method.md`` has the reasons): the strongest knee,
-    guarded, instead of Kneedle's first, and maps pooled to 4 × 4 cells; :meth:`published` is the papers' form.
+    Source: Levin & Singer, arXiv 2505.13225. Departures (``docs/method.md`` has the reasons): weights; the strongest
+    knee, guarded, instead of Kneedle's first; maps pooled to 4 × 4 cells. :meth:`published` is the papers' form.
+
+    Scores order the channels around the selection. With energies they are the shares of what the refitted consumers
+    lose along that order, see :func:`tp_cosep.functional.elimination.refit_losses`, by which layers compare.
 
     The profile of a channel joins those of all layers that create (or consume) it: squared distances are summed over
     the layers, each divided by the length of its profiles.
@@ -39,6 +46,9 @@ class CoSePSelector(Selector):
     Args:
         metric: How classes are told apart: ``"jm"``, ``"hellinger"``, ``"wasserstein"`` or a function, see
             :data:`tp_cosep.functional.separability.PairMetric`.
+        weights: How much a channel counts: ``"energy"``; ``None`` for all alike, as published; or a function of a
+            ``tp.Group``, such as a Torch-Pruning importance, that gives ``[channels]`` numbers ≥ 0. In a group without
+            consumers that have weights, all count alike.
         spatial: Cells per dimension that maps are pooled to; ``None`` for every pixel, ``"auto"`` for the largest
             number that fits ``memory_budget``.
         knee: ``"guarded"``, ``"strongest"`` or ``"first"``, see :func:`tp_cosep.functional.knee.find_knee`.
@@ -59,8 +69,8 @@ class CoSePSelector(Selector):
             that holds the channels.
 
     Attributes:
-        statistics: Class moments by layer, and with ``representative="reconstruction"`` second moments of consumers'
-            inputs; empty before :meth:`fit`.
+        statistics: Class moments by layer, and for energies and ``representative="reconstruction"`` second moments of
+            consumers' inputs; empty before :meth:`fit`.
         sampling_errors: By layer, with ``max_class_pairs``, once a group of it was selected in: the relative standard
             error of its squared distances, see :func:`tp_cosep.functional.separability.pooled_gram`.
 
@@ -89,6 +99,7 @@ class CoSePSelector(Selector):
         self,
         *,
         metric: str | PairMetric = "jm",
+        weights: str | Callable[[Any], Tensor | None] | None = "energy",
         spatial: int | str | None = 4,
         knee: str = "guarded",
         representative: str | Callable[[Any], Tensor | None] = "medoid",
@@ -119,7 +130,12 @@ class CoSePSelector(Selector):
             raise InputError(
                 f"{where}: expected max_class_pairs to be an integer ≥ 1 or None, got {max_class_pairs!r}."
             )
+        if weights is not None and weights != "energy" and not callable(weights):
+            raise InputError(f"{where}: expected weights to be 'energy', None or an importance, got {weights!r}.")
+        if weights is not None and backend != "native":
+            raise InputError(f"{where}: backend={backend!r} knows no weights; pass weights=None with it.")
         self.metric = metric
+        self.weights = weights
         self.spatial = spatial
         self.representative = representative
         self.observe = observe
@@ -131,8 +147,8 @@ class CoSePSelector(Selector):
     def published(cls, **changed: Any) -> CoSePSelector:
         """CoSeP exactly as published (arXiv 2505.13225 v2).
 
-        Every pixel is a cell of its own, JM distances of layers' outputs, k-medoids for every k, Kneedle's first knee
-        of the Mean Simplified Silhouette, medoids kept.
+        All channels count alike, every pixel is a cell of its own, JM distances of layers' outputs, k-medoids for every
+        k, Kneedle's first knee of the Mean Simplified Silhouette, medoids kept.
 
         Args:
             **changed: Options that are to differ.
@@ -140,7 +156,7 @@ class CoSePSelector(Selector):
         Returns:
             A selector.
         """
-        return cls(**{"spatial": None, "knee": "first", **changed})
+        return cls(**{"weights": None, "spatial": None, "knee": "first", **changed})
 
     @property
     def criterion(self) -> SeparabilitySpace:
@@ -163,7 +179,7 @@ class CoSePSelector(Selector):
     def _spec(self) -> StatisticsSpec:
         return StatisticsSpec(
             class_moments=True,
-            inputs=self.representative == "reconstruction",
+            inputs=self.weights == "energy" or self.representative == "reconstruction",
             observe=self.observe,
             spatial=self.spatial,
             channel_dims=self.channel_dims,
@@ -185,14 +201,43 @@ class CoSePSelector(Selector):
         distances = self.criterion.distances(view)
         if distances is None:
             return None
-        preference = self._preference(group, view)
-        return select_channels(distances, n_keep=n_keep, round_to=round_to, preference=preference, **self._rules)
+        weights, losses = self._weights(group, view), None
+        if self.weights == "energy" and weights is not None:
+            consumers = self._consumers(view)
+            losses = partial(refit_losses, consumers)
+        return select_channels(
+            distances,
+            weights=weights,
+            losses=losses,
+            n_keep=n_keep,
+            round_to=round_to,
+            preference=self._preference(group, view),
+            **self._rules,
+        )
+
+    def _weights(self, group: DependencyGroup, view: GroupView) -> Tensor | None:
+        if self.weights is None:
+            return None
+        if callable(self.weights):
+            return weights_of(self.weights, group, view)
+        energies = energies_of(view, self.statistics.inputs)
+        return energies if energies is not None and energies.any() else None
+
+    def remark(self, view: GroupView) -> str:
+        """Whether channels count alike for want of consumers, see :meth:`tp_cosep.Selector.remark`."""
+        if self.weights != "energy":
+            return ""
+        energies = energies_of(view, self.statistics.inputs)
+        if energies is None:
+            return "all channels count alike: no consumer with weights was observed"
+        return "" if energies.any() else "all channels count alike: no consumer draws anything from them"
+
+    def _consumers(self, view: GroupView) -> list[Consumer]:
+        return consumers_of(view, self.statistics.inputs, class_weight=0)
 
     def _preference(self, group: DependencyGroup, view: GroupView) -> Preference:
-        consumers = []
-        if self.representative == "reconstruction" and view.unit == "channel":
-            consumers = consumers_of(view, self.statistics.inputs, class_weight=0)
-        return preference_of(self.representative, group, view, consumers)
+        needs_consumers = self.representative == "reconstruction" and view.unit == "channel"
+        return preference_of(self.representative, group, view, self._consumers(view) if needs_consumers else [])
 
     def _head_preference(self, group: DependencyGroup, view: GroupView) -> Tensor | None:
         # Only clusters of channels can tell which of their members reconstruct best.

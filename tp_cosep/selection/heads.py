@@ -31,11 +31,13 @@ class HeadOptions:
         rules: Options of :func:`tp_cosep.functional.selection.select_channels`.
         preference: ``preference(group, view)`` gives ``[heads]``, the most preferred head of a cluster being kept, or
             ``None`` for the medoid.
+        weights: ``weights(group, view)`` gives ``[heads]``, how much each counts, or ``None`` for all alike.
     """
 
     scope: str
     rules: Mapping[str, Any]
     preference: Callable[[DependencyGroup, GroupView], Tensor | None]
+    weights: Callable[[DependencyGroup, GroupView], Tensor | None]
 
 
 def select_heads(
@@ -79,9 +81,13 @@ def select_heads(
         if distances is None:
             selections.append(None)
             continue
-        preference = options.preference(group, view)
         selection = heads_of_layer(
-            distances, n_sharing=n // n_shared, n_keep=count, preference=preference, **options.rules
+            distances,
+            n_sharing=n // n_shared,
+            n_keep=count,
+            weights=options.weights(group, view),
+            preference=options.preference(group, view),
+            **options.rules,
         )
         selections.append(selection.expanded(view.component_of))
     return selections
@@ -101,10 +107,12 @@ def _select_in_model(
     if distances is None:
         return selections
     preferences = [p for i in known if (p := options.preference(groups[i], views[i])) is not None]
+    weights = [e for i in known if (e := options.weights(groups[i], views[i])) is not None]
     parts = heads_of_model(
         distances,
         [views[i].n_components for i in known],
         n_keep=n_keep,
+        weights=torch.cat(weights) if len(weights) == len(known) else None,
         preference=torch.cat(preferences) if len(preferences) == len(known) else None,
         **options.rules,
     )

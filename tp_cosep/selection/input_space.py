@@ -26,7 +26,7 @@ from tp_cosep.graph.patches import patches_of
 from tp_cosep.selection.criterion import LayerClasses, check_weights
 from tp_cosep.selection.separability_space import SeparabilitySpace
 
-__all__ = ["InputSpace", "Known", "consumers_of", "correlation_distances", "observed_consumers"]
+__all__ = ["InputSpace", "Known", "consumers_of", "correlation_distances", "energies_of", "observed_consumers"]
 
 
 @dataclass(frozen=True)
@@ -197,17 +197,59 @@ def consumers_of(view: GroupView, inputs: Mapping[str, InputStatistics], class_w
     """
     found = []
     for member, covariance, of_layer, components in _parts(view, inputs, class_weight):
-        matrices = of_layer.patches.weight_matrix(member.layer.weight)  # type: ignore[arg-type]
-        n = matrices.shape[1]
-        precisions = _precisions(of_layer, covariance, class_weight, n)
-        for i, w in enumerate(matrices):
-            block = slice(i * n, (i + 1) * n)
-            total = of_layer.covariance[block, block]
-            variance = torch.einsum("fop,fg,gop->o", w, total, w)
-            # An output that never moves has nothing to lose.
-            w = (w * torch.where(variance > 0, variance.rsqrt(), 0)[:, None]).flatten(1)
+        weights = _scaled_weights(member, of_layer)
+        precisions = _precisions(of_layer, covariance, class_weight, weights[0].shape[0])
+        for i, (block, w) in enumerate(_blocks(weights)):
             found.append(Consumer(covariance[block, block], w @ w.T, components[block], precisions[i]))
     return found
+
+
+def energies_of(view: GroupView, inputs: Mapping[str, InputStatistics]) -> Tensor | None:
+    """What the consumers of a group draw from each of its components.
+
+        e_i = Σ_f C_ff Σ_o w_fo² / var(y_o)
+
+    over the consumers, the features f of component i, and outputs o with kernel positions: the share of an output's
+    variance that a feature would account for if features did not depend on each other.
+
+    Args:
+        view: The group.
+        inputs: Statistics by layer name.
+
+    Returns:
+        ``[components]`` float64 on the CPU, ≥ 0; ``None`` if no consumer was observed.
+
+    Raises:
+        InputError: If the statistics do not fit the layers.
+    """
+    energies: Tensor | None = None
+    for member, covariance, of_layer, components in _parts(view, inputs, 0.0):
+        if energies is None:
+            energies = torch.zeros(view.n_components + 1, dtype=torch.float64)  # the last one: of no component
+        variances = covariance.diagonal().clamp(min=0)
+        for block, w in _blocks(_scaled_weights(member, of_layer)):
+            energies.index_add_(0, components[block].cpu(), (variances[block] * w.square().sum(1)).cpu())
+    return None if energies is None else energies[:-1]
+
+
+def _scaled_weights(member: Member, of_layer: InputStatistics) -> Tensor:
+    """Weights ``[groups, features, outputs · positions]``, over the standard deviation of their output."""
+    matrices = of_layer.patches.weight_matrix(member.layer.weight)  # type: ignore[arg-type]
+    covariance, scaled = of_layer.covariance, []
+    for i, w in enumerate(matrices):
+        n = len(w)
+        total = covariance[i * n : (i + 1) * n, i * n : (i + 1) * n]
+        variance = torch.einsum("fop,fg,gop->o", w, total, w)
+        # An output that never moves has nothing to lose.
+        scaled.append((w * torch.where(variance > 0, variance.rsqrt(), 0)[:, None]).flatten(1))
+    return torch.stack(scaled)
+
+
+def _blocks(weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The features of each channel group, and their weights."""
+    n = weights.shape[1]
+    for i, w in enumerate(weights):
+        yield slice(i * n, (i + 1) * n), w
 
 
 def _precisions(of_layer: InputStatistics, covariance: Tensor, class_weight: float, n: int) -> list[Tensor]:

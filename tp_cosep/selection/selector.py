@@ -89,6 +89,21 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         """``[heads]``, the most preferred head of a cluster being kept; ``None`` for the medoid."""
         return None
 
+    def _weights(self, group: DependencyGroup, view: GroupView) -> Tensor | None:
+        """``[components]``, how much each counts in a clustering; ``None`` for all alike."""
+        return None
+
+    def remark(self, view: GroupView) -> str:
+        """What is to be known of the selection in a group, for the plan; empty if nothing is.
+
+        Args:
+            view: The group.
+
+        Returns:
+            A clause.
+        """
+        return ""
+
     @property
     def _rules(self) -> dict[str, Any]:
         """The options of :func:`tp_cosep.functional.selection.select_channels`."""
@@ -142,7 +157,7 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             InputError: If the statistics do not fit the layers.
         """
         self.check_fitted()
-        options = HeadOptions(self.scope, self._rules, self._head_preference)
+        options = HeadOptions(self.scope, self._rules, self._head_preference, self._weights)
         return select_heads(self.criterion, groups, num_heads, options, n_keep=n_keep)
 
     def scores(
