@@ -35,6 +35,7 @@ from tp_cosep.functional.selection import select_channels
 from tp_cosep.functional.separability import profiles
 from tp_cosep.graph.groups import read_group
 from tp_cosep.graph.tracing import trace
+from tp_cosep.selection.input_space import energies_of
 
 Kept = Mapping[str, list[int]]
 Rows = Callable[[int], list[int]]
@@ -76,8 +77,8 @@ class Case:
     def example(self):
         return self.x[:2]
 
-    def fit(self):
-        return fitted(self.model, self.x, self.y, **self.selector)
+    def fit(self, **options):
+        return fitted(self.model, self.x, self.y, **{"weights": None, **self.selector, **options})
 
     def fresh(self):
         model = copy.deepcopy(self.model)
@@ -687,6 +688,32 @@ def test_the_stock_pruner_keeps_the_best(one):
     state = copy.deepcopy(model.state_dict())
     tp.pruner.BasePruner(model, one.example, importance=selector, pruning_ratio=0.5, **options).step()
     assert_same_state(model.state_dict(), one.pruned(state, kept))
+    assert_runs(model, one.x[:3])
+
+
+def test_every_kept_component_is_the_medoid_of_its_cluster_by_energy(one):
+    selector = one.fit(weights="energy", knee="guarded")
+    model, options = one.fresh()
+    pruner = CoSePPruner(model, one.example, selector, **options)
+    planner, found = pruner.planner(), {}
+    for view in map(planner.view, planner.groups()):
+        found[view.name] = energies_of(view, selector.statistics.inputs), selector.distances(None, view=view)
+    pruner.step()
+    n_weighted = 0
+    for plan in pruner.plan:
+        if plan.selection is None or plan.unit == "head":
+            continue
+        e, d = found[plan.name]
+        assert ("count alike" in plan.reason) == (e is None)
+        e = torch.ones(len(d)) if e is None else e
+        n_weighted += len(e.unique()) > 1
+        labels = torch.tensor(plan.selection.labels)
+        assert len(labels) == len(d)
+        for j, medoid in enumerate(plan.selection.medoids):
+            members = (labels == j).nonzero()[:, 0]
+            deviations = (e[members, None] * d[members[:, None], members]).sum(0)
+            assert deviations[members == medoid] <= deviations.min() * (1 + 1e-9)
+    assert n_weighted or any("no consumer with weights was observed" in plan.reason for plan in pruner.plan)
     assert_runs(model, one.x[:3])
 
 

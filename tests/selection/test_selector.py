@@ -20,7 +20,9 @@ from torch import nn
 from tp_cosep import CoSePSelector, InputError
 from tp_cosep.functional.kmedoids import k_medoids
 from tp_cosep.functional.separability import distances_from_gram, profile_gram, profiles
+from tp_cosep.graph.groups import read_group
 from tp_cosep.graph.tracing import trace
+from tp_cosep.selection.input_space import energies_of
 from tp_cosep.selection.selector import ratio_for
 
 
@@ -257,7 +259,10 @@ def test_keep_is_a_number_or_a_share(options, counts):
     selector, groups = fitted(model, x, y, **options), groups_of("mlp", model, x)
     for group, count in zip((groups["a"], groups["b"]), counts, strict=True):
         selection = selector.select(group)
-        assert list(selection.keep_idxs) == k_medoids(selector.distances(group), count).medoids.tolist()
+        energies = energies_of(read_group(group), selector.statistics.inputs)
+        assert (
+            list(selection.keep_idxs) == k_medoids(selector.distances(group), count, weights=energies).medoids.tolist()
+        )
     assert len(selector.select(groups["a"], n_keep=7).keep_idxs) == 7
 
 

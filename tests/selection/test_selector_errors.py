@@ -162,8 +162,8 @@ def test_a_metric_that_does_not_work(metric, message):
 def test_a_representative_that_is_not_one_score_per_channel():
     model, x, y = build("mlp", 10)
     for scores, message in (
-        (torch.zeros(9), r"one preference per component, .* got \(9,\)"),
-        ([0.0] * 10, "one preference per component, .* got a list of 10"),
+        (torch.zeros(9), r"one number per channel, .* got \(9,\)"),
+        ([0.0] * 10, "one number per channel, .* got a list of 10"),
         (torch.full((10,), torch.nan), "got NaN"),
     ):
         selector = fitted(model, x, y, representative=lambda group, scores=scores: scores)
@@ -175,7 +175,7 @@ def test_a_representative_that_needs_gradients():
     selector = fitted(model, x, y, representative=tp.importance.TaylorImportance())
     message = (
         r"layer 'fc1': the importance that chooses the representatives, a TaylorImportance, could not score its group "
-        r"\(AttributeError: .*\); one that needs gradients, such as Taylor's, wants loss\.backward\(\)"
+        r"\(AttributeError: .*\); one that needs gradients, such as Taylor's, requires loss\.backward\(\)"
     )
     assert_refused(InputError, message, model, lambda: selector(group_of(model, x[:1], "fc1")))
     nn.functional.cross_entropy(model(x), y).backward()

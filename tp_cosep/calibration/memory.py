@@ -130,7 +130,7 @@ def check(
     fewer = range(1, min(finest, needed.cells or finest))
     fitting = [s for s in fewer if class_bytes(shapes.values(), n_classes, s) + needed.second_moments <= memory_budget]
     advice = f"set spatial={fitting[-1]}, which fits, or spatial='auto'; or " if fitting else ""
-    other = ", or use CoSePSelector, which takes no second moments" if needed.second_moments else ""
+    other = ", or use CoSePSelector(weights=None), which requires no second moments" if needed.second_moments else ""
     raise InputError(
         f"fit: measuring needs {needed.measuring / _MIB:,.0f} MiB ({needed.class_moments / _MIB:,.0f} for the moments "
         f"of {n_classes} classes, {needed.second_moments / _MIB:,.0f} for second moments), the memory_budget is "

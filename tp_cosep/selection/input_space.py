@@ -226,15 +226,15 @@ def energies_of(view: GroupView, inputs: Mapping[str, InputStatistics]) -> Tenso
     for member, covariance, of_layer, components in _parts(view, inputs, 0.0):
         if energies is None:
             energies = torch.zeros(view.n_components + 1, dtype=torch.float64)  # the last one: of no component
-        variances = covariance.diagonal().clamp(min=0)
-        for block, w in _blocks(_scaled_weights(member, of_layer)):
-            energies.index_add_(0, components[block].cpu(), (variances[block] * w.square().sum(1)).cpu())
+        drawn = [w.square().sum(1) for _, w in _blocks(_scaled_weights(member, of_layer))]
+        of_features = covariance.diagonal().clamp(min=0) * torch.cat(drawn)
+        energies.index_add_(0, torch.where(components < 0, view.n_components, components).cpu(), of_features.cpu())
     return None if energies is None else energies[:-1]
 
 
 def _scaled_weights(member: Member, of_layer: InputStatistics) -> Tensor:
     """Weights ``[groups, features, outputs · positions]``, over the standard deviation of their output."""
-    matrices = of_layer.patches.weight_matrix(member.layer.weight)  # type: ignore[arg-type]
+    matrices = of_layer.patches.weight_matrix(member.layer.get_parameter("weight").detach())
     covariance, scaled = of_layer.covariance, []
     for i, w in enumerate(matrices):
         n = len(w)
