@@ -82,6 +82,7 @@ def test_data_that_cannot_be_read_again_is_not_held_against_groups(on_failure, t
         pruning_ratio=0.5,
         loader=Failing([(x, y)], 1, then),
         compensate="sequential",
+        recalibrate=False,
         on_failure=on_failure,
         fit_options={"progress": False},
     )

@@ -92,7 +92,7 @@ def test_applied_to_a_fresh_copy_it_gives_the_pruned_model(kind, width, options,
 def test_a_plan_of_several_steps():
     model, x, y = build("resnet", 12)
     pruned = copy.deepcopy(model)
-    options = {"loader": [(x, y)], "iterative_steps": 3, "fit_options": {"progress": False}}
+    options = {"loader": [(x, y)], "iterative_steps": 3, "compensate": False, "recalibrate": False}
     pruner = CoSePPruner(pruned, x[:1], fitted(pruned, x, y), pruning_ratio=0.6, **options)
     for _ in range(3):
         pruner.step()
@@ -102,7 +102,9 @@ def test_a_plan_of_several_steps():
 def test_a_plan_made_layer_by_layer():
     model, x, y = build("vgg", 12)
     pruned = copy.deepcopy(model)
-    pruner = CoSePPruner(pruned, x[:1], fitted(pruned, x, y), loader=[(x, y)], layerwise=True)
+    pruner = CoSePPruner(
+        pruned, x[:1], fitted(pruned, x, y), loader=[(x, y)], layerwise=True, compensate=False, recalibrate=False
+    )
     pruner.step()
     assert [e.name for e in pruner.plan if e.selection] == ["conv1", "conv2", "conv3", "fc"]
     assert_same_state(pruner.plan.apply(model, x[:1]).state_dict(), pruned.state_dict())

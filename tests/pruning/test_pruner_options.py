@@ -319,7 +319,7 @@ def test_a_layer_with_one_channel_stays():
             {"importance": tp.importance.MagnitudeImportance()},
             "expected a selector as importance, such as CoSePSelector, got .*MagnitudeImportance",
         ),
-        ({"importance": None}, "expected a selector as importance, such as CoSePSelector, got NoneType"),
+        ({"importance": None}, "expected an importance, or loader= to fit a CoSePSelector on"),
         ({"global_pruning": True}, "global_pruning .* needs a pruning_ratio, got None"),
         ({"isomorphic": True}, "isomorphic .* needs a pruning_ratio, got None"),
         ({"layerwise": True}, "layerwise=True collects statistics again before every group; pass loader="),

@@ -14,7 +14,7 @@ from tp_cosep.utils.data import CalibrationData, check_loader, evaluating, run_m
 from tp_cosep.utils.distributed import agreed, averaged
 from tp_cosep.utils.snapshot import restored_on_error
 
-__all__ = ["recalibrate"]
+__all__ = ["has_statistics", "recalibrate", "saved_statistics"]
 
 
 def recalibrate(
@@ -53,12 +53,12 @@ def recalibrate(
         (tensor([4.]), tensor([2.]), 0.1)
     """
     check_loader(loader, "recalibrate")
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    norms = _norms(model)
     if not norms:
         return 0
     data = CalibrationData(loader, target_fn, progress=progress)
     momenta = {m: m.momentum for m in norms.values()}
-    before = {m: {n: x.clone() for n, x in m.named_buffers(recurse=False)} for m in norms.values()}
+    before = _buffers(norms)
     with restored_on_error(model), evaluating(model):
         try:
             for m in norms.values():
@@ -116,3 +116,37 @@ def _run_all(model: nn.Module, data: CalibrationData) -> int:
             ) from error
         n_batches += 1
     return n_batches
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether a model has BatchNorm layers that track statistics."""
+    return bool(_norms(model))
+
+
+def saved_statistics(model: nn.Module) -> Callable[[], None]:
+    """Save the running statistics of all BatchNorm layers.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A function that restores them.
+    """
+    saved = _buffers(_norms(model))
+
+    def restore() -> None:
+        with torch.no_grad():
+            for m, buffers in saved.items():
+                for name, x in buffers.items():
+                    m.get_buffer(name).copy_(x)
+
+    return restore
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """BatchNorm layers that track statistics, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+
+def _buffers(norms: Mapping[str, _BatchNorm]) -> dict[_BatchNorm, dict[str, Tensor]]:
+    return {m: {n: x.clone() for n, x in m.named_buffers(recurse=False)} for m in norms.values()}

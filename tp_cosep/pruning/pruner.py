@@ -27,6 +27,7 @@ from tp_cosep.pruning.selector_pruner import SelectorPruner
 from tp_cosep.pruning.settings import PruneSettings, check_fit_keywords, check_pruner, check_target, own_options
 from tp_cosep.pruning.step import PruningStep
 from tp_cosep.pruning.targets import budget_of
+from tp_cosep.selection.cosep import CoSePSelector
 from tp_cosep.selection.selector import Selector
 
 __all__ = ["CoSePPruner"]
@@ -47,7 +48,8 @@ class CoSePPruner(SelectorPruner):
     Args:
         model: The model, as it was when the selector was fitted.
         example_inputs: For tracing and for forward passes: a tensor, a tuple of arguments or a dict.
-        importance: A selector; it need not be fitted if ``loader`` is given.
+        importance: A selector; it need not be fitted if ``loader`` is given. By default a
+            :class:`tp_cosep.CoSePSelector`.
         global_pruning: Rank channels over all layers for one ``pruning_ratio``, as in the stock pruner.
         pruning_ratio: Share of channels to remove, in [0, 1], or ``None`` for the selector's own counts.
         target: What the pruned model may cost: ``{"macs": 0.5}``, ``{"params": 2e6}`` or ``{"latency": 0.5}``; below 1
@@ -55,7 +57,8 @@ class CoSePPruner(SelectorPruner):
             latency milliseconds for all of ``example_inputs`` on the model's device. Channels are removed from the
             groups that lose least for what they save (:func:`tp_cosep.pruning.budget.allocate`); for a latency, pruned
             copies are timed. ``round_to`` makes widths that hardware likes.
-        loader: Calibration data, to fit the selector (again) on and for ``compensate`` and ``recalibrate``.
+        loader: Calibration data, to fit the selector (again) on and for ``compensate`` and ``recalibrate``, which are
+            on if it is given and can be read again (a DataLoader or a list, not a generator).
         layerwise: Prune as the papers do: group after group in the order in which they run, with statistics collected
             again for each.
         fine_tune: ``fine_tune(model)``, called after every group with ``layerwise``, else once at the end of a step.
@@ -70,10 +73,13 @@ class CoSePPruner(SelectorPruner):
             Groups with layers that look at all channels at once (LayerNorm, attention) are not compared. Turn it off
             for models that do so by other means, such as a mean over channels.
         compensate: Refit the consumers of a group just before it is pruned, see :class:`tp_cosep.Compensator`: ``True``
-            or a mode, ``"one-shot"`` or ``"sequential"``, with the data of ``loader``; or a compensator of your own for
-            this model, fitted or not. After fine-tuning it is fitted again before it is used again.
+            or a mode, ``"one-shot"`` or ``"sequential"``, with the data of ``loader``; a compensator of your own for
+            this model, fitted or not; or ``False``. By default it is ``True`` with a ``loader``. After fine-tuning it
+            is fitted again before it is used again.
         recalibrate: Re-estimate BatchNorm statistics on ``loader`` after each step (each group with ``layerwise``),
-            before fine-tuning, see :func:`tp_cosep.recalibrate`.
+            before fine-tuning, see :func:`tp_cosep.recalibrate`: ``True``, ``False``, or ``"auto"``, the default with a
+            ``loader``, to keep the new statistics only if they bring the outputs for held-out batches nearer to the
+            unpruned model's. ``plan.options["recalibrated"]`` says whether they stayed.
         embed: Record in the plan what :meth:`PruningPlan.report` draws of each group: its channels in the plane, and
             the class pairs that their clusters tell apart.
         fit_options: Keywords for the selector's ``fit``, such as ``target_fn``, which compensation and ``recalibrate``
@@ -105,7 +111,7 @@ class CoSePPruner(SelectorPruner):
         self,
         model: nn.Module,
         example_inputs: Any,
-        importance: Selector,
+        importance: Selector | None = None,
         global_pruning: bool = False,
         pruning_ratio: float | None = None,
         *,
@@ -116,12 +122,16 @@ class CoSePPruner(SelectorPruner):
         adapt: Callable[[nn.Module], object] | None = None,
         on_failure: str = "raise",
         verify: bool = True,
-        compensate: bool | str | Compensator = False,
-        recalibrate: bool = False,
+        compensate: bool | str | Compensator | None = None,
+        recalibrate: bool | str | None = None,
         embed: bool = True,
         fit_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        if importance is None:
+            if loader is None:
+                raise InputError("CoSePPruner: expected an importance, or loader= to fit a CoSePSelector on.")
+            importance = CoSePSelector()
         if not isinstance(importance, Selector):
             raise InputError(
                 f"CoSePPruner: expected a selector as importance, such as CoSePSelector, got "
@@ -145,12 +155,13 @@ class CoSePPruner(SelectorPruner):
             raise InputError("CoSePPruner: layerwise=True collects statistics again before every group; pass loader=.")
         self._trace_options = {k: v for k, v in options.items() if k in TRACE_OPTIONS}
         self.fit_options = check_fit_keywords(fit_options, importance.fit)
+        is_readable = loader is not None and not hasattr(loader, "__next__")
         self.recovery = Recovery(
             model,
             example_inputs,
             loader,
-            compensate=compensate,
-            recalibrate=recalibrate,
+            compensate=is_readable if compensate is None else compensate,
+            recalibrate=("auto" if is_readable else False) if recalibrate is None else recalibrate,
             trace_options=self._trace_options,
             fit_options=self.fit_options,
         )

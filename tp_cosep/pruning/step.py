@@ -233,6 +233,13 @@ class PruningStep:
         """
         check_autograd()
         host, settings = self.host, self.host.settings
+        if host.current_step >= settings.n_steps:
+            host.current_step += 1
+            warnings.warn(
+                f"step: this would exceed the maximum iterative steps, {settings.n_steps}; nothing is pruned.",
+                stacklevel=3,
+            )
+            return
         before = PrunerState(host)
         try:
             with restored_on_error(host.model):
@@ -253,7 +260,11 @@ class PruningStep:
                 if settings.target is not None:
                     check_target(host.planner(), after)
                 biases = host.plan.new_biases if host.compensator is None else tuple(host.compensator.new_biases)
-                host.plan = replace(host.plan, new_biases=biases, costs=costs_beside(host.plan.costs, costs, after))
+                options = dict(host.plan.options)
+                if host.recovery.is_recalibrated is not None:
+                    options["recalibrated"] = host.recovery.is_recalibrated
+                both = costs_beside(host.plan.costs, costs, after)
+                host.plan = replace(host.plan, new_biases=biases, costs=both, options=options)
         except BaseException as error:
             # An interactive caller who stops early keeps what was pruned so far.
             if not isinstance(error, GeneratorExit):
@@ -265,12 +276,6 @@ class PruningStep:
         host, settings = self.host, self.host.settings
         if settings.is_ranked and not settings.layerwise:
             yield from host.ranked_groups()
-            return
-        if host.current_step > settings.n_steps:
-            warnings.warn(
-                f"step: this would exceed the maximum iterative steps, {settings.n_steps}; nothing is pruned.",
-                stacklevel=4,
-            )
             return
         if settings.layerwise:
             host.memory.done.clear()
