@@ -149,7 +149,7 @@ def test_estimated_moments_take_what_was_said(options, name):
 def test_what_does_not_fit_is_refused_before_it_is_measured():
     model, x, y = build("vgg", 10)
     y = y * 100
-    needed = CoSePSelector().memory_estimate(model, x, 301)
+    needed = CoSePSelector(spatial=4).memory_estimate(model, x, 301)
     fewer = CoSePSelector(spatial=3).memory_estimate(model, x, 301)
     n_large = 0
 
@@ -160,9 +160,12 @@ def test_what_does_not_fit_is_refused_before_it_is_measured():
     model.conv1.register_forward_hook(count)
     message = r"moments of 301 classes, 0 for .*; set spatial=3, which fits.* or use CoSePSelector\(weights=None\)"
     with pytest.raises(InputError, match=message):
-        CoSePSelector(memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
+        CoSePSelector(spatial=4, memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
     assert n_large == 0
     CoSePSelector(spatial=3, memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
-    CoSePSelector(memory_budget=needed.measuring).fit(model, [(x, y)], progress=False)
+    CoSePSelector(spatial=4, memory_budget=needed.measuring).fit(model, [(x, y)], progress=False)
+    automatic = CoSePSelector(memory_budget=fewer.measuring).fit(model, [(x, y)], progress=False)
+    assert automatic.statistics.moments["conv1"].n_cells == 9
+    assert CoSePSelector().fit(model, [(x, y)], progress=False).statistics.moments["conv1"].n_cells == 16
     with pytest.raises(InputError, match="next to no memory"):
         AttentionMapSelector().memory_estimate(model, x, 4)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from models import assert_same_state, build, images, initialise, seeded
+from models import assert_same_state, build, initialise, seeded
 from torch import nn
 
 from tp_cosep import Compensator, CoSePPruner, CoSePSelector, InputError, recalibrate
@@ -115,7 +115,7 @@ def test_recalibrate_is_true_false_or_auto(value):
 
 
 def test_a_step_too_many_says_so_and_measures_nothing():
-    model, (x, y) = build("vgg", 12)[0], images(40, size=16)
+    model, x, y = build("vgg", 12)
     n_runs = 0
 
     class Counting(list):

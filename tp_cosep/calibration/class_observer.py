@@ -34,6 +34,9 @@ __all__ = [
     "most_cells",
 ]
 
+# Finer cells than these tell selections little more, see docs/results.md.
+_FINEST = 4
+
 #: Layers that are measured, and the dimension of their tensors that holds the channels. They are those that
 #: create channels. Normalisation and activations follow them, and JM distances do not change under a
 #: normalisation's affine map.
@@ -292,7 +295,7 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
 
 
 def most_cells(shapes: Iterable[tuple[int, ...]], n_classes: int, memory_budget: int) -> int:
-    """The largest number of cells per dimension whose class moments fit, for ``spatial="auto"``.
+    """The largest number of cells per dimension, up to 4, whose class moments fit, for ``spatial="auto"``.
 
     Args:
         shapes: Components and positions of every layer's tensors.
@@ -307,7 +310,7 @@ def most_cells(shapes: Iterable[tuple[int, ...]], n_classes: int, memory_budget:
     """
     shapes = list(shapes)
     largest = max((max(shape[1:], default=1) for shape in shapes), default=1)
-    fitting = [s for s in range(1, largest + 1) if class_bytes(shapes, n_classes, s) <= memory_budget]
+    fitting = [s for s in range(1, min(largest, _FINEST) + 1) if class_bytes(shapes, n_classes, s) <= memory_budget]
     if not fitting:
         raise InputError(
             f"fit: the moments of {n_classes} classes need {class_bytes(shapes, n_classes, 1):,} bytes even with "

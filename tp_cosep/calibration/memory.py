@@ -8,7 +8,7 @@ from math import prod
 
 from tp_cosep.errors import InputError
 
-__all__ = ["MemoryEstimate", "check", "class_bytes", "estimate"]
+__all__ = ["MemoryEstimate", "check", "class_bytes", "estimate", "second_bytes"]
 
 _FLOAT64 = 8
 _MIB = 2**20
@@ -65,9 +65,9 @@ def class_bytes(shapes: Iterable[tuple[int, ...]], n_classes: int, cells: int | 
     return 2 * _FLOAT64 * n_classes * sum(counts)
 
 
-def _second_bytes(n_features: int) -> int:
-    """Bytes of the second moments of a layer that reads so many features, and of their inverse."""
-    return 2 * _FLOAT64 * (n_features + 1) ** 2
+def second_bytes(n_features: Iterable[int]) -> int:
+    """Bytes of the second moments of layers with so many features each, and of their inverses."""
+    return sum(2 * _FLOAT64 * (n + 1) ** 2 for n in n_features)
 
 
 def estimate(
@@ -95,9 +95,7 @@ def estimate(
     selection = 10 * _FLOAT64 * widest**2 + _CHUNK
     if by_separability:
         selection += 3 * max((class_bytes([shape], n_classes, cells) for shape in shapes.values()), default=0)
-    return MemoryEstimate(
-        class_bytes(shapes.values(), n_classes, cells), sum(map(_second_bytes, n_features)), selection, cells
-    )
+    return MemoryEstimate(class_bytes(shapes.values(), n_classes, cells), second_bytes(n_features), selection, cells)
 
 
 def check(
@@ -122,7 +120,7 @@ def check(
     """
     if needed.measuring <= memory_budget:
         return
-    sizes = {name: _second_bytes(n) for name, n in n_features.items()}
+    sizes = {name: second_bytes([n]) for name, n in n_features.items()}
     for name, shape in shapes.items():
         sizes[name] = sizes.get(name, 0) + class_bytes([shape], n_classes, needed.cells)
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]

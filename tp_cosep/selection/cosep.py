@@ -49,8 +49,8 @@ class CoSePSelector(Selector):
         weights: How much a channel counts: ``"energy"``; ``None`` for all alike, as published; or a function of a
             ``tp.Group``, such as a Torch-Pruning importance, that gives ``[channels]`` numbers ≥ 0. In a group without
             consumers that have weights, all count alike.
-        spatial: Cells per dimension that maps are pooled to; ``None`` for every pixel, ``"auto"`` for the largest
-            number that fits ``memory_budget``.
+        spatial: Cells per dimension that maps are pooled to; ``"auto"`` for the largest number up to 4 that fits
+            ``memory_budget``, ``None`` for every pixel.
         knee: ``"guarded"``, ``"strongest"`` or ``"first"``, see :func:`tp_cosep.functional.knee.find_knee`.
         representative: Which member of a cluster is kept: ``"medoid"``, ``"max_norm"`` (the largest L1 norm of the
             weights that create it), ``"reconstruction"`` (the members that together let the refitted consumers lose
@@ -100,7 +100,7 @@ class CoSePSelector(Selector):
         *,
         metric: str | PairMetric = "jm",
         weights: str | Callable[[Any], Tensor | None] | None = "energy",
-        spatial: int | str | None = 4,
+        spatial: int | str | None = "auto",
         knee: str = "guarded",
         representative: str | Callable[[Any], Tensor | None] = "medoid",
         keep: int | float | None = None,
