@@ -199,7 +199,7 @@ def test_iterative_steps_reach_the_counts_of_a_single_step(kind, width, ratio):
 @pytest.mark.parametrize("how", [{}, {"target": {"macs": 0.4}}, {"pruning_ratio": 0.5}], ids=str)
 def test_iterative_steps_without_a_loader_ask_for_one(kind, how):
     model, x, y = build("vgg", 12)
-    selector = fitted(model, x, y, kind=kind)
+    selector = copy.copy(fitted(model, x, y, kind=kind))  # a copy keeps no data
     pruner = CoSePPruner(model, x[:1], selector, iterative_steps=2, **how)
     pruner.step()
     before = fingerprint(model)
@@ -210,7 +210,8 @@ def test_iterative_steps_without_a_loader_ask_for_one(kind, how):
 
 def test_iterative_steps_without_a_loader_take_new_moments():
     model, x, y = build("mlp", 10)
-    pruner = CoSePPruner(model, x[:1], fitted(model, x, y), pruning_ratio=0.5, iterative_steps=2)
+    selector = copy.copy(fitted(model, x, y))  # a copy keeps no data
+    pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5, iterative_steps=2)
     pruner.step()
     before = fingerprint(model)
     with pytest.raises(InputError, match=r"class moments cover 10 channels, the layer has 7; call fit\(\) again"):
@@ -380,7 +381,7 @@ def test_a_generator_is_too_short_for_layerwise():
 
 def test_moments_that_no_longer_fit():
     model, x, y = build("mlp", 10)
-    selector = fitted(model, x, y)
+    selector = copy.copy(fitted(model, x, y))  # a copy keeps no data
     CoSePPruner(model, x[:1], selector, pruning_ratio=0.5).step()
     pruner = CoSePPruner(model, x[:1], selector, pruning_ratio=0.5)
     assert_step_refused(pruner, InputError, r"layer 'fc.': class moments cover 1\d channels, the layer has 5")

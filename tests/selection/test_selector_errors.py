@@ -115,7 +115,7 @@ def test_a_layer_that_only_one_class_reached():
 
 def test_moments_that_no_longer_fit():
     model, x, y = build("resnet", 12)
-    selector = fitted(model, x, y, keep=7)
+    selector = CoSePSelector(keep=7).fit(model, [(x, y)], refit=False, progress=False)
     ratios = selector.pruning_ratio_dict(model, x[:1], [model.head])
     tp.pruner.MetaPruner(
         model, x[:1], selector, pruning_ratio=0.0, pruning_ratio_dict=ratios, ignored_layers=[model.head]

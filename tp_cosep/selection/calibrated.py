@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from torch import nn
 
@@ -37,6 +38,11 @@ class Calibrated(ABC):
     def __init__(self) -> None:
         self.num_heads: dict[nn.Module, int] = {}
         self.statistics = Statistics()
+        self._source: _Source | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has the statistics, but neither the data nor the model to collect them again.
+        return {**self.__dict__, "_source": None}
 
     @property
     @abstractmethod
@@ -51,6 +57,7 @@ class Calibrated(ABC):
         layers: Iterable[str] | None = None,
         ignored_layers: Iterable[Any] = (),
         num_heads: Mapping[nn.Module, int] | None = None,
+        refit: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
         **data_options: Unpack[DataOptions],
@@ -69,6 +76,9 @@ class Calibrated(ABC):
                 first samples shows.
             ignored_layers: Groups that contain one of these (modules, names or types) are left out, as by the pruner.
             num_heads: Number of heads by attention layer; by default :func:`tp_cosep.attention_heads` finds them.
+            refit: Keep the loader, and a weak reference to the model: where a selection finds the model pruned since,
+                as in the second of several ``iterative_steps``, statistics are collected again by themselves. A loader
+                that can be read once is not kept, nor is anything in copies of the selector.
             checkpoint: A file that keeps the pass on the way. An interrupted pass goes on from it, behind the batches
                 that it has seen, so the loader has to give the same ones in the same order; a finished one is not
                 repeated. Delete the file to collect again.
@@ -84,6 +94,10 @@ class Calibrated(ABC):
         """
         check_plain(model)
         self.num_heads = _heads_of(model, num_heads)
+        is_kept = refit and not hasattr(loader, "__next__")
+        layers = None if layers is None else list(layers)
+        options = {"layers": layers, "ignored_layers": list(ignored_layers), **data_options}
+        source = _Source(ref(model), loader, options) if is_kept else None
         self._hold(
             collect(
                 model,
@@ -95,7 +109,29 @@ class Calibrated(ABC):
                 checkpoint_every=checkpoint_every,
             )
         )
+        self._source = source
         return self
+
+    def refresh(self, layer: nn.Module) -> bool:
+        """Collect statistics again if the fitted model was pruned since; selections call it.
+
+        Args:
+            layer: A layer that is asked about; nothing is done if it is another model's, such as an unpruned copy's.
+
+        Returns:
+            Whether statistics were collected: the model was pruned, and :meth:`fit` has kept the loader.
+        """
+        source = self._source
+        model = None if source is None else source.model()
+        if source is None or model is None or _has_shapes(model, self.statistics):
+            return False
+        if not any(m is layer for m in model.modules()):
+            return False
+        # Numbers of heads follow the pruning in the layers; those that are not found by name stay as they were given.
+        found, modules = attention_heads(model), set(model.modules())
+        heads = {m: found.get(m, n) for m, n in self.num_heads.items() if m in modules}
+        self.fit(model, source.loader, num_heads=heads, **source.options)
+        return True
 
     def _hold(self, statistics: Statistics) -> None:
         self.statistics = statistics
@@ -168,6 +204,7 @@ class Calibrated(ABC):
         check_plain(model)
         statistics = load_statistics(path, {"measured": self._spec.facts()}, model, n_classes)
         statistics.weight_shapes = weight_shapes(model, statistics.moments)
+        self._source = None
         self.num_heads = _heads_of(model, num_heads)
         self._hold(statistics)
         return self
@@ -190,6 +227,24 @@ class Calibrated(ABC):
         """
         if not self.is_fitted:
             raise NotFittedError(f"{type(self).__name__}: no data seen yet; call fit(model, loader) first.")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What statistics were collected of, and how."""
+
+    model: ref[nn.Module]
+    loader: Iterable[Any]
+    options: dict[str, Any]
+
+
+def _has_shapes(model: nn.Module, statistics: Statistics) -> bool:
+    """Whether the observed layers have the weights' shapes that they had when they were observed."""
+    shapes = {**statistics.weight_shapes, **{name: of_layer.shape for name, of_layer in statistics.inputs.items()}}
+    layers = dict(model.named_modules())
+    return all(name in layers and getattr(layers[name], "weight", None) is not None for name in shapes) and all(
+        layers[name].get_parameter("weight").shape == shape for name, shape in shapes.items()
+    )
 
 
 def _heads_of(model: nn.Module, given: Mapping[nn.Module, int] | None) -> dict[nn.Module, int]:

@@ -130,6 +130,7 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
         """
         group = full_group(group)
         self.check_fitted()
+        self.refresh(group[0].dep.target.module)
         view = view or read_group(group, None, self.num_heads)
         n_keep = n_keep if n_keep is not None else self._fixed_count(view.n_components)
         selection = self._select(group, view, n_keep, round_to)
@@ -157,6 +158,8 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             InputError: If the statistics do not fit the layers.
         """
         self.check_fitted()
+        if groups:
+            self.refresh(groups[0][0].dep.target.module)
         options = HeadOptions(self.scope, self._rules, self._head_preference, self._weights)
         return select_heads(self.criterion, groups, num_heads, options, n_keep=n_keep)
 
@@ -210,6 +213,8 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
             InputError: If the statistics do not fit the layers.
         """
         self.check_fitted()
+        if group is not None:
+            self.refresh(group[0].dep.target.module)
         return self.criterion.distances(view or read_group(group, None, self.num_heads))
 
     def layers_of(self, view: GroupView) -> tuple[str, ...]:
