@@ -271,7 +271,7 @@ def test_auto_takes_the_largest_map_that_fits(largest, n_classes):
 
 def test_auto_counts_labels_beyond_the_width_of_the_output():
     model, x, y = build("mlp", 10)
-    with pytest.raises(InputError, match=r"moments of 4 classes need 2,240 bytes .* memory_budget is 2,239"):
+    with pytest.raises(InputError, match=r"moments of 4 classes need 2,240 bytes .*; the memory_budget is 2,239"):
         collect(model, [(x, y)], spatial="auto", memory_budget=16 * 4 * (10 + 11 + 10 + 4) - 1)
     with pytest.raises(InputError, match="moments of 101 classes"):
         collect(model, [(x, y.clamp(min=2) * 50 - 50)], spatial="auto", memory_budget=10)

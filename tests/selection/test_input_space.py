@@ -230,7 +230,7 @@ def test_refusals():
         ReconstructionSelector().fit(model, [])
     with pytest.raises(InputError, match=r"layer 'conv2': got NaN or infinite"):
         ReconstructionSelector().fit(model, [(x * float("nan"), y)])
-    selector = ReconstructionSelector().fit(model, [(x, y)], progress=False)
+    selector = ReconstructionSelector().fit(model, [(x, y)], refit=False, progress=False)
     assert_untouched(model, before)
     tp.pruner.BasePruner(
         model, x[:1], tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=[model.head]

@@ -294,13 +294,14 @@ def _update(moments: ClassMoments, x: Tensor, labels: Tensor, name: str) -> None
         raise InputError(f"layer {name!r}: {error}") from error
 
 
-def most_cells(shapes: Iterable[tuple[int, ...]], n_classes: int, memory_budget: int) -> int:
+def most_cells(shapes: Iterable[tuple[int, ...]], n_classes: int, memory_budget: int, *, reserved: int = 0) -> int:
     """The largest number of cells per dimension, up to 4, whose class moments fit, for ``spatial="auto"``.
 
     Args:
         shapes: Components and positions of every layer's tensors.
         n_classes: Number of classes.
         memory_budget: Bytes.
+        reserved: Bytes of it that second moments take.
 
     Returns:
         The number.
@@ -310,10 +311,14 @@ def most_cells(shapes: Iterable[tuple[int, ...]], n_classes: int, memory_budget:
     """
     shapes = list(shapes)
     largest = max((max(shape[1:], default=1) for shape in shapes), default=1)
-    fitting = [s for s in range(1, min(largest, _FINEST) + 1) if class_bytes(shapes, n_classes, s) <= memory_budget]
+    fitting = [
+        s for s in range(1, min(largest, _FINEST) + 1) if class_bytes(shapes, n_classes, s) + reserved <= memory_budget
+    ]
     if not fitting:
         raise InputError(
             f"fit: the moments of {n_classes} classes need {class_bytes(shapes, n_classes, 1):,} bytes even with "
-            f"spatial=1, the memory_budget is {memory_budget:,}; raise memory_budget."
+            f"spatial=1"
+            + (f", second moments {reserved:,}" if reserved else "")
+            + f"; the memory_budget is {memory_budget:,}; raise memory_budget."
         )
     return fitting[-1]

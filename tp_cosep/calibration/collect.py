@@ -196,7 +196,7 @@ class _Observers:
         for observer, found in zip(self.by_class, seen.shapes, strict=True):
             if observer is self.layers and spec.spatial == "auto":
                 second = memory.second_bytes(self.n_features.values())
-                observer.n_cells = most_cells(found.values(), n_classes, spec.memory_budget - second)
+                observer.n_cells = most_cells(found.values(), n_classes, spec.memory_budget, reserved=second)
             what = "inputs" if observer is self.inputs else "outputs"
             shapes |= {f"{name} ({what})": shape for name, shape in found.items()}
         return shapes
