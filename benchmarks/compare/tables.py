@@ -102,7 +102,7 @@ def _aim(network: str, data: str, rows: list[_Row], compensation: str) -> list[o
     if not seeds:
         return None
     means = {m: statistics.mean(v[s] for s in seeds) for m, v in lost.items() if seeds <= set(v)}
-    others = {m: v for m, v in means.items() if m not in _OURS + _COSEP}
+    others = {m: v for m, v in means.items() if m not in (*_OURS, *_COSEP, "energy")}
     if len(others) < 2:
         return None
     best = min(others, key=lambda m: others[m])
