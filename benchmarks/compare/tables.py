@@ -384,5 +384,5 @@ def plot_results(folder: Path, target: Path) -> None:
         fontsize=10,
     )
     fig.tight_layout()
-    fig.savefig(target, dpi=110)
+    fig.savefig(target, dpi=110, bbox_inches="tight")
     plt.close(fig)
