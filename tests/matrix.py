@@ -58,7 +58,7 @@ def fit(architecture: Architecture) -> tuple[nn.Module, CoSePSelector, torch.Ten
     model, (x, y) = architecture.build().eval(), data(architecture)
     batches = [(x[:5], y[:5]), (x[5:], y[5:])]
     with expected_warnings():
-        selector = CoSePSelector(spatial=1).fit(model, batches, rare_classes="drop", progress=False)
+        selector = CoSePSelector(weights=None, spatial=1).fit(model, batches, rare_classes="drop", progress=False)
     return model, selector, x
 
 
