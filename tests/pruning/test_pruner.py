@@ -119,6 +119,8 @@ def test_layerwise_is_fit_select_prune_and_tune_one_group_after_another(kind, wi
         selector,
         pruning_ratio=ratio,
         loader=[(x, y)],
+        compensate=False,
+        recalibrate=False,
         layerwise=True,
         fine_tune=lambda m: (seen.append(widths(m)), nudge(m)),
         fit_options={"progress": False},
