@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -95,8 +95,10 @@ class Calibrated(ABC):
         check_plain(model)
         self.num_heads = _heads_of(model, num_heads)
         is_kept = refit and not hasattr(loader, "__next__")
-        layers = None if layers is None else list(layers)
-        options = {"layers": layers, "ignored_layers": list(ignored_layers), **data_options}
+        # Iterators are read here; anything that is no list of layers is refused where it is looked at.
+        layers = list(layers) if isinstance(layers, Iterator) else layers
+        ignored_layers = list(ignored_layers) if isinstance(ignored_layers, Iterator) else ignored_layers
+        options = {"layers": layers, "ignored_layers": ignored_layers, **data_options}
         source = _Source(ref(model), loader, options) if is_kept else None
         self._hold(
             collect(
