@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tp_cosep.calibration.statistics import OBSERVED, StatisticsSpec
 from tp_cosep.errors import InputError
-from tp_cosep.functional.elimination import Consumer, refit_losses
+from tp_cosep.functional.elimination import refit_losses
 from tp_cosep.functional.kmedoids import BACKENDS
 from tp_cosep.functional.selection import ChannelSelection, select_channels
 from tp_cosep.functional.separability import PairMetric, check_metric
@@ -203,8 +203,7 @@ class CoSePSelector(Selector):
             return None
         weights, losses = self._weights(group, view), None
         if self.weights == "energy" and weights is not None:
-            consumers = self._consumers(view)
-            losses = partial(refit_losses, consumers)
+            losses = partial(refit_losses, consumers_of(view, self.statistics.inputs, 0, inverted=False))
         return select_channels(
             distances,
             weights=weights,
@@ -232,12 +231,10 @@ class CoSePSelector(Selector):
             return "all channels count alike: no consumer with weights was observed"
         return "" if energies.any() else "all channels count alike: no consumer draws anything from them"
 
-    def _consumers(self, view: GroupView) -> list[Consumer]:
-        return consumers_of(view, self.statistics.inputs, class_weight=0)
-
     def _preference(self, group: DependencyGroup, view: GroupView) -> Preference:
         needs_consumers = self.representative == "reconstruction" and view.unit == "channel"
-        return preference_of(self.representative, group, view, self._consumers(view) if needs_consumers else [])
+        consumers = consumers_of(view, self.statistics.inputs, class_weight=0) if needs_consumers else []
+        return preference_of(self.representative, group, view, consumers)
 
     def _head_preference(self, group: DependencyGroup, view: GroupView) -> Tensor | None:
         # Only clusters of channels can tell which of their members reconstruct best.

@@ -178,7 +178,9 @@ def observed_consumers(view: GroupView, inputs: Mapping[str, InputStatistics]) -
     return [m for m in view.consumers if m.name in inputs and len(m.rows)]
 
 
-def consumers_of(view: GroupView, inputs: Mapping[str, InputStatistics], class_weight: float) -> list[Consumer]:
+def consumers_of(
+    view: GroupView, inputs: Mapping[str, InputStatistics], class_weight: float, *, inverted: bool = True
+) -> list[Consumer]:
     """The consumers of a group, as elimination takes them.
 
     An error of an output costs by the variance of that output, ``w_o / sqrt(w_oᵀ C w_o)``, so that layers and channels
@@ -188,6 +190,7 @@ def consumers_of(view: GroupView, inputs: Mapping[str, InputStatistics], class_w
         view: The group.
         inputs: Statistics by layer name.
         class_weight: α ≥ 0.
+        inverted: Whether covariances are inverted, as an elimination requires; losses along an order do not.
 
     Returns:
         One entry per consumer and channel group; none if no consumer was observed.
@@ -198,9 +201,10 @@ def consumers_of(view: GroupView, inputs: Mapping[str, InputStatistics], class_w
     found = []
     for member, covariance, of_layer, components in _parts(view, inputs, class_weight):
         weights = _scaled_weights(member, of_layer)
-        precisions = _precisions(of_layer, covariance, class_weight, weights[0].shape[0])
+        precisions = _precisions(of_layer, covariance, class_weight, weights[0].shape[0]) if inverted else None
         for i, (block, w) in enumerate(_blocks(weights)):
-            found.append(Consumer(covariance[block, block], w @ w.T, components[block], precisions[i]))
+            precision = None if precisions is None else precisions[i]
+            found.append(Consumer(covariance[block, block], w @ w.T, components[block], precision))
     return found
 
 
