@@ -9,7 +9,7 @@ from fitted import fitted, group_with, widths
 from models import assert_untouched, build, fingerprint, initialise, vectors
 from torch import nn
 
-from tp_cosep import CoSePPruner, InputError, PruningPlan
+from tp_cosep import CoSePPruner, CoSePSelector, InputError, PruningPlan
 from tp_cosep.graph.tracing import trace
 
 
@@ -101,7 +101,7 @@ def test_a_ratio_out_of_range(ratio):
 
 def test_moments_from_before_the_layer_in_front_was_pruned():
     model, x, y = build("mlp", 10)
-    selector = fitted(model, x, y)
+    selector = CoSePSelector(spatial=2).fit(model, [(x, y)], refit=False, progress=False)
     ignored = [model.fc2, model.fc3, model.head]
     tp.pruner.MetaPruner(model, x[:1], selector, pruning_ratio=0.5, ignored_layers=ignored).step()
     assert widths(model) == {"fc1": 5, "fc2": 11, "fc3": 10, "head": 4}
