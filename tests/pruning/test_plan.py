@@ -376,7 +376,8 @@ def test_what_a_plan_says():
         "head: left alone (its channels are the model's output)",
     ]
     assert str(PruningPlan()) == "empty plan"
-    assert plan.options == {"pruning_ratio": 0.5, "global_pruning": False, "layerwise": False}
+    asked = {"importance": "CoSePSelector", "pruning_ratio": 0.5, "global_pruning": False, "layerwise": False}
+    assert plan.options == asked
     assert {g.name: (g.side, g.layers) for g in plan} == {n: ("out", (n,)) for n in ("fc1", "fc2", "fc3", "head")}
 
 

@@ -318,7 +318,7 @@ def test_a_layer_with_one_channel_stays():
     [
         (
             {"importance": tp.importance.MagnitudeImportance()},
-            "expected a selector as importance, such as CoSePSelector, got .*MagnitudeImportance",
+            "expected pruning_ratio= or target= with MagnitudeImportance, got neither",
         ),
         ({"importance": None}, "expected an importance, or loader= to fit a CoSePSelector on"),
         ({"global_pruning": True}, "global_pruning .* needs a pruning_ratio, got None"),

@@ -52,9 +52,10 @@ class ChannelSelection:
         knee_strength: Height of the knee over the straight line, in [0, 1]; 0 if there is no knee.
         scores: ``[n_channels]`` float64 on the CPU, higher = keep, no two components equal. The ``k`` best are exactly
             the selection; any other number of the best is the selection nested around it.
-        criterion: The quantity in ``mss``: ``"silhouette"``, the Mean Simplified Silhouette, or
+        criterion: The quantity in ``mss``: ``"silhouette"``, the Mean Simplified Silhouette;
             ``"retained variance"``, the share of the consumers' outputs that is retained
-            (:func:`select_by_elimination`).
+            (:func:`select_by_elimination`); or ``"retained score"``, the share of an importance's scores
+            (:func:`tp_cosep.functional.ranking.select_by_scores`), whose ``scores`` are the importance's own.
     """
 
     n_channels: int

@@ -18,13 +18,12 @@ from tp_cosep.graph.groups import GroupView, is_output, prunable_groups, read_gr
 from tp_cosep.graph.heads import attention_layers_of, heads_of, rerooted
 from tp_cosep.graph.protocols import DependencyGraph, DependencyGroup
 from tp_cosep.pruning.settings import PruneSettings
-from tp_cosep.selection.embedding import embed_group
 from tp_cosep.selection.result import GroupPlan
+from tp_cosep.selection.scored import ScoreSelector
 from tp_cosep.selection.selector import Selector, ratio_for
 
-__all__ = ["NOT_MEASURED", "Key", "Planner", "PlannerMemory", "Subject"]
+__all__ = ["Key", "Planner", "PlannerMemory", "Subject"]
 
-NOT_MEASURED = "none of its layers could be measured"
 #: A group: its root, and which channels of it (``"out"``, ``"in"``, or ``"head"`` for whole heads).
 Key = tuple[nn.Module, str]
 _Choice = tuple[ChannelSelection | None, str]
@@ -92,7 +91,12 @@ class Planner:
     """
 
     def __init__(
-        self, selector: Selector, settings: PruneSettings, subject: Subject, memory: PlannerMemory, step: int
+        self,
+        selector: Selector | ScoreSelector,
+        settings: PruneSettings,
+        subject: Subject,
+        memory: PlannerMemory,
+        step: int,
     ) -> None:
         self.selector = selector
         self.settings = settings
@@ -203,7 +207,7 @@ class Planner:
         """The plan with an embedding of its group, if there is a selection to draw; before anything is pruned."""
         if plan.selection is None or not self.settings.embed:
             return plan
-        return replace(plan, embedding=embed_group(self.selector.criterion, view, plan.selection))
+        return replace(plan, embedding=self.selector.embedding(view, plan.selection))
 
     def _selected(self, group: DependencyGroup, view: GroupView, plan: GroupPlan) -> GroupPlan:
         selection, reason = self._select(group, view)
@@ -221,9 +225,9 @@ class Planner:
             reason = "pruning_ratio_dict"
         elif self.memory.counts is not None and settings.target is not None:
             if key not in self.memory.counts:
-                return None, NOT_MEASURED
+                return None, self.selector.unmeasured
             selection = self.selector.select(group, view=view, n_keep=self.memory.counts[key])
-            return selection, NOT_MEASURED if selection is None else f"target in {settings.target[0]}"
+            return selection, self.selector.unmeasured if selection is None else f"target in {settings.target[0]}"
         elif not settings.automatic:
             reason, schedule = "pruning_ratio", settings.ratios
         else:
@@ -232,7 +236,7 @@ class Planner:
         if schedule is None:
             free = self.selector.select(group, view=view, round_to=step)
             if free is None:
-                return None, NOT_MEASURED
+                return None, self.selector.unmeasured
             if settings.n_steps == 1 and free.k >= n * (1 - settings.max_pruning_ratio):
                 return free, _in_words(free) if reason == "knee" else reason
             schedule = settings.schedule(ratio_for(free.k, n), settings.n_steps)
@@ -241,7 +245,7 @@ class Planner:
         n_keep = min(max(n_keep, 1), view.n_components)
         selection = self.selector.select(group, view=view, n_keep=n_keep, round_to=step)
         if selection is None:
-            return None, NOT_MEASURED
+            return None, self.selector.unmeasured
         return selection, _in_words(selection) if reason == "knee" else reason
 
     def _attention_plans(
@@ -287,7 +291,7 @@ class Planner:
         selections = selector.select_heads(groups, num_heads, n_keep=counts)
         for group, s, now, fewest in zip(groups, selections, numbers, least, strict=True):
             if s is None:
-                found.append((None, NOT_MEASURED))
+                found.append((None, selector.unmeasured))
             elif now * len(s.keep_idxs) < fewest * s.n_channels:
                 bounded = selector.select_heads([group], num_heads, n_keep=_in_scope(selector, [fewest]))
                 found.append((bounded[0], "heads, as few as max_pruning_ratio leaves"))
@@ -320,7 +324,7 @@ class _Rows:
                     )
 
 
-def _in_scope(selector: Selector, each: list[int]) -> int | list[int]:
+def _in_scope(selector: Selector | ScoreSelector, each: list[int]) -> int | list[int]:
     """Numbers of heads as ``select_heads`` takes them: one for all layers, or one for each."""
     return sum(each) if selector.scope == "model" else each
 

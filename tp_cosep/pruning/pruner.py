@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tp_cosep.compensation.compensator import Compensator
 from tp_cosep.compensation.recovery import Recovery
@@ -24,10 +24,18 @@ from tp_cosep.pruning.costs import UNITS
 from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.pruning.planner import PlannerMemory
 from tp_cosep.pruning.selector_pruner import SelectorPruner
-from tp_cosep.pruning.settings import PruneSettings, check_fit_keywords, check_pruner, check_target, own_options
+from tp_cosep.pruning.settings import (
+    PruneSettings,
+    check_fit_keywords,
+    check_pruner,
+    check_scored,
+    check_target,
+    own_options,
+)
 from tp_cosep.pruning.step import PruningStep
 from tp_cosep.pruning.targets import budget_of
 from tp_cosep.selection.cosep import CoSePSelector
+from tp_cosep.selection.scored import ScoreSelector, name_of
 from tp_cosep.selection.selector import Selector
 
 __all__ = ["CoSePPruner"]
@@ -49,7 +57,10 @@ class CoSePPruner(SelectorPruner):
         model: The model, as it was when the selector was fitted.
         example_inputs: For tracing and for forward passes: a tensor, a tuple of arguments or a dict.
         importance: A selector; it need not be fitted if ``loader`` is given. By default a
-            :class:`tp_cosep.CoSePSelector`.
+            :class:`tp_cosep.CoSePSelector`. Or any importance of Torch-Pruning, or a function of a group that scores
+            its channels: those with the highest scores are kept, as many as ``pruning_ratio`` or ``target`` say; with
+            ``target`` a component's score, normalised as the importance does, is what its removal loses. It has no
+            counts of its own.
         global_pruning: Rank channels over all layers for one ``pruning_ratio``, as in the stock pruner.
         pruning_ratio: Share of channels to remove, in [0, 1], or ``None`` for the selector's own counts.
         target: What the pruned model may cost: ``{"macs": 0.5}``, ``{"params": 2e6}`` or ``{"latency": 0.5}``; below 1
@@ -111,7 +122,7 @@ class CoSePPruner(SelectorPruner):
         self,
         model: nn.Module,
         example_inputs: Any,
-        importance: Selector | None = None,
+        importance: Selector | Callable[[Any], Tensor | None] | None = None,
         global_pruning: bool = False,
         pruning_ratio: float | None = None,
         *,
@@ -132,11 +143,7 @@ class CoSePPruner(SelectorPruner):
             if loader is None:
                 raise InputError("CoSePPruner: expected an importance, or loader= to fit a CoSePSelector on.")
             importance = CoSePSelector()
-        if not isinstance(importance, Selector):
-            raise InputError(
-                f"CoSePPruner: expected a selector as importance, such as CoSePSelector, got "
-                f"{type(importance).__name__}; a stock pruner takes any other."
-            )
+        self.selector = importance if isinstance(importance, Selector) else ScoreSelector(importance)
         check_plain(model)
         automatic = pruning_ratio is None and options.get("ch_sparsity") is None
         is_ranked = not automatic and bool(global_pruning or options.get("isomorphic"))
@@ -145,16 +152,18 @@ class CoSePPruner(SelectorPruner):
             global_pruning=global_pruning,
             is_ranked=is_ranked,
             automatic=automatic,
-            ranks_channels=importance.ranks_channels,
+            ranks_channels=self.selector.ranks_channels,
             on_failure=on_failure,
             calls={"fine_tune": fine_tune, "adapt": adapt},
             options=options,
         )
         checked_target = check_target(target, automatic=automatic, options=options)
+        if isinstance(self.selector, ScoreSelector):
+            check_scored(importance, has_count=not automatic or target is not None, layerwise=layerwise)
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True collects statistics again before every group; pass loader=.")
         self._trace_options = {k: v for k, v in options.items() if k in TRACE_OPTIONS}
-        self.fit_options = check_fit_keywords(fit_options, importance.fit)
+        self.fit_options = check_fit_keywords(fit_options, getattr(importance, "fit", Selector.fit))
         is_readable = loader is not None and not hasattr(loader, "__next__")
         self.recovery = Recovery(
             model,
@@ -181,7 +190,8 @@ class CoSePPruner(SelectorPruner):
             fine_tune=fine_tune,
             trace_options=self._trace_options,
         )
-        asked = {"pruning_ratio": pruning_ratio, "global_pruning": global_pruning, "layerwise": layerwise}
+        asked = {"importance": name_of(importance), "pruning_ratio": pruning_ratio}
+        asked |= {"global_pruning": global_pruning, "layerwise": layerwise}
         self.plan = PruningPlan(
             options=asked | ({} if target is None else {"target": dict(target)}),
             ignored_params=self.settings.ignored_params,
@@ -195,7 +205,7 @@ class CoSePPruner(SelectorPruner):
         self._step: PruningStep | None = None
 
     def _init_stock(
-        self, model: nn.Module, importance: Selector, global_pruning: bool, ratio: float | None, options: dict[str, Any]
+        self, model: nn.Module, importance: Any, global_pruning: bool, ratio: float | None, options: dict[str, Any]
     ) -> None:
         """Initialise the stock pruner, with dictionaries of this pruner's own: it writes into them."""
         options = own_options(model, options)
@@ -262,7 +272,7 @@ class CoSePPruner(SelectorPruner):
             raise InputError(
                 f"preview: expected a unit of {list(UNITS)} and n_points ≥ 1, got {unit!r} and {n_points!r}."
             )
-        if self.loader is not None and not self.importance.is_fitted:
+        if self.loader is not None and not self.selector.is_fitted:
             self.fit()
         step = min(self.current_step + 1, self.iterative_steps)
         planner = self.planner(self.memory.copy(), step)

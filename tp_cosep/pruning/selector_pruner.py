@@ -16,9 +16,10 @@ from tp_cosep.errors import InputError
 from tp_cosep.graph.tracing import trace
 from tp_cosep.graph.verification import OutputCheck
 from tp_cosep.pruning.plan import PruningPlan
-from tp_cosep.pruning.planner import NOT_MEASURED, Planner, PlannerMemory, Subject
+from tp_cosep.pruning.planner import Planner, PlannerMemory, Subject
 from tp_cosep.pruning.settings import PruneSettings
 from tp_cosep.pruning.step import PruningStep, key_of
+from tp_cosep.selection.scored import ScoreSelector
 from tp_cosep.selection.selector import Selector
 from tp_cosep.utils.data import run_model
 
@@ -26,12 +27,13 @@ __all__ = ["SelectorPruner"]
 
 
 class SelectorPruner(tp.pruner.BasePruner):  # type: ignore[misc]
-    """Torch-Pruning's pruner with a selector as importance: the part that steps work with.
+    """Torch-Pruning's pruner with a selector, or an importance in its place: the part that steps work with.
 
     :class:`tp_cosep.CoSePPruner` sets all attributes.
     """
 
     plan: PruningPlan
+    selector: Selector | ScoreSelector
     settings: PruneSettings
     memory: PlannerMemory
     recovery: Recovery
@@ -75,7 +77,7 @@ class SelectorPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._check_pruning_ratio,
         )
         return Planner(
-            self.importance,
+            self.selector,
             self.settings,
             subject,
             self.memory if memory is None else memory,
@@ -89,16 +91,15 @@ class SelectorPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         Returns:
             ``[channels]``, or ``None`` to leave the group alone.
         """
-        selector: Selector = self.importance
         planner = self.planner()
         scores: Tensor | None = None
         try:
             view = planner.view(group)
             plan = planner.unselected(group, view)
             if not plan.reason:
-                selection = selector.select(group, view=view)
-                scores = selector.scores(group, self.num_heads, selection)
-                reason = "ranked against other layers" if scores is not None else NOT_MEASURED
+                selection = self.selector.select(group, view=view)
+                scores = self.selector.scores(group, self.num_heads, selection)
+                reason = "ranked against other layers" if scores is not None else self.selector.unmeasured
                 plan = planner.with_embedding(view, replace(plan, selection=selection, reason=reason))
         except InputError as error:
             scores, plan = None, planner.refused(group, error)
@@ -107,11 +108,13 @@ class SelectorPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return scores
 
     def fit(self) -> None:
-        """Collect the selector's statistics of the model as it is."""
+        """Collect the selector's statistics of the model as it is; an importance in its place has none."""
+        if isinstance(self.selector, ScoreSelector) or self.loader is None:
+            return
         if self._observed is None:
             self._observed = self.planner().layers()
         options = {"layers": self._observed, "num_heads": self.num_heads, **self.fit_options}
-        self.importance.fit(self.model, self.loader, **options)
+        self.selector.fit(self.model, self.loader, **options)
 
     def ranked_groups(self) -> Iterator[Any]:
         """The groups of the stock pruner, which ranks channels of several layers.

@@ -14,10 +14,19 @@ from tp_cosep.errors import InputError
 from tp_cosep.graph.heads import attention_heads, head_parameters
 from tp_cosep.graph.tracing import resolve_layers, resolve_ratios
 from tp_cosep.pruning.costs import UNITS
+from tp_cosep.selection.scored import name_of
 from tp_cosep.utils.checks import is_count, is_number
 from tp_cosep.utils.data import DataOptions
 
-__all__ = ["PruneSettings", "check_fit_keywords", "check_heads", "check_pruner", "check_target", "own_options"]
+__all__ = [
+    "PruneSettings",
+    "check_fit_keywords",
+    "check_heads",
+    "check_pruner",
+    "check_scored",
+    "check_target",
+    "own_options",
+]
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,11 @@ def check_pruner(
             )
     if pruning_ratio is not None and not (is_number(pruning_ratio) and 0 <= pruning_ratio <= 1):
         raise InputError(f"CoSePPruner: expected pruning_ratio in [0, 1] or None, got {pruning_ratio!r}.")
+    if options.get("isomorphic") and not global_pruning:
+        raise InputError(
+            "CoSePPruner: isomorphic=True ranks the channels of layers that are alike, so it needs "
+            "global_pruning=True; without it Torch-Pruning prunes the channels of one layer by the ranks of another."
+        )
     if is_ranked and not ranks_channels:
         raise InputError(
             "CoSePPruner: attention maps compare heads only, they cannot rank channels of several layers; "
@@ -164,6 +178,30 @@ def check_pruner(
         if call is not None and not callable(call):
             raise InputError(f"CoSePPruner: expected {name} to be a function of the model or None, got {call!r}.")
     _check_numbers(options)
+
+
+def check_scored(importance: object, *, has_count: bool, layerwise: bool) -> None:
+    """Check options of :class:`tp_cosep.CoSePPruner` for an importance that is no selector.
+
+    Args:
+        importance: The importance.
+        has_count: Whether a ratio or a target says how many channels are removed.
+        layerwise: Whether statistics are to be collected again for each group.
+
+    Raises:
+        InputError: If it cannot do what is asked of it.
+    """
+    name = name_of(importance)
+    if not has_count:
+        raise InputError(
+            f"CoSePPruner: expected pruning_ratio= or target= with {name}, got neither: scores rank channels, but do "
+            "not say how many to keep; CoSePSelector has counts of its own."
+        )
+    if layerwise:
+        raise InputError(
+            f"CoSePPruner: layerwise=True collects a selector's statistics again before every group, {name} has none; "
+            "use iterative_steps= with fine_tune=, or a selector."
+        )
 
 
 def _check_numbers(options: Mapping[str, Any]) -> None:

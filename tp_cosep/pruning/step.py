@@ -26,6 +26,8 @@ from tp_cosep.pruning.planner import Key, Planner, PlannerMemory
 from tp_cosep.pruning.settings import PruneSettings
 from tp_cosep.pruning.targets import allocate_counts, check_target
 from tp_cosep.selection.result import GroupPlan
+from tp_cosep.selection.scored import ScoreSelector
+from tp_cosep.selection.selector import Selector
 from tp_cosep.utils.snapshot import restored_on_error
 
 __all__ = ["GroupVisit", "PrunerState", "PruningStep", "StepHost", "key_of", "n_channels_of"]
@@ -59,7 +61,7 @@ class StepHost(Protocol):
         memory: What the planner remembers.
         recovery: Compensation, BatchNorm re-estimation and fine-tuning.
         output_check: Runs the model and compares its outputs.
-        importance: The selector.
+        selector: The selector, or an importance in its place.
         loader: Calibration data, or ``None``.
     """
 
@@ -73,7 +75,7 @@ class StepHost(Protocol):
     memory: PlannerMemory
     recovery: Recovery
     output_check: OutputCheck
-    importance: Any
+    selector: Selector | ScoreSelector
     loader: Iterable[Any] | None
 
     @property
@@ -246,7 +248,7 @@ class PruningStep:
                 host.current_step += 1
                 host.output_check.expect_shapes()
                 costs = layer_costs(host.model, host.run)
-                if host.loader is not None and (host.current_step > 1 or not host.importance.is_fitted):
+                if host.loader is not None and (host.current_step > 1 or not host.selector.is_fitted):
                     host.fit()
                 host.recovery.measure()
                 for group in self._groups():
@@ -286,7 +288,7 @@ class PruningStep:
             yield from self._planned(None)
             return
         # Statistics come in the order in which the layers ran.
-        for i, name in enumerate(host.importance.layers):
+        for i, name in enumerate(host.selector.layers):
             if i and host.memory.done:
                 host.fit()
                 host.recovery.measure()
@@ -365,7 +367,7 @@ class PruningStep:
             self._record(plan.without(()))
         self.planned.clear()
         shown = host.memory.seen | {name for plan in host.plan for name in plan.layers}
-        for name, layer in measured_layers(host.model, host.importance.channel_dims).items():
+        for name, layer in measured_layers(host.model, host.selector.channel_dims).items():
             if name in shown:
                 continue
             reason = "in ignored_layers, or pruned only together with a layer that is"

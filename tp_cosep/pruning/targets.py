@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from tp_cosep.errors import InputError
-from tp_cosep.graph.patches import patches_of
 from tp_cosep.pruning.budget import Budget, counts_for_latency
 from tp_cosep.pruning.plan import PruningPlan
 from tp_cosep.pruning.planner import Planner
@@ -24,9 +23,6 @@ __all__ = ["allocate_counts", "budget_of", "check_target"]
 @torch.no_grad()
 def budget_of(planner: Planner) -> Budget:
     """What the groups can lose, as the pruner's options allow.
-
-    The loss of a component is its score, the share of the retained variance of a group that goes with it, times the
-    number of the group's consumers.
 
     Args:
         planner: Of the step.
@@ -46,16 +42,13 @@ def budget_of(planner: Planner) -> Budget:
         if selection is None or (planner.num_heads_of(group) and not settings.prune_head_dims):
             continue
         n = planner.n_initial_of(view)
-        scores = torch.empty(view.n_components, dtype=torch.float64)
-        scores[view.component_of] = selection.scores
-        n_consumers = sum(patches_of(m.layer) is not None for m in view.consumers)
         fixed = planner.fixed_ratios_of(view)
         ratio = settings.max_pruning_ratio if fixed is None else fixed[planner.step]
         least = max(1, n - int(n * ratio))
         if fixed is not None:
             budget.fixed[len(budget.views)] = view.n_components - least
         budget.views.append(view)
-        budget.losses.append(scores.sort().values * max(n_consumers, 1))
+        budget.losses.append(planner.selector.losses(view, selection))
         budget.least.append(least if fixed is None else view.n_components)
         budget.steps.append(planner.step_size(view) or 1)
     return budget

@@ -28,6 +28,7 @@ class Criterion(NamedTuple):
 CRITERIA = {
     "silhouette": Criterion("Mean Simplified Silhouette (MSS)", "MSS", "number of clusters k"),
     "retained variance": Criterion("Retained variance", "retained variance", "number of channels kept k"),
+    "retained score": Criterion("Retained score", "retained score", "number of channels kept k"),
 }
 
 

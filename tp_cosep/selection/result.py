@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 
 __all__ = ["GroupPlan", "group_from_json", "group_to_json"]
-_CRITERIA = ("silhouette", "retained variance")
+_CRITERIA = ("silhouette", "retained variance", "retained score")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from tp_cosep.functional.knee import KNEE_RULES
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.graph.groups import GroupView, full_group, prunable_groups, read_group
 from tp_cosep.graph.heads import rerooted
+from tp_cosep.graph.patches import patches_of
 from tp_cosep.graph.protocols import DependencyGroup
 from tp_cosep.graph.tracing import ROOT_TYPES, resolve_layers, trace
 from tp_cosep.selection.calibrated import Calibrated
 from tp_cosep.selection.criterion import Criterion
+from tp_cosep.selection.embedding import GroupEmbedding, embed_group
 from tp_cosep.selection.heads import HeadOptions, add_head_scores, select_heads
 from tp_cosep.utils.checks import check_one_of, is_count
 
@@ -53,6 +55,8 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     observe = "outputs"
     #: Whether channels are scored, so that several layers can be ranked for one ratio.
     ranks_channels = True
+    #: Why a group has no selection.
+    unmeasured = "none of its layers could be measured"
 
     def __init__(
         self,
@@ -92,6 +96,36 @@ class Selector(Calibrated, tp.importance.Importance):  # type: ignore[misc]
     def _weights(self, group: DependencyGroup, view: GroupView) -> Tensor | None:
         """``[components]``, how much each counts in a clustering; ``None`` for all alike."""
         return None
+
+    def losses(self, view: GroupView, selection: ChannelSelection) -> Tensor:
+        """What removing components loses, for the allocation of a target.
+
+        A loss is the score, the share of the group's retained variance that a component holds, times the number of the
+        group's consumers.
+
+        Args:
+            view: The group.
+            selection: What :meth:`select` gave for it.
+
+        Returns:
+            ``[components]`` float64 ≥ 0, ascending.
+        """
+        scores = torch.empty(view.n_components, dtype=torch.float64)
+        scores[view.component_of] = selection.scores
+        n_consumers = sum(patches_of(m.layer) is not None for m in view.consumers)
+        return scores.sort().values * max(n_consumers, 1)
+
+    def embedding(self, view: GroupView, selection: ChannelSelection) -> GroupEmbedding | None:
+        """What a report draws of a group; ``None`` if its components cannot be compared.
+
+        Args:
+            view: The group, unpruned.
+            selection: What :meth:`select` gave for it.
+
+        Returns:
+            The embedding.
+        """
+        return embed_group(self.criterion, view, selection)
 
     def remark(self, view: GroupView) -> str:
         """What is to be known of the selection in a group, for the plan; empty if nothing is.
