@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tp_cosep.functional.selection import ChannelSelection
     from tp_cosep.graph.heads import attention_heads
     from tp_cosep.pruning.budget import Preview, TradeOff
+    from tp_cosep.pruning.optimizers import carry_over
     from tp_cosep.pruning.plan import PruningPlan
     from tp_cosep.pruning.pruner import CoSePPruner
     from tp_cosep.pruning.saving import load, save
@@ -53,6 +54,7 @@ __all__ = [
     "Selector",
     "TradeOff",
     "attention_heads",
+    "carry_over",
     "load",
     "recalibrate",
     "save",
@@ -81,6 +83,7 @@ _MODULE_OF = {
     "Selector": "selection.selector",
     "TradeOff": "pruning.budget",
     "attention_heads": "graph.heads",
+    "carry_over": "pruning.optimizers",
     "load": "pruning.saving",
     "recalibrate": "compensation.bn_statistics",
     "save": "pruning.saving",

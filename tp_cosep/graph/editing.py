@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tp_cosep.errors import InputError
+from tp_cosep.graph.edits import ParameterEdit, recorded_edits
 from tp_cosep.graph.groups import DependencyGraph, DependencyGroup
 from tp_cosep.graph.heads import head_parameters, update_owners
 from tp_cosep.graph.patches import n_outputs, patches_of
@@ -73,7 +74,7 @@ def prune_group(
     n_channels: int,
     prune_idxs: Iterable[int],
     heads: Mapping[str, tuple[int, int]],
-) -> None:
+) -> list[ParameterEdit]:
     """Prune a group; frozen parameters stay frozen, tied ones tied, and attention modules get their new sizes.
 
     Args:
@@ -82,19 +83,29 @@ def prune_group(
         n_channels: Number of channels of the group's root before.
         prune_idxs: The root's channels that it removes.
         heads: Number of heads before and after by attention layer; empty if the group has none.
+
+    Returns:
+        The parameters that were replaced.
     """
-    with frozen_kept(model), kept_tied(model):
+    with recorded_edits(model) as edits, frozen_kept(model), kept_tied(model):
         prune()
-        if not heads:
-            return
-        kept = sorted(set(range(n_channels)) - set(prune_idxs))
-        n_before, n_after = (max(numbers) for numbers in zip(*heads.values(), strict=True))
-        sizes = n_channels // n_before, len(kept) // n_after
-        if n_before != n_after:
-            _prune_head_parameters(model, heads, sorted({channel // sizes[0] for channel in kept}))
-        before = {name: (n, sizes[0]) for name, (n, _) in heads.items()}
-        after = {name: (n, sizes[1]) for name, (_, n) in heads.items()}
-        update_owners(model, before, after)
+        if heads:
+            _update_heads(model, n_channels, prune_idxs, heads)
+    return edits
+
+
+def _update_heads(
+    model: nn.Module, n_channels: int, prune_idxs: Iterable[int], heads: Mapping[str, tuple[int, int]]
+) -> None:
+    """Write new numbers and sizes of heads into attention modules, and prune the parameters with an entry per head."""
+    kept = sorted(set(range(n_channels)) - set(prune_idxs))
+    n_before, n_after = (max(numbers) for numbers in zip(*heads.values(), strict=True))
+    sizes = n_channels // n_before, len(kept) // n_after
+    if n_before != n_after:
+        _prune_head_parameters(model, heads, sorted({channel // sizes[0] for channel in kept}))
+    before = {name: (n, sizes[0]) for name, (n, _) in heads.items()}
+    after = {name: (n, sizes[1]) for name, (_, n) in heads.items()}
+    update_owners(model, before, after)
 
 
 def _prune_head_parameters(model: nn.Module, heads: Mapping[str, tuple[int, int]], kept: list[int]) -> None:

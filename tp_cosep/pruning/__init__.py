@@ -1,1 +1,1 @@
-"""The pruner: settings, planner, budget, costs, the plan and saved models."""
+"""The pruner: settings, planner, budget, costs, the plan, saved models and optimizers."""

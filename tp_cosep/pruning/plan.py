@@ -14,6 +14,7 @@ from torch import nn
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.functional.selection import ChannelSelection
 from tp_cosep.graph.editing import add_biases, build_group, prune_group
+from tp_cosep.graph.edits import EditHistory
 from tp_cosep.graph.structure import check_structure, fingerprint_of
 from tp_cosep.graph.tracing import trace
 from tp_cosep.report.benchmark import ModelStats
@@ -44,6 +45,8 @@ class PruningPlan:
             models of another one. Empty if it is not known.
         inputs: Shapes and types of the example inputs (:func:`tp_cosep.graph.structure.describe_inputs`), or ``None``.
         versions: The versions of this library, torch and Torch-Pruning that made the plan.
+        history: The parameters that the pruner replaced, for :func:`tp_cosep.carry_over`. Not saved, and empty in a
+            copy.
     """
 
     groups: tuple[GroupPlan, ...] = ()
@@ -54,6 +57,7 @@ class PruningPlan:
     structure: dict[str, str] = field(default_factory=dict)
     inputs: Any = None
     versions: dict[str, str] = field(default_factory=dict)
+    history: EditHistory = field(default_factory=EditHistory, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,7 @@ from tp_cosep.compensation.compensator import Compensator
 from tp_cosep.compensation.recovery import Recovery
 from tp_cosep.errors import InputError, PruningError
 from tp_cosep.graph.editing import build_group, prune_group
+from tp_cosep.graph.edits import ParameterEdit
 from tp_cosep.graph.groups import side_of
 from tp_cosep.graph.protocols import DependencyGraph, DependencyGroup
 from tp_cosep.graph.tracing import check_autograd
@@ -112,7 +113,8 @@ class GroupVisit:
         group: The group.
         plan: What is planned for it.
         host: The pruner.
-        record: ``record(visit, plan)`` is called when the group was pruned, with the plan of what was removed.
+        record: ``record(visit, plan, edits)`` is called when the group was pruned, with the plan of what was removed
+            and the parameters that were replaced.
         is_current: Whether the next group was not asked for yet.
         is_pruned: Whether the group was pruned.
         not_pruned: The plan to record if it is not.
@@ -121,7 +123,7 @@ class GroupVisit:
     group: DependencyGroup
     plan: GroupPlan
     host: StepHost
-    record: Callable[[GroupVisit, GroupPlan], None]
+    record: Callable[[GroupVisit, GroupPlan, Sequence[ParameterEdit]], None]
     is_current: bool = field(default=True, init=False)
     is_pruned: bool = field(default=False, init=False)
 
@@ -159,9 +161,9 @@ class GroupVisit:
         self.host.recovery.before(group)
         if self.host.settings.verify and not plan.heads:
             self.host.output_check.expect_without(group)
-        prune_group(self.host.model, lambda: self._remove(idxs, record_history), n_now, removed, plan.heads)
+        edits = prune_group(self.host.model, lambda: self._remove(idxs, record_history), n_now, removed, plan.heads)
         self.is_pruned = True
-        self.record(self, plan.without(removed))
+        self.record(self, plan.without(removed), edits)
 
     def prune_now(self) -> None:
         """Prune the group as planned.
@@ -378,14 +380,14 @@ class PruningStep:
                 )
             self._record(GroupPlan(name, "out", (name,), None, reason))
 
-    def _record_pruned(self, visit: GroupVisit, plan: GroupPlan) -> None:
+    def _record_pruned(self, visit: GroupVisit, plan: GroupPlan, edits: Sequence[ParameterEdit]) -> None:
         host = self.host
         for name, (_, after) in plan.heads.items():
             layer = host.model.get_submodule(name)
             host.num_heads[layer] = host.out_channel_groups[layer] = after
         # A caller who collects the groups first prunes those that are recorded as left out already.
-        host.plan = replace(host.plan, groups=tuple(g for g in host.plan if g is not visit.not_pruned))
-        self._record(plan)
+        groups = tuple(g for g in host.plan if g is not visit.not_pruned)
+        host.plan = replace(host.plan, groups=(*groups, plan), history=host.plan.history.extended(host.model, edits))
 
     def _with_ranked_heads(self, plan: GroupPlan) -> GroupPlan:
         """The plan with the numbers of heads that the stock pruner decided on, if it ranked them."""
