@@ -3,6 +3,7 @@
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch_pruning as tp
 from torch import nn
 from torch.nn import functional as F
 
@@ -226,3 +227,36 @@ def _attributes(module):
         elif isinstance(value, (bool, int, float, str, tuple, list)) or value is None:
             plain[key] = list(value) if isinstance(value, list) else value
     return plain
+
+
+class RmsNorm(nn.Module):
+    """A layer that Torch-Pruning does not know."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.weight
+
+
+class RmsNormPruner(tp.pruner.BasePruningFunc):
+    """Prunes it as Torch-Pruning prunes its own layers, or as ``keep(layer, kept indices)`` does."""
+
+    def __init__(self, keep=None):
+        super().__init__()
+        self.keep = keep or self._keep
+
+    def _keep(self, layer, kept):
+        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 0)
+
+    def prune_out_channels(self, layer, idxs):
+        self.keep(layer, [i for i in range(len(layer.weight)) if i not in set(idxs)])
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer):
+        return len(layer.weight)
+
+    get_in_channels = get_out_channels

@@ -16,6 +16,8 @@ import torch_pruning as tp
 from fitted import fitted, group_with
 from models import (
     ResNetLike,
+    RmsNorm,
+    RmsNormPruner,
     assert_same_state,
     assert_untouched,
     build,
@@ -442,29 +444,6 @@ def layer_norm():
         "head": (None, "a"),
     }
     return Case(initialise(Net(run, **layers)), x, y, sets, wires)
-
-
-class RmsNorm(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.weight
-
-
-class RmsNormPruner(tp.pruner.BasePruningFunc):
-    def prune_out_channels(self, layer, idxs):
-        keep = [i for i in range(len(layer.weight)) if i not in set(idxs)]
-        layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer):
-        return len(layer.weight)
-
-    get_in_channels = get_out_channels
 
 
 @case

@@ -9,10 +9,9 @@ import pickle
 
 import pytest
 import torch
-import torch_pruning as tp
 from attention_models import transformer
 from fitted import fitted
-from models import Lambda, ResNetLike, build, images, initialise, pruned_state, vectors
+from models import Lambda, ResNetLike, RmsNorm, RmsNormPruner, build, images, initialise, pruned_state, vectors
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
@@ -43,34 +42,6 @@ class DenseLike(nn.Module):
         a = self.a(x)
         ab = torch.cat([a, self.b(F.relu(a))], 1)
         return self.head(self.bn(torch.cat([ab, self.c(ab), a], 1)).mean((2, 3)))
-
-
-class RmsNorm(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.weight
-
-
-class RmsNormPruner(tp.pruner.BasePruningFunc):
-    """Prunes in the way that it is given."""
-
-    def __init__(self, keep):
-        super().__init__()
-        self.keep = keep
-
-    def prune_out_channels(self, layer, idxs):
-        self.keep(layer, [i for i in range(len(layer.weight)) if i not in set(idxs)])
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer):
-        return len(layer.weight)
-
-    get_in_channels = get_out_channels
 
 
 def indexed(layer, kept):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tp_cosep.errors import InputError
-from tp_cosep.functional.selection import ChannelSelection
+from tp_cosep.functional.selection import ChannelSelection, check_n_keep
 
 __all__ = ["heads_by_scores", "select_by_scores"]
 
@@ -20,8 +20,8 @@ def select_by_scores(scores: Tensor, *, n_keep: int | None = None) -> ChannelSel
 
         r(k) = Σ_{i ≤ k} max(s_(i), 0) / Σ_i max(s_i, 0),  s_(1) ≥ s_(2) ≥ …,
 
-    which is concave for any scores, so that it has no knee worth the name: it gives no count of its own. Components are
-    not clustered; each is a cluster of its own.
+    for a report; no knee is read from it, since importances promise an order and no scale. Components are not
+    clustered; each is a cluster of its own.
 
     Args:
         scores: ``[n]``, finite, higher = keep.
@@ -41,9 +41,8 @@ def select_by_scores(scores: Tensor, *, n_keep: int | None = None) -> ChannelSel
     if scores.ndim != 1 or not len(scores) or not torch.isfinite(scores).all():
         raise InputError(f"scores: expected finite numbers of shape [n], n ≥ 1, got {scores}.")
     n = len(scores)
+    check_n_keep(n_keep, n)
     k = n if n_keep is None else n_keep
-    if not 1 <= k <= n:
-        raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
     order = scores.argsort(descending=True, stable=True)
     sums = scores[order].clamp(min=0).cumsum(0)
     retained = sums / sums[-1] if sums[-1] > 0 else torch.ones(n)
@@ -87,5 +86,6 @@ def heads_by_scores(scores: Tensor, *, n_sharing: int = 1, n_keep: int | None = 
     each = max(1, whole.k // n_blocks)
     best = whole.scores.view(n_blocks, n_sharing).argsort(dim=1, descending=True, stable=True)[:, :each]
     keep = (best + n_sharing * torch.arange(n_blocks)[:, None]).flatten().sort().values.tolist()
-    pruned = tuple(i for i in range(n) if i not in set(keep))
+    kept = set(keep)
+    pruned = tuple(i for i in range(n) if i not in kept)
     return replace(whole, keep_idxs=tuple(keep), prune_idxs=pruned, k=len(keep))

@@ -22,7 +22,7 @@ from tp_cosep.functional.knee import Knee, find_knee, guarded_count
 from tp_cosep.functional.silhouette import SilhouetteCurve
 from tp_cosep.functional.swap_table import Assignment, Floats, Indices, few_threads
 
-__all__ = ["ChannelSelection", "nested_scores", "select_by_elimination", "select_channels"]
+__all__ = ["ChannelSelection", "check_n_keep", "nested_scores", "select_by_elimination", "select_channels"]
 
 # Least retained variance at the guarded knee of an elimination.
 _RETAINED = 0.98
@@ -168,8 +168,7 @@ def select_channels(
     """
     d = check_distances(distances)
     n = len(d)
-    if n_keep is not None and (not isinstance(n_keep, (int, np.integer)) or not 1 <= n_keep <= n):
-        raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
+    check_n_keep(n_keep, n)
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise InputError(f"selection: expected an integer round_to ≥ 1, got {round_to!r}.")
     with few_threads(d):
@@ -231,8 +230,7 @@ def select_by_elimination(
         InputError: If an argument is not valid.
     """
     n = len(elimination.order)
-    if n_keep is not None and not 1 <= n_keep <= n:
-        raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
+    check_n_keep(n_keep, n)
     total = float(elimination.costs.sum())
     lost = elimination.costs.cumsum(0).flip(0)  # at k = 0, 1, …, n − 1
     retained = [1 - float(x) / total if total > 0 else 1.0 for x in lost[1:]] + [1.0]
@@ -266,6 +264,20 @@ def select_by_elimination(
         scores=scores,
         criterion="retained variance",
     )
+
+
+def check_n_keep(n_keep: int | None, n: int) -> None:
+    """Check a requested number of components.
+
+    Args:
+        n_keep: The number to keep, or ``None`` if it is not requested.
+        n: The number of components.
+
+    Raises:
+        InputError: If it is not an integer in 1 … n.
+    """
+    if n_keep is not None and (not isinstance(n_keep, (int, np.integer)) or not 1 <= n_keep <= n):
+        raise InputError(f"selection: expected n_keep in 1 … {n} (the number of components), got {n_keep}.")
 
 
 def _count(d: Tensor, curve: SilhouetteCurve, knee: Knee, rule: str, *, is_weighted: bool) -> int:

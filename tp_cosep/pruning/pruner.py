@@ -146,7 +146,7 @@ class CoSePPruner(SelectorPruner):
         self.selector = importance if isinstance(importance, Selector) else ScoreSelector(importance)
         check_plain(model)
         automatic = pruning_ratio is None and options.get("ch_sparsity") is None
-        is_ranked = not automatic and bool(global_pruning or options.get("isomorphic"))
+        is_ranked = not automatic and bool(global_pruning)
         check_pruner(
             pruning_ratio,
             global_pruning=global_pruning,
@@ -163,7 +163,9 @@ class CoSePPruner(SelectorPruner):
         if layerwise and loader is None:
             raise InputError("CoSePPruner: layerwise=True collects statistics again before every group; pass loader=.")
         self._trace_options = {k: v for k, v in options.items() if k in TRACE_OPTIONS}
-        self.fit_options = check_fit_keywords(fit_options, getattr(importance, "fit", Selector.fit))
+        self.fit_options = check_fit_keywords(
+            fit_options, importance.fit if isinstance(importance, Selector) else Selector.fit
+        )
         is_readable = loader is not None and not hasattr(loader, "__next__")
         self.recovery = Recovery(
             model,

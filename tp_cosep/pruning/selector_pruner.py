@@ -109,8 +109,9 @@ class SelectorPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def fit(self) -> None:
         """Collect the selector's statistics of the model as it is; an importance in its place has none."""
-        if isinstance(self.selector, ScoreSelector) or self.loader is None:
+        if isinstance(self.selector, ScoreSelector):
             return
+        assert self.loader is not None  # those who call it have looked
         if self._observed is None:
             self._observed = self.planner().layers()
         options = {"layers": self._observed, "num_heads": self.num_heads, **self.fit_options}
